@@ -1,0 +1,96 @@
+"""What the benchmarks share: sample files, interleaved timing, tables."""
+
+import json
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def write_files(directory: str | Path, count: int, width: int = 1024) -> list[str]:
+    """`count` files of {"feature": f32[width], "label": int64[1]}; returns their paths."""
+    random_numbers = torch.Generator().manual_seed(0)
+    paths = []
+    for number in range(count):
+        path = Path(directory) / f"{number:06d}.pt"
+        feature = torch.randn(width, generator=random_numbers)
+        torch.save({"feature": feature, "label": torch.tensor([number])}, path)
+        paths.append(str(path))
+    return paths
+
+
+def temporary_directory() -> "tempfile.TemporaryDirectory[str]":
+    """A directory that goes with the benchmark."""
+    return tempfile.TemporaryDirectory(prefix="gpucache-bench-")
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], Iterator[Any]]], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds for each item of each contender, which is called once in each round.
+
+    The order of the contenders changes from round to round, so that a machine that becomes
+    slower does so for all. The first tenth of the rounds is warm-up and left out.
+    """
+    shuffle = random.Random(0).shuffle
+    names = list(contenders)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        shuffle(names)
+        for name in names:
+            items = contenders[name]()
+            while True:
+                start = time.perf_counter()
+                item = next(items, None)
+                seconds = time.perf_counter() - start
+                if item is None:
+                    break
+                if number >= rounds // 10:
+                    times[name].append(seconds)
+                del item
+    return times
+
+
+def report(
+    title: str, times: dict[str, list[float]], baseline: str, unit: float = 1e6, name: str = "us"
+) -> dict[str, Any]:
+    """Print a table, ratios to `baseline` first, and return its figures."""
+    base = statistics.median(times[baseline])
+    figures = {}
+    print(f"\n{title} (ratio of medians to {baseline!r})")
+    print(f"{'ratio':>7} {'median ' + name:>12} {'10%':>9} {'90%':>9}  contender")
+    for contender, series in sorted(times.items(), key=lambda item: statistics.median(item[1])):
+        low, *_, high = statistics.quantiles(series, n=10)
+        middle = statistics.median(series)
+        figures[contender] = {"ratio": middle / base, "median_seconds": middle}
+        print(
+            f"{middle / base:7.2f} {middle * unit:12.1f} {low * unit:9.1f} {high * unit:9.1f}"
+            f"  {contender}"
+        )
+    return figures
+
+
+def environment(arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """What a figure depends on."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return {
+        "command": "python " + " ".join([sys.argv[0], *(arguments or sys.argv[1:])]),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": str(accelerator or "cpu"),
+    }
+
+
+def save(path: str | None, figures: dict[str, Any]) -> None:
+    """Write figures and environment as JSON, if a path is given."""
+    if path:
+        text = json.dumps({**environment(), "figures": figures}, indent=1)
+        Path(path).write_text(text + "\n")

@@ -1,0 +1,104 @@
+"""A batch of which everything is cached: what the store costs beside the bare gather.
+
+4,000 files of {"feature": f32[1024], "label": int64[1]}, batches of 256 in shuffled order, on
+the CPU with one budget that holds all of them or none at all. Contenders run epoch by epoch in
+an order that changes; each has lists of paths and data of its own.
+
+- index_select: two resident tensors, the list of paths looked up in a dict. The limit.
+- stack: a dict of features by path, torch.stack over each leaf. What people write by hand.
+- store: `store.get_batch(paths).collate()`.
+- pipeline: PathLister -> GPUPrefetcher -> GPUCollator. Its time includes listing: the others
+  are given their lists of paths.
+
+    python benchmarks/warm_batch.py [--max-cache-bytes 1GiB] [--json FILE]
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+from _common import interleaved, report, save, temporary_directory, write_files
+
+from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
+
+Batch = dict[str, torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--max-cache-bytes", default=None, help="a budget that holds everything")
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+
+    with temporary_directory() as directory:
+        write_files(directory, args.files)
+
+        def new_lister() -> PathLister:
+            options = {"batch_size": args.batch_size, "drop_last": True, "shuffle": True}
+            return PathLister(directory, **options)
+
+        def over_lists(serve: Callable[[list[str]], Batch]) -> Callable[[], Iterator[Batch]]:
+            lister = new_lister()
+
+            def epoch() -> Iterator[Batch]:
+                lister.reset()
+                return map(serve, list(lister))
+
+            return epoch
+
+        paths = new_lister().paths
+        number = {path: n for n, path in enumerate(paths)}
+        by_path = {path: torch.load(path) for path in paths}
+        features = torch.stack([by_path[path]["feature"] for path in paths])
+        labels = torch.stack([by_path[path]["label"] for path in paths])
+
+        def index_select(batch: list[str]) -> Batch:
+            rows = torch.tensor(list(map(number.__getitem__, batch)))
+            return {
+                "feature": features.index_select(0, rows),
+                "label": labels.index_select(0, rows),
+            }
+
+        def stack(batch: list[str]) -> Batch:
+            items = [by_path[path] for path in batch]
+            return {
+                "feature": torch.stack([item["feature"] for item in items]),
+                "label": torch.stack([item["label"] for item in items]),
+            }
+
+        def new_store() -> GPUFeatureStore:
+            store = GPUFeatureStore("cpu", max_cache_bytes=args.max_cache_bytes)
+            store.warm(new_lister().paths, progress=False)
+            return store
+
+        store = new_store()
+        pipeline = GPUCollator(GPUPrefetcher(new_lister(), new_store()))
+
+        def pipeline_epoch() -> Iterator[Batch]:
+            pipeline.reset()
+            return pipeline
+
+        contenders = {
+            "index_select": over_lists(index_select),
+            "stack": over_lists(stack),
+            "store": over_lists(lambda batch: store.get_batch(batch).collate()),
+            "pipeline": pipeline_epoch,
+        }
+        # All give the same batches: the first epoch of the same seed.
+        for batches in zip(*(epoch() for epoch in contenders.values()), strict=True):
+            for other in batches[1:]:
+                assert torch.equal(other["label"], batches[0]["label"])
+                assert torch.equal(other["feature"], batches[0]["feature"])
+
+        times = interleaved(contenders, args.epochs)
+        figures = report(f"warm batch of {args.batch_size}", times, "index_select")
+        ratio = figures["pipeline"]["ratio"] / figures["stack"]["ratio"]
+        print(f"pipeline / stack: {ratio:.2f}")
+        save(args.json, {"warm_batch": figures})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Train on feature files at the speed of device memory: give file paths, get GPU tensors.
+
+store = GPUFeatureStore("cuda", max_cache_bytes="8GiB")
+paths = PathLister("features/", batch_size=256, shuffle=True, seed=0)
+batches = GPUCollator(GPUPrefetcher(paths, store, depth=4))
+for batch in torchdata.nodes.Loader(batches):
+    ...
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpucache_pipes.adapters import GPUCachedPathDataLoader
+    from gpucache_pipes.batch import FeatureBatch
+    from gpucache_pipes.errors import FeatureLoadError
+    from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher, PathLister
+    from gpucache_pipes.stats import StoreStats
+    from gpucache_pipes.store import GPUFeatureStore
+    from gpucache_pipes.ticket import Ticket
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FeatureBatch",
+    "FeatureLoadError",
+    "GPUCachedPathDataLoader",
+    "GPUCollator",
+    "GPUFeatureStore",
+    "GPUPrefetcher",
+    "PathLister",
+    "StoreStats",
+    "Ticket",
+]
+
+_MODULES = {
+    "FeatureBatch": "batch",
+    "FeatureLoadError": "errors",
+    "GPUCachedPathDataLoader": "adapters",
+    "GPUCollator": "nodes",
+    "GPUFeatureStore": "store",
+    "GPUPrefetcher": "nodes",
+    "PathLister": "nodes",
+    "StoreStats": "stats",
+    "Ticket": "ticket",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: `gpucache_pipes.cache` is for programs without torch, too.
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,207 @@
+"""A batch of features on the device, and what becomes of it."""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any, overload
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import default_collate
+
+from gpucache_pipes.cache import LAYOUT_SHIFT, Cache, Entry
+from gpucache_pipes.device import Backend
+from gpucache_pipes.files import Layout, Leaf, Tree, build, leaf_names, own
+
+
+class FeatureBatch(Sequence[Any]):
+    """A sequence of features whose bytes already lie on the device, freshly gathered.
+
+    `batch[i]` is feature i as it was saved, its tensors views into the gathered memory. Nothing
+    of the cache is shared: writing into a batch changes this batch and nothing else.
+
+    Made by `GPUFeatureStore.get_batch` and `GPUPrefetcher`. Attributes:
+        device: where the tensors are.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        entries: Sequence[Entry],
+        numbers: Sequence[int],
+        layouts: Sequence[Layout],
+        values: Sequence[tuple[Any, ...]],
+    ) -> None:
+        self.device = device
+        # The store's table of files, and which of them these are.
+        self._entries = entries
+        self._numbers = numbers
+        # One layout for all features, or one for each; values only where there are any.
+        self._layouts = layouts
+        self._values = values
+        # Either a tensor [B, *shape] for each leaf, or the pages of all features in a row
+        # (uint8) and where each feature starts.
+        self._columns: list[torch.Tensor] | None = None
+        self._block: torch.Tensor | None = None
+        self._starts: Sequence[int] = ()
+
+    @property
+    def paths(self) -> list[str]:
+        """The file of each feature, absolute."""
+        return [self._entries[number].key for number in self._numbers]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        number = range(len(self))[index]
+        layout = self._layouts[number if len(self._layouts) > 1 else 0]
+        values = self._values[number] if self._values else ()
+        if self._columns is not None:
+            columns = self._columns
+            return build(layout.tree, lambda n: columns[n][number], lambda n: own(values[n]))
+        assert self._block is not None
+        row = self._block[self._starts[number] : self._starts[number + 1]]
+        leaves = layout.leaves
+        return build(layout.tree, lambda n: _leaf(row, leaves[n]), lambda n: own(values[n]))
+
+    def __repr__(self) -> str:
+        return f"FeatureBatch({len(self)} features on {self.device})"
+
+    def collate(self) -> Any:
+        """What `torch.utils.data.default_collate` makes of the features, on the device.
+
+        Tensors are stacked to [B, *shape] and contiguous, numbers become device tensors [B].
+        Where all features have one layout this takes no device operation for tensors if a page
+        holds a feature, and else one for each leaf. Raises RuntimeError, naming leaf, shapes
+        and files, where shapes differ.
+        """
+        if not self._numbers:
+            raise ValueError("an empty batch cannot be collated")
+        if len(self._layouts) > 1:
+            self._require_equal_shapes()
+            return to_device(default_collate(list(self)), self.device)
+        layout = self._layouts[0]
+        columns = self._columns
+        if columns is None:
+            columns = [self._stack(leaf) for leaf in layout.leaves]
+        values = list(zip(*self._values, strict=True))
+        return self._collate_tree(layout.tree, columns, values, as_list=True)
+
+    def _collate_tree(
+        self, tree: Tree, columns: Sequence[torch.Tensor], values: Sequence[Any], as_list: bool
+    ) -> Any:
+        """As default_collate has it: a tuple becomes a list, other containers keep their type,
+        and strings come as a list in a dict, as a tuple in a sequence.
+        """
+        if isinstance(tree, int):
+            if tree >= 0:
+                return columns[tree]
+            column: Any = list(map(own, values[~tree]))
+            return to_device(default_collate(column if as_list else tuple(column)), self.device)
+        kind, keys, _, children = tree
+        parts = [self._collate_tree(c, columns, values, keys is not None) for c in children]
+        if keys is not None:
+            return kind(zip(keys, parts, strict=True))
+        return parts if kind in (list, tuple) else kind(*parts)
+
+    def _stack(self, leaf: Leaf) -> torch.Tensor:
+        """One leaf of all features, which have the same number of pages each."""
+        assert self._block is not None
+        if not leaf.nbytes:
+            return torch.empty(len(self), *leaf.shape, dtype=leaf.dtype, device=self.device)
+        rows = self._block.view(len(self), -1)[:, leaf.offset : leaf.offset + leaf.nbytes]
+        # By the widest element that divides a leaf: copying is by element.
+        wide = next(t for t in (torch.int64, torch.int32, torch.int16, torch.uint8)
+                    if leaf.nbytes % t.itemsize == 0)  # fmt: skip
+        return rows.view(wide).contiguous().view(leaf.dtype).view(len(self), *leaf.shape)
+
+    def _require_equal_shapes(self) -> None:
+        first = self._layouts[0]
+        for number, other in enumerate(self._layouts):
+            if other.tree != first.tree:
+                continue
+            for name, a, b in zip(leaf_names(first.tree), first.leaves, other.leaves, strict=True):
+                if a.shape != b.shape:
+                    raise RuntimeError(
+                        f"cannot stack {name}: shape {list(a.shape)} in {self.paths[0]!r}, "
+                        f"{list(b.shape)} in {self.paths[number]!r}; pass a collate_fn that "
+                        "pads them"
+                    )
+
+
+def gather_batch(
+    cache: Cache, backend: Backend, numbers: Sequence[int], rows: Sequence[int]
+) -> FeatureBatch:
+    """Gather READY entries, which stay so meanwhile, on the current stream of this thread.
+
+    `rows` are theirs, as `Cache.rows` has them.
+    """
+    entries, device = cache.entries, backend.device
+    least, largest = (min(rows), max(rows)) if rows else (-1, -1)
+    if least >= 0 and least >> LAYOUT_SHIFT == largest >> LAYOUT_SHIFT:
+        # All alike and in one page each: a column of the pages is a leaf of the batch.
+        layout: Layout = cache.layouts[least >> LAYOUT_SHIFT]
+        base = least >> LAYOUT_SHIFT << LAYOUT_SHIFT
+        pages = [row - base for row in rows] if base else rows
+        values = [entries[number].values for number in numbers] if layout.plain else []
+        batch = FeatureBatch(device, entries, numbers, [layout], values)
+        batch._columns = _gather_columns(pages, layout, backend)
+        return batch
+    found = [entries[number] for number in numbers]
+    layouts: list[Layout] = [entry.layout for entry in found]
+    if layouts.count(layouts[0]) == len(layouts) if layouts else False:
+        layouts = layouts[:1]
+    batch = FeatureBatch(device, entries, numbers, layouts, [entry.values for entry in found])
+    sizes = (len(entry.pages) * backend.page_bytes for entry in found)
+    batch._starts = list(accumulate(sizes, initial=0))
+    pages = [page for entry in found for page in entry.pages]
+    if pages:
+        [block] = backend.gather(pages, [(0, backend.page_bytes)])
+        batch._block = block.view(torch.uint8).view(-1)
+    else:
+        batch._block = torch.empty(0, dtype=torch.uint8, device=device)
+    return batch
+
+
+def _gather_columns(pages: Sequence[int], layout: Layout, backend: Backend) -> list[torch.Tensor]:
+    """One contiguous tensor [len(pages), *shape] for each leaf, by one gather each."""
+    full = [(leaf.offset, leaf.nbytes) for leaf in layout.leaves if leaf.nbytes]
+    gathered = iter(backend.gather(pages, full))
+    return [
+        next(gathered).view(leaf.dtype).view(len(pages), *leaf.shape)
+        if leaf.nbytes
+        else torch.empty(len(pages), *leaf.shape, dtype=leaf.dtype, device=backend.device)
+        for leaf in layout.leaves
+    ]
+
+
+def _leaf(row: torch.Tensor, leaf: Leaf) -> torch.Tensor:
+    data = row[leaf.offset : leaf.offset + leaf.nbytes]
+    return data.view(leaf.dtype).view(leaf.shape)
+
+
+def to_device(item: Any, device: torch.device) -> Any:
+    """`item` with every CPU tensor in its dicts, lists and tuples on `device`."""
+    return (
+        item if device.type == "cpu" else tree_map_only(torch.Tensor, partial(_move, device), item)
+    )
+
+
+def first_device(item: Any) -> torch.device | None:
+    """Where the first tensor in `item` is, if there is one."""
+    leaves = tree_leaves(item)
+    return next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
+
+
+def _move(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type == "cpu" and device.type != "mps":
+        # From pinned memory, so that the host need not wait for the device.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

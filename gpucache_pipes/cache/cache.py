@@ -1,0 +1,311 @@
+"""What is cached, what is on its way and what must stay: the store's bookkeeping.
+
+Pure logic over plain values: no lock, no thread, no device. The store calls everything here
+with its lock held.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+from gpucache_pipes.cache.entry import Entry, State
+from gpucache_pipes.cache.ledger import Ledger
+from gpucache_pipes.cache.policies import Policy
+
+LAYOUT_SHIFT = 40
+"""A row is (number of the layout << LAYOUT_SHIFT) + page; see Cache.rows."""
+
+_MOST_LAYOUTS = 1024
+"""Layouts that get a number. Where files have more, each likely has its own, and it is no use."""
+
+_BUNDLE = 64
+"""Requests are reported to the policy in bundles of at most so many batches."""
+
+Grow = Callable[[int, int | None], int]
+"""grow(needed, useful) -> pages added to the arena: at least `needed` or 0, and no more than
+`useful` (None: no limit) beyond that."""
+
+
+class Cache:
+    """Entries, the ledger that counts them, the policy that orders them, and open tickets.
+
+    A pin is not a counter: an entry is pinned while an open ticket names it. So pins cannot
+    leak or go below zero, pinning a batch costs one dict insertion whatever its size, and the
+    set is computed only when something must go.
+
+    Attributes:
+        entries: all known files; `entries[entry.number] is entry`.
+        rows: for each entry, what a batch needs to know in the usual case, as one number:
+            the layout and the page, if it is READY in one page, else -1. So a batch that is
+            all there, and all alike, is told from any other by its least and largest row,
+            without looking at 256 objects.
+        layouts: the layouts by their number.
+    """
+
+    def __init__(self, ledger: Ledger, policy: Policy, grow: Grow) -> None:
+        self.ledger = ledger
+        self.policy = policy
+        self.entries: list[Entry] = []
+        self.rows: list[int] = []
+        self.layouts: list[Any] = []
+        self.evictions = 0
+        self._by_key: dict[str, Entry] = {}
+        self._layout_numbers: dict[Any, int] = {}
+        self._grow = grow
+        # What open tickets name, as numbers of entries.
+        self._tickets: dict[int, Sequence[int]] = {}
+        self._next_ticket = 0
+        # READY entries that go with their last ticket.
+        self._loose: set[Entry] = set()
+        # Accesses that the policy has not been told of.
+        self._unreported: deque[Sequence[int]] = deque()
+
+    def entry(self, key: str) -> Entry:
+        """The entry of a file, made if it is new."""
+        entry = self._by_key.get(key)
+        if entry is None:
+            entry = self._by_key[key] = Entry(key, len(self.entries))
+            self.entries.append(entry)
+            self.rows.append(-1)
+        return entry
+
+    # Tickets
+
+    def open_ticket(self, numbers: Sequence[int], *, report: bool = True) -> int:
+        """Pin these entries (repeats allowed) until close_tickets; `report` it to the policy."""
+        ticket = self._next_ticket
+        self._next_ticket = ticket + 1
+        self._tickets[ticket] = numbers
+        if report and self.ledger.bounded:
+            self._unreported.append(numbers)
+            if len(self._unreported) > _BUNDLE:
+                self.report_accesses()
+        return ticket
+
+    def close_tickets(self, tickets: Iterable[int]) -> None:
+        """Unpin; transient entries that nobody needs any more go. Unknown tickets are ignored."""
+        closed = [self._tickets.pop(ticket, ()) for ticket in tickets]
+        if self._loose:
+            pinned = self.pinned()
+            for number in set(chain.from_iterable(closed)) - pinned:
+                if self.entries[number] in self._loose:
+                    self._drop(self.entries[number])
+
+    def pinned(self) -> set[int]:
+        """The numbers of the entries that open tickets name."""
+        return set().union(*self._tickets.values())
+
+    @property
+    def idle(self) -> bool:
+        """Whether no ticket is open and nothing is being loaded."""
+        return not self._tickets and all(entry.state is not State.LOADING for entry in self.entries)
+
+    @property
+    def transient_items(self) -> int:
+        """READY entries that go with the last ticket that needs them."""
+        return len(self._loose)
+
+    # Loading
+
+    def start_loading(self, entry: Entry) -> None:
+        """ABSENT -> LOADING."""
+        assert entry.state is State.ABSENT
+        entry.state = State.LOADING
+        entry.keep = True
+
+    def place(self, entry: Entry, span: int, nbytes: int, pinned: set[int]) -> bool:
+        """Give pages to a LOADING entry: cached if budget and policy allow, else transient.
+
+        False if nobody needs it and it may not be cached: then it need not be read. Raises
+        MemoryError if it is larger than the whole budget, or if there are no pages to be had.
+        """
+        ledger = self.ledger
+        if ledger.max_bytes is not None and nbytes > ledger.max_bytes:
+            raise MemoryError(
+                f"{entry.key!r} holds {nbytes} bytes, which is more than "
+                f"max_cache_bytes={ledger.max_bytes}; raise the limit or split the feature"
+            )
+        pages = ledger.pages_for(span)
+        cached = entry.keep and self._make_room(
+            entry.key, pages, ledger.charge(span, nbytes), pinned
+        )
+        if not cached and entry.number not in pinned:
+            return False
+        if ledger.free_pages < pages and not self._find_pages(pages, pinned, cached):
+            raise MemoryError(
+                f"no device memory for {entry.key!r}: {pages} pages of {ledger.page_bytes} bytes "
+                f"needed, {ledger.free_pages} of {ledger.pages} free, the device has no more and "
+                "in-flight batches need the rest; lower depth, batch size or max_cache_bytes"
+            )
+        ledger.take(entry, span, nbytes, cached=cached)
+        return True
+
+    def _make_room(self, key: str, pages: int, charge: int, pinned: set[int]) -> bool:
+        """Evict until the budget has room, or evict nothing and return False."""
+        if self.ledger.fits(pages, charge):
+            return True
+        if not self.ledger.could_fit(pages, charge):
+            return False
+        self.report_accesses()
+        going: list[Entry] = []
+        freed_pages = freed = 0
+        for victim in self.policy.victims(key):
+            entry = self._by_key[victim]
+            if not entry.cached:
+                raise RuntimeError(f"policy {self.policy!r} would evict {victim!r}: not cached")
+            if entry.number in pinned:
+                continue
+            going.append(entry)
+            freed_pages += len(entry.pages)
+            freed += entry.charge
+            if self.ledger.fits(pages - freed_pages, charge - freed, 1 - len(going)):
+                break
+        else:
+            return False
+        for entry in going:
+            self.evictions += 1
+            self._drop(entry)
+        return True
+
+    def _find_pages(self, pages: int, pinned: set[int], cached: bool) -> bool:
+        """Have `pages` free ones: from the device, or once that is full, from the cache."""
+        ledger = self.ledger
+        if ledger.ceiling is None:
+            limit = ledger.useful_pages
+            useful = None if limit is None else max(0, limit - ledger.pages)
+            ledger.add_pages(self._grow(pages - ledger.free_pages, useful))
+            if ledger.free_pages >= pages:
+                return True
+        self.report_accesses()
+        for entry in [e for e in self.entries if e.cached and e.state is State.READY]:
+            if ledger.free_pages >= pages:
+                break
+            if entry.number not in pinned:
+                self.evictions += 1
+                self._drop(entry)
+        # In-flight batches need the rest: a cache that took it back would evict for each of them.
+        ledger.ceiling = ledger.cached_pages + (pages if cached else 0)
+        return ledger.free_pages >= pages
+
+    def finish(
+        self, entry: Entry, layout: Any, values: tuple[Any, ...], pinned: set[int]
+    ) -> list[Any]:
+        """LOADING -> READY. Returns the tickets that waited."""
+        assert entry.state is State.LOADING
+        entry.state = State.READY
+        entry.layout = layout
+        entry.values = values
+        if len(entry.pages) == 1:
+            self.rows[entry.number] = self._row(layout, entry.pages[0])
+        if entry.cached:
+            self.report_accesses()
+            self.policy.on_insert(entry.key)
+        else:
+            self._loose.add(entry)
+            if entry.number not in pinned:
+                self._drop(entry)
+        waiters, entry.waiters = entry.waiters, []
+        return waiters
+
+    def _row(self, layout: Any, page: int) -> int:
+        number = self._layout_numbers.get(layout)
+        if number is None:
+            number = len(self.layouts)
+            if number == _MOST_LAYOUTS:
+                return -1
+            self._layout_numbers[layout] = number
+            self.layouts.append(layout)
+        return (number << LAYOUT_SHIFT) + page
+
+    def give_up(self, entry: Entry) -> list[Any]:
+        """LOADING -> ABSENT. Returns the tickets that waited."""
+        assert entry.state is State.LOADING
+        self.ledger.give_back(entry)
+        entry.state = State.ABSENT
+        waiters, entry.waiters = entry.waiters, []
+        return waiters
+
+    # Going
+
+    def release(self, entries: Iterable[Entry]) -> None:
+        """Stop caching these. What in-flight batches need stays until they have it."""
+        self.report_accesses()
+        pinned = self.pinned()
+        for entry in entries:
+            entry.keep = False
+            if entry.cached and entry.state is State.READY and entry.number not in pinned:
+                self._drop(entry)
+            elif entry.cached:
+                if entry.state is State.READY:
+                    self.policy.on_remove(entry.key)
+                    self._loose.add(entry)
+                self.ledger.make_transient(entry)
+
+    def forget_everything(self) -> None:
+        """Forget entries and pages. Only while idle, after everything was released."""
+        self.ledger.forget_pages()
+        self._by_key.clear()
+        self._layout_numbers.clear()
+        # New ones: batches that were handed out go on using the old.
+        self.entries = []
+        self.rows = []
+        self.layouts = []
+
+    def _drop(self, entry: Entry) -> None:
+        """READY -> ABSENT."""
+        assert entry.state is State.READY
+        if entry.cached:
+            self.policy.on_remove(entry.key)
+        self._loose.discard(entry)
+        self.ledger.give_back(entry)
+        entry.state = State.ABSENT
+        entry.layout = None
+        entry.values = ()
+        self.rows[entry.number] = -1
+
+    # The policy's news
+
+    def report_accesses(self) -> None:
+        """Tell the policy of the requests that it has not heard of."""
+        while self._unreported:
+            self.policy.on_access([self.entries[n].key for n in self._unreported.popleft()])
+
+    def begin_epoch(self) -> None:
+        """A new pass over the data begins."""
+        self.report_accesses()
+        self.policy.begin_epoch()
+
+    def foresee(self, owner: object, keys: Sequence[str]) -> None:
+        """`owner` will request these from now on."""
+        self.report_accesses()
+        self.policy.foresee(owner, keys)
+
+    def forget_owner(self, owner: object) -> None:
+        """`owner` will request nothing more."""
+        self.report_accesses()
+        self.policy.forget(owner)
+
+    def check(self) -> None:
+        """Recompute what can be recomputed; raises AssertionError on a difference."""
+        self.ledger.check(self.entries)
+        pinned = self.pinned()
+        for number, entry in enumerate(self.entries):
+            ok = {
+                State.ABSENT: not entry.pages and not entry.cached and entry.layout is None,
+                State.LOADING: entry.layout is None and entry not in self._loose,
+                State.READY: entry.layout is not None
+                and entry.cached != (entry in self._loose)
+                and (entry.cached or entry.number in pinned),
+            }[entry.state]
+            row = -1
+            if entry.state is State.READY and len(entry.pages) == 1:
+                layout = self._layout_numbers.get(entry.layout)
+                row = -1 if layout is None else (layout << LAYOUT_SHIFT) + entry.pages[0]
+            if (
+                not ok
+                or (entry.waiters and entry.state is not State.LOADING)
+                or entry.number != number
+                or self.rows[number] != row
+            ):
+                raise AssertionError(f"cache: inconsistent {entry!r}")

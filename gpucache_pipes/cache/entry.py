@@ -1,0 +1,55 @@
+"""One known file, as the cache sees it."""
+
+import enum
+from typing import Any
+
+
+class State(enum.Enum):
+    """Where the bytes of a file are.
+
+    ABSENT -> LOADING when somebody asks; LOADING -> READY when they have come, or back to
+    ABSENT when they could not; READY -> ABSENT when the pages are given to others.
+    """
+
+    ABSENT = enum.auto()
+    LOADING = enum.auto()
+    READY = enum.auto()
+
+
+class Entry:
+    """A file and what is held of it. Entries stay when their bytes go: they are small.
+
+    Attributes:
+        key: the file.
+        number: its place in the cache's table of entries.
+        state: see State.
+        cached: its pages count against the budget, and stay when no ticket needs them. A READY
+            entry that is not cached is transient: it goes with the last ticket that needs it.
+        keep: while LOADING, whether it may become cached; release() says no.
+        pages: ids of the arena rows that hold its bytes, in order.
+        nbytes: bytes of its tensors, while it has pages.
+        charge: what it counts against the budget in bytes; see Ledger.
+        layout, values: how to read the pages and the plain values; opaque to the cache.
+        waiters: the tickets to tell when LOADING ends.
+    """
+
+    __slots__ = (
+        "cached", "charge", "keep", "key", "layout", "nbytes",
+        "number", "pages", "state", "values", "waiters",
+    )  # fmt: skip
+
+    def __init__(self, key: str, number: int) -> None:
+        self.key = key
+        self.number = number
+        self.state = State.ABSENT
+        self.cached = False
+        self.keep = False
+        self.pages: tuple[int, ...] = ()
+        self.nbytes = 0
+        self.charge = 0
+        self.layout: Any = None
+        self.values: tuple[Any, ...] = ()
+        self.waiters: list[Any] = []
+
+    def __repr__(self) -> str:
+        return f"Entry({self.key!r}, {self.state.name}, pages={self.pages}, cached={self.cached})"

@@ -1,0 +1,156 @@
+"""Who holds which pages. The only place that counts bytes, items and pages."""
+
+from collections.abc import Iterable
+
+from gpucache_pipes.cache.entry import Entry
+
+
+class Ledger:
+    """Counts pages, bytes and items against the budget.
+
+    What always holds (`check` recomputes it):
+
+        free_pages + cached_pages + transient_pages == pages
+        cached_bytes <= charged_bytes <= max_bytes
+        cached_items <= max_items,  cached_pages <= ceiling
+
+    What a feature is charged is the bytes of its tensors and what it leaves unused of its last
+    page, but not the few bytes that align a tensor: so a budget of exactly n features of one
+    size holds n, and pages that fit badly cannot take more memory than the budget.
+
+    Pages are not divided into cached and transient ones in advance: any page serves either
+    purpose, and a feature changes from one to the other without moving. Hence the
+    pages exceed the budget by what in-flight batches needed at most at one time.
+    """
+
+    def __init__(self, max_bytes: int | None, max_items: int | None) -> None:
+        self.max_bytes = max_bytes
+        self.max_items = max_items
+        self.page_bytes = 0
+        self.pages = 0
+        # Set once the device has no more memory to give: pages that cached features may hold.
+        self.ceiling: int | None = None
+        # Pages freed since they were first used, and the first of those never used: a fresh
+        # arena of millions of pages costs nothing to list.
+        self._freed: list[int] = []
+        self._fresh = 0
+        self.cached_pages = 0
+        self.cached_bytes = 0
+        self.charged_bytes = 0
+        self.cached_items = 0
+        self.transient_pages = 0
+
+    @property
+    def useful_pages(self) -> int | None:
+        """About so many pages could be of use to the cache, or None for no limit."""
+        if self.max_bytes is None or not self.page_bytes:
+            return None
+        return -(-self.max_bytes // self.page_bytes)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is any limit, so that something may have to go."""
+        return not (self.max_bytes is self.max_items is self.ceiling is None)
+
+    def pages_for(self, span: int) -> int:
+        """Pages that hold `span` bytes."""
+        return -(-span // self.page_bytes) if span else 0
+
+    def charge(self, span: int, nbytes: int) -> int:
+        """What caching a feature counts against max_bytes."""
+        return nbytes + self.pages_for(span) * self.page_bytes - -(-span // 16) * 16
+
+    def fits(self, pages: int, charge: int, items: int = 1) -> bool:
+        """Whether the budget has room for so much more, beside all that is cached."""
+        return (
+            (self.max_items is None or self.cached_items + items <= self.max_items)
+            and (self.max_bytes is None or self.charged_bytes + charge <= self.max_bytes)
+            and (self.ceiling is None or self.cached_pages + pages <= self.ceiling)
+        )
+
+    def could_fit(self, pages: int, charge: int) -> bool:
+        """Whether the budget would have room for so much if nothing else were cached."""
+        return (self.max_bytes is None or charge <= self.max_bytes) and (
+            self.ceiling is None or pages <= self.ceiling
+        )
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._freed) + self.pages - self._fresh
+
+    def add_pages(self, count: int) -> None:
+        """The arena has grown: pages `pages .. pages + count - 1` exist now, and are free."""
+        self.pages += count
+
+    def take(self, entry: Entry, span: int, nbytes: int, *, cached: bool) -> None:
+        """Give `entry` free pages for `span` bytes. The caller has made sure that they exist."""
+        pages = self.pages_for(span)
+        assert not (entry.pages or entry.cached)
+        assert self.free_pages >= pages
+        cut = max(0, len(self._freed) - pages)
+        reused = self._freed[cut:]
+        del self._freed[cut:]
+        first = self._fresh
+        self._fresh += pages - len(reused)
+        entry.pages = (*reversed(reused), *range(first, self._fresh))
+        entry.nbytes = nbytes
+        entry.charge = self.charge(span, nbytes)
+        entry.cached = cached
+        self._count(entry, +1)
+
+    def give_back(self, entry: Entry) -> None:
+        """Free the pages of `entry`."""
+        self._count(entry, -1)
+        self._freed.extend(reversed(entry.pages))
+        entry.pages = ()
+        entry.nbytes = entry.charge = 0
+        entry.cached = False
+
+    def make_transient(self, entry: Entry) -> None:
+        """Stop counting `entry` against the budget; it keeps its pages."""
+        self._count(entry, -1)
+        entry.cached = False
+        self._count(entry, +1)
+
+    def _count(self, entry: Entry, sign: int) -> None:
+        if entry.cached:
+            self.cached_pages += sign * len(entry.pages)
+            self.cached_bytes += sign * entry.nbytes
+            self.charged_bytes += sign * entry.charge
+            self.cached_items += sign
+        else:
+            self.transient_pages += sign * len(entry.pages)
+
+    def forget_pages(self) -> None:
+        """The arena is gone. Only while no entry holds a page."""
+        assert not (self.cached_pages or self.transient_pages)
+        self._freed.clear()
+        self._fresh = 0
+        self.pages = 0
+        self.page_bytes = 0
+        self.ceiling = None
+
+    def check(self, entries: Iterable[Entry]) -> None:
+        """Recompute every total from `entries` (all that there are) and compare."""
+        held = [e for e in entries if e.pages or e.cached]
+        cached = [e for e in held if e.cached]
+        owned = [page for e in held for page in e.pages]
+        expected = {
+            "cached_pages": sum(len(e.pages) for e in cached),
+            "cached_bytes": sum(e.nbytes for e in cached),
+            "charged_bytes": sum(e.charge for e in cached),
+            "cached_items": len(cached),
+            "transient_pages": sum(len(e.pages) for e in held if not e.cached),
+        }
+        for name, value in expected.items():
+            _require(getattr(self, name) == value, f"{name}: {getattr(self, name)} != {value}")
+        everything = sorted([*owned, *self._freed])
+        _require(everything == list(range(self._fresh)), "a page has two owners or none")
+        _require(self._fresh <= self.pages, "pages are used that do not exist")
+        _require(self.fits(0, 0, items=0), f"over budget: {expected}")
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise AssertionError(f"ledger: {what}")

@@ -1,0 +1,23 @@
+"""Never evict."""
+
+from collections.abc import Iterator
+
+from gpucache_pipes.cache.policies.base import BasePolicy, Key
+
+
+class Keep(BasePolicy):
+    """What came first stays until it is released.
+
+    Over epochs that touch each file once this serves capacity/files of all requests, and no
+    policy can serve more. It never adapts: when the working set moves, it serves nothing.
+    """
+
+    def on_insert(self, key: Key) -> None:
+        """See Policy."""
+
+    def on_remove(self, key: Key) -> None:
+        """See Policy."""
+
+    def victims(self, key: Key) -> Iterator[Key]:
+        """See Policy."""
+        return iter(())

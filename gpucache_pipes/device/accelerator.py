@@ -1,0 +1,227 @@
+"""CUDA, XPU and the like: pinned staging, one copy stream, and the three edges.
+
+    edge          recorded                        waited on by
+    uploaded      copy stream, after the scatter  consumer stream, before the gather
+    read_done     consumer stream, after the      copy stream, before it overwrites
+                  gather                          those pages
+    staging_free  copy stream, after the H2D      the host, before a reader overwrites
+                                                  that staging buffer
+
+Uploads and gathers that the device has not finished are kept in two small logs with the pages
+they touch. Whoever issues the next operation waits for those in the other log that share a
+page with it: one event for each (batch, consumer stream), never one event for each page, so
+that no earlier reader is lost. In a warm epoch the upload log is empty and a gather waits for
+nothing.
+"""
+
+import itertools
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gpucache_pipes.device.arena import Arena
+from gpucache_pipes.device.backend import Column
+from gpucache_pipes.device.runtime import Runtime
+
+_log = logging.getLogger("gpucache_pipes")
+
+_FIRST_SEGMENT = 64 << 20
+"""Bytes of the first segment; each further one doubles what there is."""
+
+_STAGING_BUFFERS = 2
+"""Staging buffers for each reader thread: one is filled while the other is copied."""
+
+
+class AcceleratorBackend:
+    """Pages in the memory of an accelerator with streams.
+
+    Every reader thread has two staging buffers of its own, which grow to the largest upload of
+    that thread: pinned host memory is at most 2 x threads x largest upload, rounded up to
+    powers of two, and nobody waits for a buffer but for the device to be done with it.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.device = runtime.device
+        self.page_bytes = 0
+        self._runtime = runtime
+        self._copy_stream = runtime.new_stream()
+        self._arena: Arena | None = None
+        self._lanes = threading.local()
+        self._serial = itertools.count()
+        # Dicts by serial number and not lists: threads add and remove without a lock, and
+        # removing by key can only remove what was seen to be finished.
+        self._uploads: dict[int, tuple[Any, Sequence[int]]] = {}
+        self._gathers: dict[int, tuple[Any, Sequence[int]]] = {}
+
+    @property
+    def reserved_bytes(self) -> int:
+        """See Backend."""
+        return self._arena.nbytes if self._arena is not None else 0
+
+    def configure(self, page_bytes: int) -> None:
+        """See Backend."""
+        self.page_bytes = page_bytes
+        self._arena = Arena(page_bytes, self.device)
+
+    def grow(self, needed: int, useful: int | None) -> int:
+        """See Backend. Doubles, and asks for less where the device has less."""
+        arena = self._arena
+        assert arena is not None
+        pages = max(needed, arena.pages, _FIRST_SEGMENT // self.page_bytes)
+        if useful is not None:
+            pages = max(needed, min(pages, useful))
+        while True:
+            try:
+                # On the copy stream: the allocator ties memory to the stream it was made on.
+                with self._runtime.on(self._copy_stream):
+                    memory = self._runtime.empty(pages * self.page_bytes)
+                return arena.add_segment(memory)
+            except torch.OutOfMemoryError:
+                if pages == needed:
+                    break
+                pages = max(needed, pages // 2)
+        _log.warning(
+            "%s has no room for %d more bytes; the cache stops growing at %d bytes and evicts "
+            "from now on. Set max_cache_bytes to leave memory for the model",
+            self.device, needed * self.page_bytes, arena.nbytes,
+        )  # fmt: skip
+        return 0
+
+    def upload(self, placements: Sequence[Sequence[int]]) -> "StagedUpload":
+        """See Backend."""
+        lane = getattr(self._lanes, "lane", None)
+        if lane is None:
+            lane = self._lanes.lane = _Lane(self._runtime)
+        pages = [page for placement in placements for page in placement]
+        return StagedUpload(self, lane, placements, pages)
+
+    def submit(self, staging: torch.Tensor, pages: Sequence[int], lane: "_Lane") -> Any:
+        """Copy `staging` up and into `pages`; returns the event behind it. Reader threads."""
+        arena = self._arena
+        assert arena is not None
+        with self._runtime.on(self._copy_stream):
+            self._wait_for(self._gathers, pages, self._copy_stream)  # edge: read_done
+            rows = lane.device_rows(staging.numel())
+            rows.copy_(staging, non_blocking=True)
+            arena.scatter(pages, rows.view(len(pages), self.page_bytes), self._runtime.index)
+            done = self._runtime.new_event()
+            done.record(self._copy_stream)
+        self._uploads[next(self._serial)] = (done, pages)
+        return done
+
+    def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
+        """See Backend."""
+        arena = self._arena
+        assert arena is not None
+        with self._runtime.on_device():
+            stream = self._runtime.current_stream()
+            self._wait_for(self._uploads, pages, stream)  # edge: uploaded
+            results = arena.gather(pages, columns, self._runtime.index)
+            done = self._runtime.new_event()
+            done.record(stream)
+        self._forget_finished(self._gathers)
+        self._gathers[next(self._serial)] = (done, pages)
+        return results
+
+    def _wait_for(
+        self, log: dict[int, tuple[Any, Sequence[int]]], pages: Sequence[int], stream: Any
+    ) -> None:
+        """Make `stream` wait for the unfinished operations of `log` that touch `pages`."""
+        self._forget_finished(log)
+        if log:
+            mine = frozenset(pages)
+            for event, touched in list(log.values()):
+                if not mine.isdisjoint(touched):
+                    stream.wait_event(event)
+
+    @staticmethod
+    def _forget_finished(log: dict[int, tuple[Any, Sequence[int]]]) -> None:
+        for serial, (event, _) in list(log.items()):
+            if event.query():
+                log.pop(serial, None)
+
+    def reset(self) -> None:
+        """See Backend."""
+        # Consumers' gathers run on streams of theirs: their memory may not be reused by others
+        # before they are through.
+        for event, _ in [*self._gathers.values(), *self._uploads.values()]:
+            event.synchronize()
+        self._gathers.clear()
+        self._uploads.clear()
+        self._arena = None
+        self.page_bytes = 0
+
+    def close(self) -> None:
+        """See Backend."""
+        self._copy_stream.synchronize()
+        self.reset()
+        self._lanes = threading.local()
+
+
+class _Lane:
+    """The staging buffers of one reader thread, and its landing place on the device."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._slots: list[tuple[torch.Tensor | None, Any]] = [(None, None)] * _STAGING_BUFFERS
+        self._turn = 0
+        self._rows: torch.Tensor | None = None
+
+    def staging(self, nbytes: int) -> torch.Tensor:
+        """Pinned memory that the device no longer reads. Waits for it."""
+        self._turn = (self._turn + 1) % _STAGING_BUFFERS
+        buffer, free = self._slots[self._turn]
+        if free is not None:
+            free.synchronize()  # edge: staging_free
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = self._runtime.pinned(_power_of_two(nbytes))
+        self._slots[self._turn] = (buffer, None)
+        return buffer[:nbytes]
+
+    def busy_until(self, event: Any) -> None:
+        """The buffer handed out last is being read by the device until `event`."""
+        self._slots[self._turn] = (self._slots[self._turn][0], event)
+
+    def device_rows(self, nbytes: int) -> torch.Tensor:
+        """Device memory for one upload; the copy stream orders its uses. On that stream."""
+        if self._rows is None or self._rows.numel() < nbytes:
+            self._rows = None
+            self._rows = self._runtime.empty(_power_of_two(nbytes))
+        return self._rows[:nbytes]
+
+
+class StagedUpload:
+    """See Upload. The buffers lie one behind the other in staging, page by page."""
+
+    def __init__(
+        self,
+        backend: AcceleratorBackend,
+        lane: _Lane,
+        placements: Sequence[Sequence[int]],
+        pages: Sequence[int],
+    ) -> None:
+        self._backend = backend
+        self._lane = lane
+        self._pages = pages
+        self._starts = list(itertools.accumulate(map(len, placements), initial=0))
+        self._staging = lane.staging(len(pages) * backend.page_bytes)
+        self._bytes = backend._runtime.bytes_of(self._staging)
+
+    def buffers(self, number: int) -> list[memoryview]:
+        """See Upload."""
+        size = self._backend.page_bytes
+        return [self._bytes[self._starts[number] * size : self._starts[number + 1] * size]]
+
+    def finish(self) -> None:
+        """See Upload."""
+        if self._pages:
+            done = self._backend.submit(self._staging, self._pages, self._lane)
+            self._lane.busy_until(done)
+
+
+def _power_of_two(nbytes: int) -> int:
+    """The pinned allocator rounds up to powers of two; so the rounding is of use."""
+    return 1 << max(12, (nbytes - 1).bit_length())

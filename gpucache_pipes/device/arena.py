@@ -1,0 +1,111 @@
+"""Pages: rows of device memory, in segments."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+import torch
+
+from gpucache_pipes.device.backend import Column
+
+_WORDS = (
+    (16, torch.complex128),
+    (8, torch.int64),
+    (4, torch.int32),
+    (2, torch.int16),
+    (1, torch.uint8),
+)
+"""Element types to move bytes with. Copying is by element, so wide ones are much faster."""
+
+Index = Callable[[Sequence[int]], torch.Tensor]
+"""Makes an int64 index on the device of numbers on the host."""
+
+
+class Arena:
+    """Rows of `page_bytes`, numbered through over the segments that hold them."""
+
+    def __init__(self, page_bytes: int, device: torch.device) -> None:
+        self.page_bytes = page_bytes
+        self.pages = 0
+        self._segments: list[torch.Tensor] = []
+        self._starts: list[int] = []
+        self._views: dict[tuple[int, int, int], torch.Tensor] = {}
+        # MPS has no complex128.
+        self._words = _WORDS[1:] if device.type == "mps" else _WORDS
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all segments."""
+        return self.pages * self.page_bytes
+
+    def add_segment(self, memory: torch.Tensor) -> int:
+        """Use `memory` (uint8, 1-D, aligned to 16 bytes) for more pages; returns how many."""
+        rows = memory.numel() // self.page_bytes
+        self._segments.append(memory[: rows * self.page_bytes].view(rows, self.page_bytes))
+        self._starts.append(self.pages)
+        self.pages += rows
+        return rows
+
+    def gather(
+        self, pages: Sequence[int], columns: Sequence[Column], index: Index
+    ) -> list[torch.Tensor]:
+        """One tensor for each column, row i from `pages[i]`."""
+        groups = self._by_segment(pages)
+        if len(groups) == 1:
+            segment, rows, _ = groups[0]
+            at = index(rows)
+            return [self._view(segment, column).index_select(0, at) for column in columns]
+        parts = [(segment, index(rows), index(places)) for segment, rows, places in groups]
+        results = []
+        for column in columns:
+            sample = self._view(0, column)
+            out = sample.new_empty((len(pages), sample.shape[1]))
+            for segment, at, to in parts:
+                out.index_copy_(0, to, self._view(segment, column).index_select(0, at))
+            results.append(out)
+        return results
+
+    def scatter(self, pages: Sequence[int], rows: torch.Tensor, index: Index) -> None:
+        """Write `rows` (uint8 [len(pages), page_bytes]) into pages."""
+        column = (0, self.page_bytes)
+        words = rows.view(self._word(column))
+        for segment, at, places in self._by_segment(pages):
+            # Pages that lie in a row need no index at all: the usual case of a first epoch.
+            view = self._view(segment, column)
+            source = words if len(at) == len(pages) else words.index_select(0, index(places))
+            if at[-1] - at[0] == len(at) - 1 and list(at) == list(range(at[0], at[-1] + 1)):
+                view[at[0] : at[-1] + 1].copy_(source)
+            else:
+                view.index_copy_(0, index(at), source)
+
+    def _by_segment(self, pages: Sequence[int]) -> list[tuple[int, Sequence[int], Sequence[int]]]:
+        """(segment, rows in it, their places in `pages`), one for each segment concerned."""
+        if len(self._starts) == 1:
+            return [(0, pages, ())]
+        rows: dict[int, tuple[list[int], list[int]]] = {}
+        for place, page in enumerate(pages):
+            segment = bisect_right(self._starts, page) - 1
+            at, places = rows.setdefault(segment, ([], []))
+            at.append(page - self._starts[segment])
+            places.append(place)
+        return [(segment, at, places) for segment, (at, places) in rows.items()]
+
+    def _word(self, column: Column) -> torch.dtype:
+        return next(dtype for size, dtype in self._words if column[1] % size == 0)
+
+    def _view(self, segment: int, column: Column) -> torch.Tensor:
+        """The column of a segment, [rows, words]. Remembered: making one costs microseconds."""
+        key = (segment, *column)
+        view = self._views.get(key)
+        if view is None:
+            if len(self._views) > _MAX_VIEWS:
+                self._views.clear()
+            dtype = self._word(column)
+            offset, nbytes = column
+            start = offset // dtype.itemsize
+            view = self._segments[segment].view(dtype)[:, start : start + nbytes // dtype.itemsize]
+            self._views[key] = view
+        return view
+
+
+_MAX_VIEWS = 4096
+"""More than any uniform data set needs; a bound for those where each file has its own layout."""

@@ -1,0 +1,147 @@
+"""The CPU: files are read straight into their pages, and everything happens at once."""
+
+import contextlib
+import logging
+import mmap
+import sys
+from array import array
+from collections.abc import Sequence
+
+import torch
+
+from gpucache_pipes.device.arena import Arena
+from gpucache_pipes.device.backend import Column
+from gpucache_pipes.device.memory import available_host_bytes
+
+_log = logging.getLogger("gpucache_pipes")
+
+_SHARE = 0.9
+"""Part of the memory that is available at the first upload which a store may come to use."""
+
+_FIRST_PAGES = 1 << 20
+"""Bytes opened at first; then what there is doubles."""
+
+
+class HostBackend:
+    """Pages in host memory.
+
+    The address range for all pages there can ever be is mapped at once, and the kernel adds
+    memory as pages are written: so there is one segment, which needs no copy to grow, and a
+    gather is one index_select for each column.
+    """
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.page_bytes = 0
+        self._arena: Arena | None = None
+        self._memory = memoryview(b"")
+        self._opened = 0
+
+    @property
+    def reserved_bytes(self) -> int:
+        """See Backend."""
+        return self._opened * self.page_bytes
+
+    def configure(self, page_bytes: int) -> None:
+        """See Backend."""
+        self.page_bytes = page_bytes
+
+    def grow(self, needed: int, useful: int | None) -> int:
+        """See Backend."""
+        if self._arena is None:
+            self._arena = self._map_everything(needed)
+        pages = max(needed, self._opened, _FIRST_PAGES // self.page_bytes)
+        if useful is not None:
+            pages = max(needed, min(pages, useful))
+        pages = min(pages, self._arena.pages - self._opened)
+        if pages < needed:
+            _log.warning(
+                "there is no host memory for %d more bytes; the cache stops growing at %d bytes "
+                "and evicts from now on",
+                needed * self.page_bytes, self.reserved_bytes,
+            )  # fmt: skip
+            return 0
+        self._opened += pages
+        return pages
+
+    def _map_everything(self, needed: int) -> Arena:
+        arena = Arena(self.page_bytes, self.device)
+        pages = int(available_host_bytes() * _SHARE) // self.page_bytes
+        while pages >= needed:
+            try:
+                region = _map(pages * self.page_bytes)
+            except OSError:
+                # The system counts address space as memory. Ask for less.
+                pages //= 2
+                continue
+            self._memory = memoryview(region)
+            arena.add_segment(torch.frombuffer(region, dtype=torch.uint8))
+            break
+        return arena
+
+    def upload(self, placements: Sequence[Sequence[int]]) -> "HostUpload":
+        """See Backend."""
+        return HostUpload(self._memory, self.page_bytes, placements)
+
+    def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
+        """See Backend."""
+        assert self._arena is not None
+        return self._arena.gather(pages, columns, _index)
+
+    def reset(self) -> None:
+        """See Backend."""
+        # Whoever still reads or writes holds the mapping; it goes with the last of them.
+        self._arena = None
+        self._memory = memoryview(b"")
+        self._opened = 0
+        self.page_bytes = 0
+
+    def close(self) -> None:
+        """See Backend."""
+        self.reset()
+
+
+class HostUpload:
+    """See Upload. The buffers are the pages themselves; neighbours are one buffer."""
+
+    def __init__(
+        self, memory: memoryview, page_bytes: int, placements: Sequence[Sequence[int]]
+    ) -> None:
+        self._memory = memory
+        self._page_bytes = page_bytes
+        self._placements = placements
+
+    def buffers(self, number: int) -> list[memoryview]:
+        """See Upload."""
+        runs: list[list[int]] = []
+        for page in self._placements[number]:
+            if runs and runs[-1][1] == page:
+                runs[-1][1] = page + 1
+            else:
+                runs.append([page, page + 1])
+        size = self._page_bytes
+        return [self._memory[first * size : end * size] for first, end in runs]
+
+    def finish(self) -> None:
+        """See Upload."""
+
+
+def _index(numbers: Sequence[int]) -> torch.Tensor:
+    # Half the time of torch.tensor(list).
+    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
+
+
+def _map(nbytes: int) -> mmap.mmap:
+    """Zeroed memory that takes no room before it is written to. Raises OSError if refused."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if sys.platform == "linux":
+        # The module names it from Python 3.13 on.
+        flags |= getattr(mmap, "MAP_NORESERVE", 0x4000)
+    region = mmap.mmap(-1, nbytes, flags=flags)
+    # Large kernel pages spare a gather most TLB misses; worker processes need no copy of the
+    # page tables, since a store does not work after a fork anyway.
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, advice):
+            with contextlib.suppress(OSError):
+                region.madvise(getattr(mmap, advice))
+    return region

@@ -1,0 +1,35 @@
+"""What a consumer sees when a file cannot become a feature."""
+
+import os
+
+
+class FeatureLoadError(RuntimeError):
+    """One file could not be loaded; the store goes on and the next request tries again.
+
+    Attributes:
+        path: the file.
+        __cause__: what the reader or `load_fn` raised.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot load {self.path!r}: {self.reason}"
+
+
+def load_error(path: str, cause: BaseException) -> Exception:
+    """The exception to raise `from cause` at the batch that needed `path`.
+
+    A missing file stays a FileNotFoundError and a lack of memory a MemoryError, so that
+    `except` clauses written for plain `torch.load` keep working. A new one is made for each
+    consumer: two threads must not share one traceback.
+    """
+    if isinstance(cause, FileNotFoundError):
+        return FileNotFoundError(cause.errno, cause.strerror or "No such file", path)
+    if isinstance(cause, MemoryError):
+        text = str(cause)
+        return MemoryError(text if path in text else f"cannot load {os.fspath(path)!r}: {text}")
+    return FeatureLoadError(path, f"{type(cause).__name__}: {cause}")

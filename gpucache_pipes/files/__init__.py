@@ -1,0 +1,24 @@
+"""Files: their keys, their formats, and the threads that read them."""
+
+from gpucache_pipes.files.layout import Branch, Layout, Leaf, Tree, build, flatten, leaf_names, own
+from gpucache_pipes.files.paths import PathLike, PathTable
+from gpucache_pipes.files.pool import ReaderPool
+from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature, opener
+
+__all__ = [
+    "Branch",
+    "Layout",
+    "Leaf",
+    "LoadedFeature",
+    "OpenFeature",
+    "Opener",
+    "PathLike",
+    "PathTable",
+    "ReaderPool",
+    "Tree",
+    "build",
+    "flatten",
+    "leaf_names",
+    "opener",
+    "own",
+]

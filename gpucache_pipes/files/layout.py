@@ -1,0 +1,188 @@
+"""How a feature lies in bytes: its tree, and for each leaf dtype, shape and offset."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+
+ALIGNMENT = 16
+"""Leaves start at multiples of this, so that rows can move in 16-byte words on any device."""
+
+
+class Leaf(NamedTuple):
+    """One tensor of a feature: `nbytes` bytes at `offset`, contiguous."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Branch(NamedTuple):
+    """A container of the tree.
+
+    A child is a Branch, or an int: n >= 0 is leaf n, n < 0 is plain value ~n. `marks` tells
+    keys apart that compare equal (1, 1.0 and True), so that equal Branches are the same tree.
+    """
+
+    kind: type
+    keys: tuple[Hashable, ...] | None
+    marks: tuple[Any, ...]
+    children: tuple["Tree", ...]
+
+
+Tree = Branch | int
+
+
+class Layout:
+    """The shape of a feature, without its bytes. Equal layouts are one object (`Layout.of`).
+
+    Attributes:
+        tree: where leaves and plain values stand.
+        leaves: the tensors, in the order of the tree.
+        nbytes: bytes of all leaves; this is what a budget counts.
+        span: bytes from the first to the last leaf, alignment gaps included; what pages hold.
+        plain: number of plain values.
+    """
+
+    __slots__ = ("__weakref__", "leaves", "nbytes", "plain", "span", "tree")
+
+    tree: Tree
+    leaves: tuple[Leaf, ...]
+    nbytes: int
+    span: int
+    plain: int
+
+    @classmethod
+    def of(cls, tree: Tree, tensors: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> "Layout":
+        """The one layout with this tree and, leaf by leaf, these dtypes and shapes."""
+        key = (tree, tuple(tensors))
+        known = _known.get(key)
+        if known is not None:
+            return known
+        layout = cls()
+        leaves = []
+        end = 0
+        for dtype, shape in tensors:
+            offset = -(-end // ALIGNMENT) * ALIGNMENT
+            nbytes = dtype.itemsize
+            for size in shape:
+                nbytes *= size
+            leaves.append(Leaf(dtype, shape, offset, nbytes))
+            end = offset + nbytes
+        layout.tree = tree
+        layout.leaves = tuple(leaves)
+        layout.nbytes = sum(leaf.nbytes for leaf in leaves)
+        layout.span = end
+        layout.plain = _count_plain(tree)
+        # setdefault decides between two threads that meet a layout at the same moment.
+        return _known.setdefault(key, layout)
+
+
+_known: "WeakValueDictionary[Any, Layout]" = WeakValueDictionary()
+
+
+def _count_plain(tree: Tree) -> int:
+    return int(tree < 0) if isinstance(tree, int) else sum(map(_count_plain, tree.children))
+
+
+def flatten(feature: Any) -> tuple[Tree, list[torch.Tensor], list[Any]]:
+    """The tree of a feature, its tensors, and its plain values, each in the order of the tree.
+
+    dict, OrderedDict, list, tuple and NamedTuple are containers. Everything else is a plain
+    value. Raises TypeError, naming the place, for a tensor that has no dense bytes (sparse,
+    quantized, nested, meta), for a tensor subclass, and for other kinds of containers.
+    """
+    tensors: list[torch.Tensor] = []
+    values: list[Any] = []
+
+    def visit(item: Any, place: str) -> Tree:
+        kind = type(item)
+        if isinstance(item, torch.Tensor):
+            _require_dense(item, place)
+            tensors.append(item)
+            return len(tensors) - 1
+        if kind is dict or kind is OrderedDict:
+            keys = tuple(item)
+            return Branch(
+                kind,
+                keys,
+                tuple(None if type(key) is str else (type(key), repr(key)) for key in keys),
+                tuple(visit(value, f"{place}[{key!r}]") for key, value in item.items()),
+            )
+        if kind is list or kind is tuple or (isinstance(item, tuple) and hasattr(kind, "_fields")):
+            return Branch(
+                kind, None, (), tuple(visit(v, f"{place}[{i}]") for i, v in enumerate(item))
+            )
+        holder = isinstance(item, (dict, list, tuple)) and kind is not torch.Size
+        if holder or (kind in (set, frozenset) and any(isinstance(i, torch.Tensor) for i in item)):
+            raise TypeError(
+                f"{_at(place)} is a {kind.__qualname__}; features are made of dict, OrderedDict, "
+                "list, tuple and NamedTuple. Convert it with load_fn"
+            )
+        values.append(own(item))
+        return ~(len(values) - 1)
+
+    return visit(feature, ""), tensors, values
+
+
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size))
+
+
+def own(value: Any) -> Any:
+    """A plain value that shares nothing with `value` that anybody could change."""
+    return value if type(value) in _ATOMS else copy.deepcopy(value)
+
+
+def _at(place: str) -> str:
+    return f"feature{place}" if place else "the feature"
+
+
+def _require_dense(tensor: torch.Tensor, place: str) -> None:
+    problem = None
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        problem = f"a {type(tensor).__qualname__}"
+    elif tensor.layout is not torch.strided or tensor.is_nested:
+        problem = f"a tensor of layout {tensor.layout}"
+    elif tensor.is_quantized:
+        problem = "a quantized tensor"
+    elif tensor.is_meta:
+        problem = "a meta tensor, which holds no data"
+    if problem:
+        raise TypeError(
+            f"{_at(place)} is {problem}; a cache holds plain dense tensors. "
+            "Convert it with load_fn (to_dense(), dequantize(), as_subclass(torch.Tensor))"
+        )
+
+
+def build(tree: Tree, leaf: Callable[[int], Any], value: Callable[[int], Any]) -> Any:
+    """The feature that `tree` describes, with `leaf(n)` and `value(n)` in its places."""
+    if isinstance(tree, int):
+        return leaf(tree) if tree >= 0 else value(~tree)
+    kind, keys, _, children = tree
+    parts = [build(child, leaf, value) for child in children]
+    if keys is not None:
+        return kind(zip(keys, parts, strict=True))
+    if kind is list:
+        return parts
+    return tuple(parts) if kind is tuple else kind(*parts)
+
+
+def leaf_names(tree: Tree) -> list[str]:
+    """What to call each leaf in messages, in order: `['feature']`, `['a'][0]`."""
+    names: list[str] = []
+
+    def visit(node: Tree, place: str) -> None:
+        if isinstance(node, int):
+            if node >= 0:
+                names.append(place or "the feature")
+        else:
+            labels = node.keys if node.keys is not None else range(len(node.children))
+            for label, child in zip(labels, node.children, strict=True):
+                visit(child, f"{place}[{label!r}]")
+
+    visit(tree, "")
+    return names

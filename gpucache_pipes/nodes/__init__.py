@@ -1,0 +1,7 @@
+"""Nodes of a torchdata pipeline: PathLister -> GPUPrefetcher -> GPUCollator."""
+
+from gpucache_pipes.nodes.collator import GPUCollator
+from gpucache_pipes.nodes.path_lister import PathLister
+from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
+
+__all__ = ["GPUCollator", "GPUPrefetcher", "PathLister"]

@@ -1,0 +1,106 @@
+"""GPUCollator: features in, tensors [B, ...] out."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+from torchdata.nodes import BaseNode, IterableWrapper
+
+from gpucache_pipes.batch import FeatureBatch, first_device, to_device
+from gpucache_pipes.nodes.prefetcher import GPUPrefetcher, upstream
+from gpucache_pipes.units import positive_int
+
+
+class GPUCollator(BaseNode[Any]):
+    """Makes a batch of each FeatureBatch, or of every `batch_size` features.
+
+    Without collate_fn the batch is what `torch.utils.data.default_collate` gives, on the
+    device: tensors [B, *shape], contiguous; numbers become device tensors [B]; strings stay
+    lists. In a tuple (FeatureBatch, element), as a GPUPrefetcher with path_fn gives it, the
+    FeatureBatch is collated and the rest left as it is.
+
+    Args:
+        source: a node or iterable of FeatureBatches, of sequences of features, or, with
+            batch_size, of single features.
+        collate_fn: list of features -> batch.
+        batch_size: collate so many single features. Behind a GPUPrefetcher they are still
+            gathered at once.
+        drop_last: leave out a last batch that is smaller than batch_size.
+
+    Raises:
+        RuntimeError: in `next()`, if shapes differ; names the leaf, the shapes and the files.
+    """
+
+    def __init__(
+        self,
+        source: BaseNode[Any] | Iterable[Any],
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        batch_size: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size is not None:
+            positive_int("batch_size", batch_size)
+        elif drop_last:
+            raise ValueError("drop_last=True needs a batch_size")
+        self.source = source if isinstance(source, BaseNode) else IterableWrapper(source)
+        self.collate_fn = collate_fn
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        """See BaseNode."""
+        super().reset(initial_state)
+        self.source.reset(None if initial_state is None else initial_state["source"])
+
+    def get_state(self) -> dict[str, Any]:
+        """See BaseNode."""
+        return {"source": self.source.state_dict()}
+
+    def next(self) -> Any:
+        """See BaseNode."""
+        if self.batch_size is None:
+            return self._collate(next(self.source))
+        features = self._take(self.batch_size)
+        if not features or (self.drop_last and len(features) < self.batch_size):
+            raise StopIteration
+        return self._collate(features)
+
+    def _take(self, count: int) -> Sequence[Any]:
+        source = self.source
+        if isinstance(source, GPUPrefetcher) and source.path_fn is None:
+            return source.take(count) or []
+        features: list[Any] = []
+        for feature in source:
+            if isinstance(feature, FeatureBatch):
+                raise TypeError("the source yields batches already: leave batch_size away")
+            features.append(feature)
+            if len(features) == count:
+                break
+        return features
+
+    def _collate(self, element: Any) -> Any:
+        if isinstance(element, FeatureBatch):
+            return element.collate() if self.collate_fn is None else self.collate_fn(list(element))
+        if isinstance(element, tuple) and any(isinstance(part, FeatureBatch) for part in element):
+            return tuple(
+                self._collate(part) if isinstance(part, FeatureBatch) else part for part in element
+            )
+        if not isinstance(element, Sequence) or isinstance(element, (str, bytes, os.PathLike)):
+            raise TypeError(
+                f"a GPUCollator collates sequences of features, not {type(element).__name__}; "
+                "with batch_size it makes batches of single features itself"
+            )
+        if self.collate_fn is not None:
+            return self.collate_fn(list(element))
+        return to_device(default_collate(list(element)), self._device(element))
+
+    def _device(self, features: Any) -> torch.device:
+        """Where the store upstream keeps features; if there is none, where these are."""
+        for node in upstream(self.source):
+            if isinstance(node, GPUPrefetcher):
+                return node.store.device
+        return first_device(features) or torch.device("cpu")

@@ -1,0 +1,237 @@
+"""PathLister: the order of an epoch."""
+
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torchdata.nodes import BaseNode
+
+from gpucache_pipes.nodes.listing import list_files
+from gpucache_pipes.nodes.stream import PathStream
+from gpucache_pipes.units import positive_int
+
+Source = str | os.PathLike[str] | Iterable[Any]
+
+
+class PathLister(BaseNode[Any]):
+    """Yields the paths of feature files, one by one or in batches.
+
+        PathLister("features/", batch_size=256, shuffle=True, seed=0)
+
+    Args:
+        source: a directory, a glob such as "data/**/*.pt", or a sequence of paths: then it is
+            listed once, here. Or any other iterable, IterDataPipe or node that yields paths:
+            then it is read through once in each epoch.
+        pattern: which names in a directory are features.
+        recursive: look into subdirectories too.
+        batch_size: yield lists of so many paths; None yields paths.
+        drop_last: leave out a last batch that is smaller.
+        shuffle: a new order in each epoch, from (seed, epoch): the one that
+            torch.utils.data.DistributedSampler has for one replica.
+        seed: any whole number.
+        sampler: yields the positions to take from the sorted files in each epoch, or lists of
+            positions, each a batch. What it draws from torch's random numbers is determined by
+            (seed, epoch); `sampler.set_epoch(epoch)` is called where it exists.
+
+    Raises:
+        FileNotFoundError: no files; names directory and pattern.
+        ValueError: arguments that contradict each other.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        pattern: str = "*.pt",
+        recursive: bool = False,
+        batch_size: int | None = None,
+        drop_last: bool = False,
+        shuffle: bool = False,
+        seed: int = 0,
+        sampler: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size is not None:
+            positive_int("batch_size", batch_size)
+        elif drop_last:
+            raise ValueError("drop_last=True needs a batch_size")
+        if shuffle and sampler is not None:
+            raise ValueError("shuffle=True and a sampler both set the order; give one of them")
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.shuffle = shuffle
+        self.seed = seed
+        self.sampler = sampler
+        # A generator of the sampler's own: its seed stays part of the order, and is remembered
+        # because seeding it for an epoch changes what it says of itself.
+        inner = getattr(sampler, "sampler", sampler)  # of a BatchSampler
+        self._generator: torch.Generator | None = getattr(inner, "generator", None)
+        self._generator_seed = self._generator.initial_seed() if self._generator else 0
+        self._names_from = ""
+        self._stream: PathStream | None = None
+        self._paths: Sequence[str] = ()
+        if isinstance(source, (str, os.PathLike)):
+            root = os.fspath(source)
+            self._names_from = root if os.path.isdir(root) else ""
+            self._paths = list_files(root, pattern, recursive)
+        elif isinstance(source, Sequence):
+            self._paths = [os.fspath(path) for path in source]
+            if not self._paths:
+                raise FileNotFoundError("the sequence of paths is empty")
+        elif shuffle or sampler is not None:
+            raise ValueError(
+                "an order can only be drawn over a known list: give a directory, a glob or a "
+                f"sequence of paths, or shuffle inside the {type(source).__name__}"
+            )
+        else:
+            self._stream = PathStream(source)
+        self._fingerprint: int | None = None
+        # The epoch under way, its order, how many paths of it have gone out, and for a batch
+        # sampler the same in elements.
+        self._epoch = 0
+        self._next_epoch: int | None = None
+        self._position = 0
+        self._order: Sequence[Any] = ()
+        # The order of a later epoch that was drawn ahead: samplers are asked once for each.
+        self._drawn: tuple[int, Sequence[Any]] | None = None
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """All files, sorted. Raises TypeError if the source is a stream."""
+        if self._stream is not None:
+            raise TypeError("the paths of a stream are not known in advance")
+        return self._paths
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next reset begin this epoch; without it each reset begins the next one."""
+        self._next_epoch = epoch
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        """See BaseNode: begins the next epoch, or goes on where a state was taken."""
+        super().reset(initial_state)
+        if initial_state is not None:
+            self._require_same_files(initial_state)
+            self._epoch = initial_state["epoch"]
+            self._position = initial_state["position"]
+            self._next_epoch = None
+        else:
+            if self._next_epoch is not None:
+                self._epoch, self._next_epoch = self._next_epoch, None
+            elif self._position > 0:
+                self._epoch += 1
+            self._position = 0
+        if self._stream is not None:
+            self._stream.start((initial_state or {}).get("source"))
+        else:
+            self._order = self._draw(self._epoch)
+
+    def next(self) -> Any:
+        """See BaseNode."""
+        count = self.batch_size or 1
+        if self._stream is not None:
+            batch: list[Any] = self._stream.take(count)
+        else:
+            batch = self._pick(self._order[self._position : self._position + count])
+        self._position += len(batch)
+        if not batch or (self.drop_last and len(batch) < count):
+            raise StopIteration
+        return batch[0] if self.batch_size is None else batch
+
+    def _pick(self, order: Sequence[Any]) -> list[Any]:
+        """The paths at these positions, or the batches of paths that a batch sampler means."""
+        path = self._paths.__getitem__
+        if not order or isinstance(order[0], int):
+            return list(map(path, order))
+        if self.batch_size is not None:
+            raise ValueError("the sampler yields batches already: leave batch_size away")
+        return [list(map(path, batch)) for batch in order]
+
+    def get_state(self) -> dict[str, Any]:
+        """See BaseNode: a few numbers, however many files there are."""
+        state: dict[str, Any] = {"epoch": self._epoch, "position": self._position}
+        if self._stream is not None:
+            state["source"] = self._stream.state()
+        else:
+            state["files"] = len(self._paths)
+            state["fingerprint"] = self._fingerprint_of_order()
+        return state
+
+    def upcoming(self) -> Iterator[str]:
+        """The paths still to come in this epoch, and all of the next one's, in order.
+
+        Empty where the order is not known: for a stream.
+        """
+        if self._stream is None:
+            following = self._epoch + 1 if self._next_epoch is None else self._next_epoch
+            yield from self._flat(self._order[self._position :])
+            yield from self._flat(self._draw(following, ahead=True))
+
+    def _flat(self, order: Sequence[Any]) -> Iterator[str]:
+        for index in order:
+            if isinstance(index, int):
+                yield self._paths[index]
+            else:
+                yield from (self._paths[i] for i in index)
+
+    def __len__(self) -> int:
+        """Elements in an epoch. Raises TypeError if the source is a stream."""
+        count = len(self.paths) if self.sampler is None else len(self.sampler)  # type: ignore[arg-type]
+        if self.batch_size is None:
+            return count
+        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+
+    def _draw(self, epoch: int, ahead: bool = False) -> Sequence[Any]:
+        """The order of an epoch: positions in the list of files, or lists of them."""
+        if self._drawn is not None and self._drawn[0] == epoch:
+            order = self._drawn[1]
+        elif self.shuffle:
+            random = torch.Generator().manual_seed(self.seed + epoch)
+            order = torch.randperm(len(self._paths), generator=random).tolist()
+        elif self.sampler is not None:
+            order = self._ask_sampler(self.sampler, epoch)
+        else:
+            return range(len(self._paths))
+        self._drawn = (epoch, order) if ahead else None
+        return order
+
+    def _ask_sampler(self, sampler: Iterable[Any], epoch: int) -> list[Any]:
+        set_epoch = getattr(sampler, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + epoch)
+            if self._generator is not None:
+                self._generator.manual_seed((self._generator_seed + self.seed + epoch) % 2**63)
+            return [
+                [int(i) for i in index] if isinstance(index, (list, tuple)) else int(index)
+                for index in sampler
+            ]
+
+    def _fingerprint_of_order(self) -> int:
+        if self._fingerprint is None:
+            # Names relative to the directory: the same files may lie elsewhere on resume.
+            root = self._names_from
+            names = (
+                [os.path.relpath(path, root) for path in self._paths]
+                if root
+                else [os.path.basename(path) for path in self._paths]
+            )
+            text = "\0".join([repr((self.shuffle, self.seed)), *names])
+            self._fingerprint = zlib.crc32(text.encode("utf-8", "surrogateescape"))
+        return self._fingerprint
+
+    def _require_same_files(self, state: dict[str, Any]) -> None:
+        if self._stream is not None or "fingerprint" not in state:
+            return
+        if state["files"] != len(self._paths):
+            raise ValueError(
+                f"this state was taken over {state['files']} files, but there are "
+                f"{len(self._paths)} now; resume with the same files, or begin a new epoch"
+            )
+        if state["fingerprint"] != self._fingerprint_of_order():
+            raise ValueError(
+                "this state was taken over files of other names, or with another shuffle or "
+                "seed; resume with the same, or begin a new epoch"
+            )

@@ -1,0 +1,222 @@
+"""GPUPrefetcher: paths in, features on the device out, a few elements ahead."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torchdata.nodes import BaseNode, IterableWrapper
+
+from gpucache_pipes.batch import FeatureBatch
+from gpucache_pipes.store import GPUFeatureStore
+from gpucache_pipes.ticket import Ticket
+from gpucache_pipes.units import positive_int
+
+
+class _Ahead:
+    """An element that was drawn from the source and is not consumed yet."""
+
+    __slots__ = ("element", "error", "paths", "single", "state", "ticket")
+
+    def __init__(self, element: Any) -> None:
+        self.element = element
+        self.paths: Sequence[Any] = ()
+        self.single = False
+        self.ticket: Ticket | None = None
+        # What drawing or requesting it raised; the consumer gets it in its turn.
+        self.error: Exception | None = None
+        # The source's state behind it, None if the source failed to give the element.
+        self.state: dict[str, Any] | None = None
+
+
+class GPUPrefetcher(BaseNode[Any]):
+    """Keeps the files of the next `depth` elements on their way to the device.
+
+    Elements of source and what becomes of them, in the same order:
+
+    - a path: the feature;
+    - a sequence of paths: a FeatureBatch, a sequence of features that was gathered at once;
+    - anything else, with path_fn: join_fn(features, element), where features is one of the
+      above for `path_fn(element)`; without join_fn the tuple of both.
+
+    The gather is issued in `next()`, on the stream that is current in the thread that calls it:
+    that must be the one that uses the result. So put nothing with a thread of its own
+    (torchdata's Prefetcher, ParallelMapper) behind this node where streams other than the
+    default one are used; in front of it they are welcome.
+
+    The state is that of the source behind the last element that was consumed: resuming after k
+    elements gives elements k + 1, k + 2, ...
+
+    Args:
+        source: a node, or an iterable that is read through once in each epoch.
+        store: where features are kept; may be shared by several pipelines.
+        depth: elements ahead of the consumer, at least 1.
+        path_fn: element -> path or sequence of paths.
+        join_fn: (features, element) -> what to yield.
+
+    Raises:
+        FeatureLoadError: in `next()`, at the element that needed the file. The node goes on
+            with the following element.
+    """
+
+    def __init__(
+        self,
+        source: BaseNode[Any] | Iterable[Any],
+        store: GPUFeatureStore,
+        *,
+        depth: int = 2,
+        path_fn: Callable[[Any], Any] | None = None,
+        join_fn: Callable[[Any, Any], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if join_fn is not None and path_fn is None:
+            raise ValueError(
+                "join_fn needs a path_fn: elements that are paths have nothing to join"
+            )
+        self.source = source if isinstance(source, BaseNode) else IterableWrapper(source)
+        self.store = store
+        self.depth = positive_int("depth", depth)
+        self.path_fn = path_fn
+        self.join_fn = join_fn
+        self._ahead: deque[_Ahead] = deque()
+        self._exhausted = False
+        self._state: dict[str, Any] = {}
+        # Names this pipeline to the policy.
+        self._owner = object()
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        """See BaseNode. Nothing is read before the first `next()`."""
+        super().reset(initial_state)
+        self._let_go()
+        self.source.reset(None if initial_state is None else initial_state["source"])
+        self._state = self.source.state_dict()
+        self._exhausted = False
+        self.store.begin_epoch()
+        upcoming = find_upstream(self.source, "upcoming")
+        if upcoming is not None and self.path_fn is None:
+            self.store.foresee(self._owner, upcoming())
+
+    def next(self) -> Any:
+        """See BaseNode."""
+        self._draw(1)
+        if not self._ahead:
+            raise StopIteration
+        head = self._ahead[0]
+        features: Any = self._use([head])
+        if head.single:
+            features = features[0]
+        if self.path_fn is None:
+            return features
+        return (
+            (features, head.element)
+            if self.join_fn is None
+            else self.join_fn(features, head.element)
+        )
+
+    def take(self, count: int) -> FeatureBatch | None:
+        """The next `count` elements, fewer at the end, as one batch; None if there are none.
+
+        For elements that are single paths: the batch is gathered at once.
+        """
+        self._draw(count)
+        heads = [self._ahead[i] for i in range(min(count, len(self._ahead)))]
+        for head in heads:
+            if head.error is None and not head.single:
+                raise TypeError(
+                    "batch_size is for a source of single paths, but the source yields "
+                    f"{type(head.element).__name__}: leave batch_size away"
+                )
+        return self._use(heads) if heads else None
+
+    def get_state(self) -> dict[str, Any]:
+        """See BaseNode."""
+        return {"source": self._state}
+
+    def shutdown(self) -> None:
+        """Let go of what is on its way. The node can be reset and used again."""
+        self._let_go()
+        self.store.withdraw(self._owner)
+
+    def __del__(self) -> None:
+        # Tickets cancel themselves when they are collected; and an __init__ may have failed.
+        if hasattr(self, "_owner"):
+            self.store.withdraw(self._owner)
+
+    def _draw(self, needed: int) -> None:
+        """Have `needed` elements, and `depth` behind them, requested."""
+        while len(self._ahead) < needed + self.depth and not self._exhausted:
+            try:
+                head = _Ahead(next(self.source))
+            except StopIteration:
+                self._exhausted = True
+                return
+            except Exception as error:
+                # What was drawn before it comes first.
+                head = _Ahead(None)
+                head.error = error
+                self._ahead.append(head)
+                return
+            head.state = self.source.state_dict()
+            try:
+                self._request(head)
+            except Exception as error:
+                head.error = error
+            self._ahead.append(head)
+
+    def _request(self, head: _Ahead) -> None:
+        element = head.element
+        paths = element if self.path_fn is None else self.path_fn(element)
+        if isinstance(paths, (str, os.PathLike)):
+            head.single = True
+            paths = [paths]
+        elif not isinstance(paths, Sequence) or isinstance(paths, bytes):
+            what = "an element" if self.path_fn is None else "what path_fn gave"
+            raise TypeError(
+                f"{what} is neither a path nor a sequence of paths: {paths!r:.200}; "
+                "path_fn(element) says which files an element needs"
+            )
+        head.paths = paths
+        head.ticket = self.store.request(paths)
+
+    def _use(self, heads: Sequence[_Ahead]) -> FeatureBatch:
+        """Gather the first elements in the queue and take them out."""
+        try:
+            tickets = []
+            for head in heads:
+                if head.error is not None:
+                    raise head.error
+                if head.ticket is None or head.ticket.used:  # after an interrupt
+                    head.ticket = self.store.request(head.paths)
+                tickets.append(head.ticket)
+            batch = self.store.collect(tickets)
+        except Exception:
+            self._pass(heads)
+            raise
+        self._pass(heads)
+        return batch
+
+    def _pass(self, heads: Sequence[_Ahead]) -> None:
+        for head in heads:
+            self._ahead.popleft()
+            if head.ticket is not None:
+                head.ticket.cancel()
+            if head.state is not None:
+                self._state = head.state
+
+    def _let_go(self) -> None:
+        ahead, self._ahead = self._ahead, deque()
+        self.store.cancel([head.ticket for head in ahead if head.ticket is not None])
+
+
+def upstream(node: Any) -> Iterator[Any]:
+    """`node`, the source of `node`, and so on, as far as nodes say `source`."""
+    while node is not None:
+        yield node
+        node = getattr(node, "source", None)
+
+
+def find_upstream(node: Any, name: str) -> Any:
+    """The attribute of that name of the nearest node upstream that has it, or None."""
+    return next(
+        (found for n in upstream(node) if (found := getattr(n, name, None)) is not None), None
+    )

@@ -1,0 +1,45 @@
+"""What a store has done so far."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """Counters since the store was made, and what it holds now. Times in seconds.
+
+    Attributes:
+        hits: features requested that were on the device or already on their way.
+        misses: features requested for which a file had to be read.
+        evictions: features that went so that others could come.
+        failures: files that could not be loaded.
+        files_read: files that were read, for requests or ahead of them.
+        bytes_read: bytes read from storage for them.
+        items: features cached now.
+        cached_bytes: bytes of their tensors.
+        padding_bytes: bytes of their pages that hold nothing; a large share of cached_bytes
+            means that page_bytes does not fit the data.
+        transient_items: features that are held only until in-flight batches have them.
+        reserved_bytes: device memory taken for pages, used or not.
+        page_bytes: size of a page; 0 before the first feature.
+        wait_seconds: time that consumers waited for files.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    failures: int
+    files_read: int
+    bytes_read: int
+    items: int
+    cached_bytes: int
+    padding_bytes: int
+    transient_items: int
+    reserved_bytes: int
+    page_bytes: int
+    wait_seconds: float
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of requests that were hits; 0.0 before the first request."""
+        requests = self.hits + self.misses
+        return self.hits / requests if requests else 0.0

@@ -1,0 +1,455 @@
+"""GPUFeatureStore: give it paths, get tensors on the device."""
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+from tqdm.auto import tqdm
+
+from gpucache_pipes.batch import FeatureBatch, gather_batch
+from gpucache_pipes.cache import Cache, Entry, Ledger, Policy, State, make_policy
+from gpucache_pipes.device import Backend, open_backend, resolve_device
+from gpucache_pipes.errors import load_error
+from gpucache_pipes.files import PathLike, PathTable, ReaderPool, opener
+from gpucache_pipes.lifetime import watch
+from gpucache_pipes.loader import Loader
+from gpucache_pipes.stats import StoreStats
+from gpucache_pipes.ticket import Ticket
+from gpucache_pipes.tracing import trace
+from gpucache_pipes.units import parse_bytes, positive_int
+
+_log = logging.getLogger("gpucache_pipes")
+
+_DEFAULT_THREADS = 1
+_CLOSE_SECONDS = 5.0
+_WARM_FILES = 256
+
+
+class GPUFeatureStore:
+    """A bounded cache of feature files in the memory of a device.
+
+        with GPUFeatureStore("cuda", max_cache_bytes="8GiB") as store:
+            batch = store.get_batch(["a.pt", "b.pt"])      # features, on the GPU
+            batch[0]["feature"]                            # as it was saved
+
+    May be used from several threads. What it returns is always a fresh copy: nothing that is
+    done to a result changes the cache, and evicting never changes a result.
+
+    Args:
+        device: where to keep features; None is the accelerator if there is one, else the CPU.
+            "cuda" means the device that is current now. Also a `device.Backend`.
+        max_cache_bytes: budget for the tensors of cached features: a number of bytes or a
+            string such as "8GiB". None is no limit: the cache grows until the device is full.
+            Batches in flight take memory beside it.
+        max_cache_items: budget for the number of cached features; None is no limit.
+        policy: what goes when the budget is used up: "clairvoyant" (default), "lru", "fifo",
+            "keep", or an object with the methods of `cache.Policy`.
+        load_fn: `load_fn(path) -> feature` replaces reading `.pt` files; called from reader
+            threads, several at a time.
+        weights_only: as in `torch.load`. False lets a file run any code it likes.
+        asynchronous: read in background threads; False reads in the caller's.
+        reader_threads: number of background threads; None chooses.
+        page_bytes: size of a page, a multiple of 16; None fits it to the first features.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it and its value.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device | Backend | None = None,
+        *,
+        max_cache_bytes: int | str | None = None,
+        max_cache_items: int | None = None,
+        policy: str | Policy = "clairvoyant",
+        load_fn: Callable[[str], Any] | None = None,
+        weights_only: bool = True,
+        asynchronous: bool = True,
+        reader_threads: int | None = None,
+        page_bytes: int | None = None,
+    ) -> None:
+        if load_fn is not None and not callable(load_fn):
+            raise ValueError(f"load_fn={load_fn!r} must be callable")
+        if page_bytes is not None and positive_int("page_bytes", page_bytes) % 16:
+            raise ValueError(f"page_bytes={page_bytes} must be a multiple of 16")
+        threads = positive_int(
+            "reader_threads", _DEFAULT_THREADS if reader_threads is None else reader_threads
+        )
+        ledger = Ledger(
+            None if max_cache_bytes is None else parse_bytes("max_cache_bytes", max_cache_bytes),
+            None if max_cache_items is None else positive_int("max_cache_items", max_cache_items),
+        )
+        policy = make_policy(policy)
+        self._backend = (
+            device if isinstance(device, Backend) else open_backend(resolve_device(device))
+        )
+        # Guards everything below. Nothing is read, copied or waited for under it, but for the
+        # condition itself.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._cache = Cache(ledger, policy, self._backend.grow)
+        self._pool = ReaderPool(threads, "gpucache-reader") if asynchronous else None
+        self._loader = Loader(
+            self._cache,
+            self._backend,
+            opener(load_fn, weights_only),
+            self._pool,
+            page_bytes,
+            self._changed,
+        )
+        # Why the store refuses to work, once it is closed or in a forked process.
+        self._refusal: str | None = None
+        self._hits = self._misses = 0
+        self._wait_seconds = 0.0
+        # Gathers being issued: close() lets them end before it takes the memory away.
+        self._gathering = 0
+        self._paths = PathTable(_numbering(self._lock, self._cache))
+        # What finalizers want done under the lock, which they may not take.
+        self._deferred: deque[Callable[[], None]] = deque()
+        self._pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _let_go, self._pid, self._pool, self._backend)
+        self._finalizer.atexit = False
+        watch(self)
+
+    # What users ask for
+
+    @property
+    def device(self) -> torch.device:
+        """Where results are."""
+        return self._backend.device
+
+    def get(self, path: PathLike) -> Any:
+        """One feature, as it was saved, its tensors on the device.
+
+        Raises FeatureLoadError (FileNotFoundError, MemoryError) if it cannot be loaded; the
+        next request tries again.
+        """
+        return self.request([path]).result()[0]
+
+    def get_batch(
+        self,
+        paths: Sequence[PathLike],
+        *,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> Any:
+        """The features of `paths`, in order, repeats allowed; or `collate_fn(their list)`.
+
+        Without collate_fn a FeatureBatch: a sequence that was gathered by O(1) device
+        operations, whose `collate()` gives tensors [B, ...]. Errors as in `get`.
+        """
+        batch = self.request(paths).result()
+        return batch if collate_fn is None else collate_fn(list(batch))
+
+    def prefetch(self, paths: Sequence[PathLike]) -> None:
+        """Start to load what is not there yet, and return at once.
+
+        Nothing is held for the caller: with a budget smaller than what is prefetched, some of
+        it may have gone, or not have come, when it is asked for. `request` holds.
+        """
+        numbers = self._resolve(paths)
+        with self._lock:
+            self._require_usable()
+            loading = self._start_loading(numbers)
+        self._loader.submit(loading)
+
+    def request(self, paths: Sequence[PathLike]) -> Ticket:
+        """Start to load what is not there yet, and hold all of it until the ticket is used."""
+        return self._request(paths)
+
+    def _request(self, paths: Sequence[PathLike], *, counted: bool = True) -> Ticket:
+        numbers = self._resolve(paths)
+        loading: Sequence[Entry] = ()
+        with self._lock:
+            self._require_usable()
+            cache = self._cache
+            rows = list(map(cache.rows.__getitem__, numbers))
+            ticket = Ticket(self, cache.open_ticket(numbers, report=counted), numbers)
+            if rows and min(rows) >= 0:
+                ticket.rows = rows
+            else:
+                loading = self._start_loading(numbers)
+                for number in set(numbers):
+                    entry = cache.entries[number]
+                    if entry.state is State.LOADING:
+                        entry.waiters.append(ticket)
+                        ticket.pending += 1
+            if counted:
+                self._misses += len(loading)
+                self._hits += len(numbers) - len(loading)
+        if loading:
+            self._loader.submit(loading)
+        return ticket
+
+    def _start_loading(self, numbers: Sequence[int]) -> Sequence[Entry]:
+        """Mark the absent ones as LOADING and return them, each once. Under the lock."""
+        entries = map(self._cache.entries.__getitem__, dict.fromkeys(numbers))
+        absent = [entry for entry in entries if entry.state is State.ABSENT]
+        for entry in absent:
+            self._cache.start_loading(entry)
+        return absent
+
+    def collect(self, tickets: Sequence[Ticket]) -> FeatureBatch:
+        """The features of several tickets as one batch, in order. Uses the tickets up.
+
+        Waits for files that are still being read. The gather runs on the current stream of the
+        calling thread. Raises the first error among the features, in their order.
+        """
+        try:
+            with self._lock:
+                self._await(tickets)
+                numbers = tickets[0].numbers
+                rows = tickets[0].rows
+                if len(tickets) > 1:
+                    numbers = [number for ticket in tickets for number in ticket.numbers]
+                    rows = None
+                if rows is None:
+                    rows = list(map(self._cache.rows.__getitem__, numbers))
+                self._gathering += 1
+            try:
+                with trace("gpucache::gather"):
+                    return gather_batch(self._cache, self._backend, numbers, rows)
+            finally:
+                with self._lock:
+                    self._gathering -= 1
+                    if self._refusal is not None:
+                        self._changed.notify_all()
+        finally:
+            self.cancel(tickets)
+
+    def _await(self, tickets: Sequence[Ticket]) -> None:
+        """Wait until nothing of `tickets` is loading; raise what became of it. Under the lock."""
+        self._require_usable()
+        if any(ticket.used for ticket in tickets):
+            raise RuntimeError("this ticket has been used; request its paths again")
+        if any(ticket.pending for ticket in tickets):
+            start = time.perf_counter()
+            try:
+                with trace("gpucache::wait"):
+                    while any(ticket.pending for ticket in tickets):
+                        self._changed.wait()
+                        self._require_usable()
+            finally:
+                self._wait_seconds += time.perf_counter() - start
+        for ticket in tickets:
+            if ticket.errors:
+                entries = map(self._cache.entries.__getitem__, ticket.numbers)
+                entry = next(entry for entry in entries if entry in ticket.errors)
+                cause = ticket.errors[entry]
+                raise load_error(entry.key, cause) from cause
+
+    def cancel(self, tickets: Iterable[Ticket]) -> None:
+        """Give tickets up: what they held may go. Harmless for tickets that were used."""
+        numbers = [number for ticket in tickets if (number := ticket.use_up()) is not None]
+        if numbers:
+            with self._lock:
+                self._cache.close_tickets(numbers)
+
+    def abandon(self, number: int) -> None:
+        """Give up the ticket of that number at some later time. Takes no lock."""
+        self._deferred.append(partial(self._cache.close_tickets, [number]))
+
+    def release(self, paths: Sequence[PathLike]) -> None:
+        """Stop caching these. Batches in flight still get theirs; unknown paths are ignored."""
+        numbers = self._resolve(paths)
+        with self._lock:
+            self._require_usable()
+            self._cache.release([self._cache.entries[number] for number in numbers])
+
+    def clear(self) -> None:
+        """Stop caching everything, and give memory back as soon as no batch is in flight."""
+        with self._lock:
+            self._require_usable()
+            cache = self._cache
+            cache.release(cache.entries)
+            if cache.idle:
+                cache.forget_everything()
+                self._paths = PathTable(_numbering(self._lock, self._cache))
+                self._backend.reset()
+
+    def warm(self, paths: Sequence[PathLike], progress: bool = True) -> int:
+        """Load `paths` until all are cached or the budget is used up; returns how many are.
+
+        Shows a progress bar on stderr. Does not count as requests in `stats()`. Errors as in
+        `get`; what was loaded before stays.
+        """
+        paths = list(paths)
+        ahead: deque[Ticket] = deque()
+        with tqdm(total=len(paths), desc="warming", unit="file", disable=not progress) as bar:
+            try:
+                for start in range(0, len(paths), _WARM_FILES):
+                    if not self._cache.ledger.fits(1, 1):
+                        break
+                    ahead.append(self._request(paths[start : start + _WARM_FILES], counted=False))
+                    if len(ahead) > 1:
+                        bar.update(self._finish_warming(ahead.popleft()))
+                while ahead:
+                    bar.update(self._finish_warming(ahead.popleft()))
+            finally:
+                self.cancel(ahead)
+        numbers = set(self._resolve(paths))
+        with self._lock:
+            self._require_usable()
+            return sum(self._cache.entries[number].cached for number in numbers)
+
+    def _finish_warming(self, ticket: "Ticket") -> int:
+        with self._lock:
+            self._await([ticket])
+        self.cancel([ticket])
+        return len(ticket.numbers)
+
+    def begin_epoch(self) -> None:
+        """Tell the policy that a new pass over the data begins. Pipelines do this themselves."""
+        with self._lock:
+            self._require_usable()
+            self._cache.begin_epoch()
+
+    def foresee(self, owner: object, paths: Iterable[PathLike]) -> None:
+        """Tell the policy what `owner` will request from now on. Pipelines do this themselves.
+
+        A hint: whatever it says, results stay right.
+        """
+        with self._lock:
+            if not self._cache.ledger.bounded:
+                return  # nothing will ever have to go
+        numbers = self._resolve(paths)
+        with self._lock:
+            self._require_usable()
+            self._cache.foresee(owner, [self._cache.entries[number].key for number in numbers])
+
+    def withdraw(self, owner: object) -> None:
+        """Take back, at some later time, what `owner` foresaw. Takes no lock."""
+        self._deferred.append(partial(self._cache.forget_owner, owner))
+
+    def __contains__(self, path: object) -> bool:
+        if not isinstance(path, (str, os.PathLike)):
+            return False
+        [number] = self._resolve([path])
+        with self._lock:
+            return self._cache.entries[number].cached
+
+    def __len__(self) -> int:
+        """Features cached now."""
+        return self._cache.ledger.cached_items
+
+    def stats(self) -> StoreStats:
+        """Counters and sizes, all of one moment."""
+        with self._lock:
+            ledger = self._cache.ledger
+            return StoreStats(
+                hits=self._hits,
+                misses=self._misses,
+                failures=self._loader.failures,
+                files_read=self._loader.files_read,
+                bytes_read=self._loader.bytes_read,
+                evictions=self._cache.evictions,
+                items=ledger.cached_items,
+                cached_bytes=ledger.cached_bytes,
+                padding_bytes=ledger.cached_pages * ledger.page_bytes - ledger.cached_bytes,
+                transient_items=self._cache.transient_items,
+                reserved_bytes=self._backend.reserved_bytes,
+                page_bytes=ledger.page_bytes,
+                wait_seconds=self._wait_seconds,
+            )
+
+    def check(self) -> None:
+        """Recompute every total from the ground truth; raises AssertionError on a difference."""
+        with self._lock:
+            self._run_deferred()
+            self._cache.check()
+
+    def close(self) -> None:
+        """End the readers and give memory back. Consumers that wait are woken with an error.
+
+        May be called more than once, and from any thread.
+        """
+        self.shut(_CLOSE_SECONDS)
+
+    def shut(self, seconds: float) -> None:
+        """Close, and wait at most so long for files that are being read."""
+        with self._lock:
+            if self._refusal is None:
+                self._refusal = "this GPUFeatureStore is closed"
+            self._changed.notify_all()
+            while self._gathering:
+                self._changed.wait()
+        if self._finalizer.detach() is None or os.getpid() != self._pid:
+            return
+        if self._pool is not None:
+            self._pool.stop()
+            if running := self._pool.join(seconds):
+                _log.warning("still reading after close: %s", ", ".join(running))
+        self._backend.close()
+
+    def __enter__(self) -> "GPUFeatureStore":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a GPUFeatureStore lives in one process and cannot be pickled; give worker processes "
+            "paths, and make the store where the training loop runs"
+        )
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return f"GPUFeatureStore({self.device}, {stats.items} items, {stats.cached_bytes} bytes)"
+
+    # Beneath
+
+    def _require_usable(self) -> None:
+        """Under the lock; also the place where finalizers get their wish."""
+        if self._refusal is not None:
+            raise RuntimeError(self._refusal)
+        self._run_deferred()
+
+    def _run_deferred(self) -> None:
+        while self._deferred:
+            self._deferred.popleft()()
+
+    def _resolve(self, paths: Iterable[PathLike]) -> list[int]:
+        """The numbers of the entries of `paths`. Without the lock."""
+        if self._refusal is not None:
+            raise RuntimeError(self._refusal)
+        return self._paths.numbers(paths)
+
+    def refuse_after_fork(self) -> None:
+        """For the child of a fork."""
+        # The threads are gone and the device does not work here; the lock may have been held.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._refusal = (
+            "this GPUFeatureStore was made before a fork and does not work in the new process; "
+            "make it where it is used (DataLoader workers need only paths)"
+        )
+
+
+def _numbering(lock: threading.Lock, cache: Cache) -> Callable[[str], int]:
+    # No method of the store, which would then refer to itself and outlive its last user.
+    def number_of(key: str) -> int:
+        with lock:
+            return cache.entry(key).number
+
+    return number_of
+
+
+def _let_go(pid: int, pool: ReaderPool | None, backend: Backend) -> None:
+    """For a store that was collected without close(). Takes no lock and joins no thread."""
+    if os.getpid() == pid:
+        if pool is not None:
+            pool.stop()
+        backend.close()

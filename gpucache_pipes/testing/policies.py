@@ -1,0 +1,115 @@
+"""A contract that every policy keeps; inherit from it to test one of your own."""
+
+from collections.abc import Callable, Container, Iterable, Sequence
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gpucache_pipes.cache.policies import Policy
+
+Trace = Sequence[str]
+
+
+def traces(keys: int = 8, max_size: int = 60) -> st.SearchStrategy[list[str]]:
+    """Sequences of requests over a few keys."""
+    return st.lists(st.integers(0, keys - 1).map(str), max_size=max_size)
+
+
+def simulate_policy(
+    policy: Policy,
+    trace: Iterable[str],
+    capacity: int,
+    *,
+    pinned: Callable[[str], bool] | None = None,
+    epochs: Container[int] = (),
+) -> tuple[int, list[str]]:
+    """Serve `trace` from a cache of `capacity` keys; returns hits and, in order, what went.
+
+    As the store does it: a key that comes in may push out one that is not pinned, or not be
+    kept at all. An epoch begins at each position in `epochs`.
+    """
+    cached: set[str] = set()
+    gone: list[str] = []
+    hits = 0
+    for position, key in enumerate(trace):
+        if position in epochs:
+            policy.begin_epoch()
+        policy.on_access([key])
+        if key in cached:
+            hits += 1
+            continue
+        if len(cached) == capacity:
+            victims = (v for v in policy.victims(key) if pinned is None or not pinned(v))
+            victim = next(victims, None)
+            if victim is None:
+                continue
+            assert victim in cached, f"{victim} is not cached"
+            policy.on_remove(victim)
+            cached.remove(victim)
+            gone.append(victim)
+        policy.on_insert(key)
+        cached.add(key)
+    return hits, gone
+
+
+# One test, run once for each class that inherits it: nothing is shared between them.
+_inherited = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.function_scoped_fixture],
+)
+
+
+class PolicyContract:
+    """What the store relies on. Inherit, and let `make` give a new policy."""
+
+    def make(self) -> Policy:
+        """A new policy."""
+        raise NotImplementedError
+
+    def test_is_a_policy(self) -> None:
+        """It has the methods."""
+        assert isinstance(self.make(), Policy)
+
+    @_inherited
+    @given(traces(), st.integers(1, 6))
+    def test_only_cached_keys_go(self, trace: Trace, capacity: int) -> None:
+        """Victims are cached, each is named once in a walk, and a walk changes nothing."""
+        policy = self.make()
+        cached: set[str] = set()
+        for number, key in enumerate(trace):
+            policy.on_access([key])
+            if key in cached:
+                continue
+            first = list(policy.victims(key))
+            assert first == list(policy.victims(key))
+            assert len(set(first)) == len(first)
+            assert set(first) <= cached
+            if len(cached) == capacity:
+                if not first:
+                    continue
+                gone = first[number % len(first)]  # the others may have been pinned
+                policy.on_remove(gone)
+                cached.remove(gone)
+            policy.on_insert(key)
+            cached.add(key)
+
+    @_inherited
+    @given(traces(), st.integers(1, 6))
+    def test_all_fit_all_hit(self, trace: Trace, capacity: int) -> None:
+        """While there is room, every repeated request is a hit."""
+        few = [key for key in trace if int(key) < capacity]
+        hits, gone = simulate_policy(self.make(), few, capacity)
+        assert hits == len(few) - len(set(few))
+        assert not gone
+
+    @_inherited
+    @given(traces(), st.integers(1, 6), st.lists(st.integers(0, 59), max_size=4))
+    def test_epochs_and_hints_do_no_harm(
+        self, trace: Trace, capacity: int, epochs: list[int]
+    ) -> None:
+        """Wrong hints cost hits, nothing else."""
+        policy = self.make()
+        policy.foresee("somebody", list(reversed(trace)))
+        simulate_policy(policy, trace, capacity, epochs=epochs)
+        policy.forget("somebody")
+        policy.forget("nobody")

@@ -1,0 +1,53 @@
+"""A batch that is on its way."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gpucache_pipes.batch import FeatureBatch
+from gpucache_pipes.cache import Entry
+
+if TYPE_CHECKING:
+    from gpucache_pipes.store import GPUFeatureStore
+
+
+class Ticket:
+    """Holds the features of one batch from the request until they are gathered.
+
+    Made by `GPUFeatureStore.request`. Use it up once, by `result`, `cancel` or the store's
+    `collect`; a ticket that is dropped is cancelled.
+    """
+
+    def __init__(self, store: "GPUFeatureStore", number: int, numbers: Sequence[int]) -> None:
+        # The entries, as numbers; and their rows, if all were there when the ticket was opened.
+        self.numbers = numbers
+        self.rows: Sequence[int] | None = None
+        # Entries that are still loading, and what became of those that failed. Under the lock
+        # of the store.
+        self.pending = 0
+        self.errors: dict[Entry, BaseException] = {}
+        self._store = store
+        self._number: int | None = number
+
+    def result(self) -> FeatureBatch:
+        """The features, gathered on the current stream of this thread; waits for files."""
+        return self._store.collect([self])
+
+    def cancel(self) -> None:
+        """Let go. Harmless if the ticket was used."""
+        self._store.cancel([self])
+
+    @property
+    def used(self) -> bool:
+        """Whether there is nothing more to have from it."""
+        return self._number is None
+
+    def use_up(self) -> int | None:
+        """The ticket's number for the one caller who closes it, None for all others."""
+        number, self._number = self._number, None
+        return number
+
+    def __del__(self) -> None:
+        # The collector may run this inside the lock of the store: so none is taken.
+        number = self.use_up()
+        if number is not None:
+            self._store.abandon(number)

@@ -1,0 +1,96 @@
+"""Fixtures, and what is checked after every test."""
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from gpucache_pipes import lifetime
+from gpucache_pipes.store import GPUFeatureStore
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile("long", parent=settings.get_profile("default"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def check_every_store() -> Iterator[None]:
+    """After each test every store is consistent, and closing it leaves no reader behind."""
+    yield
+    gc.collect()  # pipelines with threads of their own end before their store does
+    for store in list(lifetime._living):
+        assert isinstance(store, GPUFeatureStore)
+        store.check()
+        store.close()
+    running = [t.name for t in threading.enumerate() if t.name.startswith("gpucache")]
+    assert not running
+
+
+@pytest.fixture
+def make_files(tmp_path: Path) -> Callable[..., list[str]]:
+    """make_files(n, feature_of=...) -> paths of n new files."""
+
+    def make(
+        count: int, feature_of: Callable[[int], Any] | None = None, directory: str = "features"
+    ) -> list[str]:
+        root = tmp_path / directory
+        root.mkdir(exist_ok=True)
+        paths = []
+        for number in range(count):
+            path = str(root / f"{number:04d}.pt")
+            torch.save(sample(number) if feature_of is None else feature_of(number), path)
+            paths.append(path)
+        return paths
+
+    return make
+
+
+def sample(number: int, width: int = 8) -> dict[str, Any]:
+    """The feature that make_files writes by default."""
+    return {
+        "feature": torch.arange(width, dtype=torch.float32) + number,
+        "label": torch.tensor([number]),
+    }
+
+
+class Gate:
+    """A load_fn that lets each file through only when told to: interleavings are forced."""
+
+    def __init__(self, features: dict[str, Any]) -> None:
+        self.features = features
+        self.started: dict[str, threading.Event] = {}
+        self.opened: dict[str, threading.Event] = {}
+        self.loads: list[str] = []
+        self._lock = threading.Lock()
+
+    def _event(self, table: dict[str, threading.Event], path: str) -> threading.Event:
+        with self._lock:
+            return table.setdefault(path, threading.Event())
+
+    def __call__(self, path: str) -> Any:
+        self.loads.append(path)
+        self._event(self.started, path).set()
+        assert self._event(self.opened, path).wait(60), f"nobody opened the gate for {path}"
+        feature = self.features[path]
+        if isinstance(feature, BaseException):
+            raise feature
+        return feature
+
+    def wait_until_started(self, path: str) -> None:
+        assert self._event(self.started, path).wait(60)
+
+    def open(self, *paths: str) -> None:
+        for path in paths:
+            self._event(self.opened, path).set()

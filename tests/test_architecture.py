@@ -1,0 +1,83 @@
+"""Who may import whom, and what is public."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpucache_pipes
+
+ROOT = Path(gpucache_pipes.__file__).parent
+
+# What the modules of each room may import of this package; every room may use the leaves.
+LEAVES = {"errors", "stats", "tracing", "units"}
+ALLOWED = {
+    "cache": {"cache"},
+    "device": {"device"},
+    "files": {"files"},
+    "lifetime": set(),
+    "pages": set(),
+    "batch": {"cache", "device", "files"},
+    "loader": {"cache", "device", "files", "pages"},
+    "ticket": {"batch", "cache", "store"},  # store for its annotations only
+    "store": {"batch", "cache", "device", "files", "lifetime", "loader", "ticket"},
+    "nodes": {"nodes", "batch", "store", "ticket"},
+    "adapters": {"adapters", "nodes", "store"},
+    "testing": {"testing", "cache", "device", "files", "nodes", "store"},
+    "__init__": {"adapters", "batch", "nodes", "store", "ticket"},
+    **{leaf: set() for leaf in LEAVES},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The rooms of this package that a module imports."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        rooms |= {n.split(".")[1] for n in names if n.startswith("gpucache_pipes.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down_only(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert imports_of(path) <= ALLOWED[room] | LEAVES
+
+
+def test_the_cache_needs_no_torch() -> None:
+    code = "import sys, gpucache_pipes.cache; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_public_names() -> None:
+    names = gpucache_pipes.__all__
+    assert names == sorted(names)
+    for name in names:
+        assert getattr(gpucache_pipes, name).__doc__, name
+        assert name in dir(gpucache_pipes)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = gpucache_pipes.no_such_name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [m.name for m in pkgutil.walk_packages([str(ROOT)], "gpucache_pipes.") if m.ispkg],
+)
+def test_every_all_is_complete_and_sorted(name: str) -> None:
+    module = importlib.import_module(name)
+    public = [
+        key
+        for key, value in vars(module).items()
+        if not key.startswith("_") and not isinstance(value, type(importlib))
+    ]
+    # As ruff sorts them: constants, classes, then the rest.
+    assert sorted(module.__all__) == sorted(public)

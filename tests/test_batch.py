@@ -1,0 +1,91 @@
+"""Collating: the fast ways equal torch's default_collate."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import default_collate
+
+from gpucache_pipes import GPUFeatureStore
+from gpucache_pipes.testing import assert_same, features
+from gpucache_pipes.testing.features import tensors, values
+
+
+def alike(template: Any, data: st.DataObject) -> Any:
+    """Another feature with the layout of `template`."""
+    if isinstance(template, torch.Tensor):
+        return torch.randint(0, 2, template.shape).to(template.dtype)
+    if isinstance(template, dict):
+        return type(template)((k, alike(v, data)) for k, v in template.items())
+    if isinstance(template, (list, tuple)):
+        parts = [alike(v, data) for v in template]
+        return type(template)(*parts) if hasattr(template, "_fields") else type(template)(parts)
+    return data.draw(st.sampled_from([template, template]))
+
+
+numbers = values().filter(lambda v: v is not None)
+
+
+@given(
+    features(leaf=st.one_of(tensors(), numbers), named_tuples=True),
+    st.integers(1, 4),
+    st.sampled_from([None, 16, 64]),
+    st.data(),
+)
+def test_collate_equals_default_collate(
+    template: Any, count: int, page_bytes: int | None, data: st.DataObject
+) -> None:
+    items = {f"/{n}": alike(template, data) for n in range(count)}
+    with GPUFeatureStore("cpu", load_fn=items.__getitem__, page_bytes=page_bytes) as store:
+        batch = store.get_batch(list(items))
+        result = batch.collate()
+        assert_same(result, default_collate(list(items.values())))
+        for leaf in torch.utils._pytree.tree_leaves(result):
+            assert not isinstance(leaf, torch.Tensor) or leaf.is_contiguous()
+        for feature, expected in zip(batch, items.values(), strict=True):
+            assert_same(feature, expected)
+
+
+def test_a_different_order_of_keys_is_no_obstacle() -> None:
+    items: dict[str, Any] = {
+        "/a": {"x": torch.tensor([1.0]), "y": 1},
+        "/b": {"y": 2, "x": torch.tensor([2.0])},
+    }
+    with GPUFeatureStore("cpu", load_fn=items.__getitem__) as store:
+        assert_same(
+            store.get_batch(list(items)).collate(),
+            {"x": torch.tensor([[1.0], [2.0]]), "y": torch.tensor([1, 2])},
+        )
+
+
+def test_different_shapes_name_leaf_shapes_and_files() -> None:
+    items = {"/a": {"x": torch.zeros(2, 3)}, "/b": {"x": torch.zeros(4, 3)}}
+    with (
+        GPUFeatureStore("cpu", load_fn=items.__getitem__) as store,
+        pytest.raises(RuntimeError, match=r"\['x'\].*\[2, 3\].*'/a'.*\[4, 3\].*'/b'.*collate_fn"),
+    ):
+        store.get_batch(list(items)).collate()
+
+
+def test_what_default_collate_refuses_is_refused() -> None:
+    items = {"/a": {"x": None}, "/b": {"x": None}}
+    with GPUFeatureStore("cpu", load_fn=items.__getitem__) as store:
+        with pytest.raises(TypeError, match="NoneType"):
+            store.get_batch(list(items)).collate()
+        with pytest.raises(ValueError, match="empty"):
+            store.get_batch([]).collate()
+
+
+def test_more_layouts_than_have_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpucache_pipes.cache import cache
+
+    monkeypatch.setattr(cache, "_MOST_LAYOUTS", 2)
+    items = {f"/{n}": torch.arange(n + 1) for n in range(5)}
+    with GPUFeatureStore("cpu", load_fn=items.__getitem__, page_bytes=64) as store:
+        for _ in range(2):
+            for feature, expected in zip(store.get_batch(list(items)), items.values(), strict=True):
+                assert_same(feature, expected)
+        for path, expected in items.items():
+            assert_same(store.get_batch([path, path]).collate(), torch.stack([expected] * 2))

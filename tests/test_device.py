@@ -1,0 +1,161 @@
+"""Pages: what is uploaded comes out again, whichever way it is stored."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpucache_pipes.device import (
+    AcceleratorBackend,
+    Backend,
+    HostBackend,
+    InOrderRuntime,
+    accelerator,
+    host,
+    open_backend,
+    resolve_device,
+)
+from gpucache_pipes.device.arena import Arena
+from gpucache_pipes.device.memory import available_host_bytes
+from gpucache_pipes.pages import choose_page_bytes
+
+CPU = torch.device("cpu")
+
+
+def index(numbers: Any) -> torch.Tensor:
+    return torch.tensor(list(numbers), dtype=torch.int64)
+
+
+@given(st.data(), st.sampled_from([16, 48, 4112]))
+def test_several_segments_are_as_one(data: st.DataObject, page_bytes: int) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    arena, model = Arena(page_bytes, CPU), {}
+    for rows in sizes:
+        assert arena.add_segment(torch.zeros(rows * page_bytes + 5, dtype=torch.uint8)) == rows
+    page = st.integers(0, sum(sizes) - 1)
+    for round_ in range(3):
+        pages = data.draw(st.lists(page, min_size=1, max_size=6, unique=True))
+        rows = torch.randint(0, 256, (len(pages), page_bytes), dtype=torch.uint8)
+        arena.scatter(pages, rows, index)
+        model.update(zip(pages, rows, strict=True))
+        wanted = data.draw(st.lists(st.sampled_from(sorted(model)), min_size=1, max_size=8))
+        start = data.draw(st.integers(0, page_bytes // 16 - 1)) * 16
+        length = data.draw(st.integers(1, page_bytes - start))
+        got = arena.gather(wanted, [(start, length), (0, page_bytes)], index)
+        for column, (a, n) in zip(got, [(start, length), (0, page_bytes)], strict=True):
+            assert column.is_contiguous()
+            expected = torch.stack([model[p][a : a + n] for p in wanted])
+            assert torch.equal(column.view(torch.uint8), expected), round_
+
+
+@pytest.fixture(params=["host", "staged"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "host":
+        return HostBackend()
+    return AcceleratorBackend(InOrderRuntime(CPU))
+
+
+def upload(backend: Backend, placements: list[list[int]], contents: list[bytes]) -> None:
+    up = backend.upload(placements)
+    for number, content in enumerate(contents):
+        done = 0
+        for buffer in up.buffers(number):
+            part = content[done : done + len(buffer)]
+            buffer[: len(part)] = part
+            done += len(part)
+        assert done == len(content)
+    up.finish()
+
+
+def test_upload_and_gather(backend: Backend) -> None:
+    backend.configure(32)
+    pages = backend.grow(5, None)
+    assert pages >= 5
+    contents = [bytes([n]) * 32 * len(p) for n, p in enumerate([[0, 1], [4], [3, 2]])]
+    upload(backend, [[0, 1], [4], [3, 2]], contents)
+    [rows] = backend.gather([4, 2, 2, 1], [(0, 32)])
+    assert rows.view(torch.uint8)[:, 0].tolist() == [1, 2, 2, 0]
+    upload(backend, [[2]], [b"\x09" * 32])
+    [rows] = backend.gather([2, 3], [(16, 8)])
+    assert rows.view(torch.uint8)[:, 7].tolist() == [9, 2]
+    assert backend.reserved_bytes >= 5 * 32
+    backend.reset()
+    assert backend.reserved_bytes == 0
+    backend.configure(16)
+    assert backend.grow(1, 1) >= 1
+    backend.close()
+    backend.close()
+
+
+def test_growing_stops_at_what_is_useful(backend: Backend) -> None:
+    backend.configure(1 << 16)
+    assert backend.grow(1, 3) == 3
+    assert backend.grow(2, 0) == 2
+    assert backend.reserved_bytes == 5 << 16
+
+
+def test_host_memory_is_finite(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(host, "available_host_bytes", lambda: 10 * 4096 / 0.9)
+    backend = HostBackend()
+    backend.configure(4096)
+    assert backend.grow(1, 4) == 4
+    assert backend.grow(1, None) == 6
+    with caplog.at_level(logging.WARNING, "gpucache_pipes"):
+        assert backend.grow(1, None) == 0
+    assert "40960 bytes" in caplog.text
+
+
+class Small(InOrderRuntime):
+    """A device of a few bytes."""
+
+    left = 1 << 20
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        if nbytes > self.left:
+            raise torch.OutOfMemoryError
+        self.left -= nbytes
+        return super().empty(nbytes)
+
+
+def test_device_memory_is_finite(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(accelerator, "_FIRST_SEGMENT", 1 << 18)
+    backend = AcceleratorBackend(Small(CPU))
+    backend.configure(4096)
+    grown = [backend.grow(1, None) for _ in range(3)]
+    assert grown == [64, 64, 128]
+    with caplog.at_level(logging.WARNING, "gpucache_pipes"):
+        assert backend.grow(1, None) == 0
+    assert "stops growing at 1048576 bytes" in caplog.text
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=50).filter(any))
+def test_pages_waste_little(spans: list[int]) -> None:
+    page = choose_page_bytes(spans)
+    assert page % 16 == 0
+    held = sum(-(-span // page) * page for span in spans)
+    assert page == 64 or held <= sum(spans) * 16 / 15 + 16 * len(spans)
+
+
+def test_equal_sizes_get_a_page_each() -> None:
+    assert choose_page_bytes([4104] * 9) == 4112
+    assert choose_page_bytes([1]) == 16
+    assert choose_page_bytes([0, 100, 100]) == 112
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == CPU == resolve_device(torch.device("cpu", 0))
+    assert isinstance(open_backend(CPU), HostBackend)
+    for wrong in ("quantum", "cuda:99", 12345):
+        with pytest.raises(ValueError, match="device="):
+            resolve_device(wrong)
+
+
+def test_available_memory() -> None:
+    assert 1 << 20 < available_host_bytes() < 1 << 50

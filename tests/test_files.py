@@ -1,0 +1,154 @@
+"""Layouts, sources and path spellings."""
+
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpucache_pipes.files import Layout, LoadedFeature, PathTable, build, flatten, leaf_names
+from gpucache_pipes.testing import assert_same, features
+
+
+def read(loaded: LoadedFeature, cuts: list[int]) -> Any:
+    """The feature, after its bytes went through buffers cut at these places."""
+    layout = loaded.layout
+    memory = bytearray(b"\xff" * layout.span)
+    ends = sorted({min(c, layout.span) for c in cuts} | {layout.span})
+    view = memoryview(memory)
+    loaded.read_into([view[a:b] for a, b in zip([0, *ends], ends, strict=False)])
+
+    def leaf(n: int) -> torch.Tensor:
+        _, shape, offset, nbytes = layout.leaves[n]
+        if not nbytes:
+            return torch.empty(shape, dtype=layout.leaves[n].dtype)
+        data = torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + nbytes].clone()
+        return data.view(layout.leaves[n].dtype).view(shape)
+
+    return build(layout.tree, leaf, lambda n: loaded.values[n])
+
+
+@given(features(named_tuples=True), st.lists(st.integers(1, 200), max_size=4))
+def test_a_feature_survives_its_bytes_whatever_the_buffers(feature: Any, cuts: list[int]) -> None:
+    assert_same(read(LoadedFeature(feature), cuts), feature)
+
+
+@given(features(named_tuples=True))
+def test_layouts(feature: Any) -> None:
+    tree, tensors, values = flatten(feature)
+    layout = Layout.of(tree, [(t.dtype, tuple(t.shape)) for t in tensors])
+    assert layout is Layout.of(tree, [(t.dtype, tuple(t.shape)) for t in tensors])
+    assert layout.nbytes == sum(t.numel() * t.element_size() for t in tensors)
+    assert layout.plain == len(values)
+    end = 0
+    for leaf in layout.leaves:
+        assert leaf.offset % 16 == 0
+        assert end <= leaf.offset < end + 16
+        end = leaf.offset + leaf.nbytes
+    assert layout.span == end
+    assert len(leaf_names(tree)) == len(tensors)
+
+
+def test_keys_that_compare_equal_are_different_layouts() -> None:
+    a, b = LoadedFeature({1: torch.zeros(2)}), LoadedFeature({True: torch.zeros(2)})
+    assert a.layout is not b.layout
+    assert type(next(iter(read(b, [])))) is bool
+
+
+@pytest.mark.parametrize(
+    ("feature", "says"),
+    [
+        ({"a": [torch.eye(2).to_sparse()]}, r"feature\['a'\]\[0\].*sparse.*load_fn"),
+        ({"a": torch.empty(2, device="meta")}, "meta"),
+        (type("Sub", (torch.Tensor,), {})(), "Sub"),
+        ({"a": type("MyDict", (dict,), {})()}, r"feature\['a'\].*MyDict"),
+        ({"a": {torch.zeros(1)}}, "set"),
+    ],
+)
+def test_what_cannot_be_cached_says_where_and_why(feature: Any, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        flatten(feature)
+
+
+def test_parameters_conjugates_and_plain_objects() -> None:
+    feature = {
+        "p": torch.nn.Parameter(torch.ones(2)),
+        "c": torch.tensor([1 + 2j]).conj(),
+        "size": torch.Size([1, 2]),
+        "o": OrderedDict(b=1),
+        "s": {1, 2},
+    }
+    result = read(LoadedFeature(feature), [])
+    assert_same(result["c"], torch.tensor([1 - 2j]))
+    assert type(result["p"]) is torch.Tensor and not result["p"].requires_grad
+    assert result["size"] == torch.Size([1, 2]) and result["s"] == {1, 2}
+
+
+def test_values_are_the_features_own() -> None:
+    mutable = {1, 2}
+    loaded = LoadedFeature([mutable])
+    mutable.add(3)
+    assert loaded.values == ({1, 2},)
+
+
+class Numbers:
+    """PathTable's other half: counts the keys it is asked for."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.table = PathTable(self.number_of)
+
+    def number_of(self, key: str) -> int:
+        if key not in self.keys:
+            self.keys.append(key)
+        return self.keys.index(key)
+
+
+def test_every_spelling_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real" / "sub").mkdir(parents=True)
+    (tmp_path / "real" / "a.pt").touch()
+    (tmp_path / "link").symlink_to("real/sub")
+    (tmp_path / "real" / "b.pt").symlink_to("a.pt")
+    monkeypatch.chdir(tmp_path)
+    numbers = Numbers()
+    spellings = [
+        str(tmp_path / "real" / "a.pt"),
+        tmp_path / "real" / "a.pt",
+        "real/a.pt",
+        "./real/../real//a.pt",
+        "link/../a.pt",  # through a link, .. is not what it looks like
+        "real/b.pt",
+        Path("real/a.pt"),
+    ]
+    for _ in range(2):
+        assert numbers.table.numbers(spellings) == [0] * len(spellings)
+    assert numbers.keys == [os.path.realpath(tmp_path / "real" / "a.pt")]
+
+
+def test_relative_spellings_follow_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = Numbers()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        numbers.table.numbers(["x.pt"])
+    monkeypatch.chdir(tmp_path / "one")
+    assert numbers.table.numbers(["x.pt"]) == [0]
+    assert len(numbers.keys) == 2
+
+
+@pytest.mark.parametrize("paths", [[3], [None], [b"x"], [""], [["a"]]])
+def test_what_is_no_path(paths: list[Any]) -> None:
+    with pytest.raises(TypeError, match="a path must be"):
+        Numbers().table.numbers(paths)
+
+
+@pytest.mark.parametrize("path", ["a.pt", Path("a.pt")])
+def test_a_single_path_is_no_sequence(path: Any) -> None:
+    with pytest.raises(TypeError, match="single path"):
+        Numbers().table.numbers(path)

@@ -1,0 +1,356 @@
+"""GPUPrefetcher and GPUCollator: order, state, errors, and company."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchdata.nodes as tn
+from conftest import Gate, sample
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import RandomSampler
+
+from gpucache_pipes import (
+    FeatureBatch,
+    FeatureLoadError,
+    GPUCollator,
+    GPUFeatureStore,
+    GPUPrefetcher,
+    PathLister,
+)
+from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
+from gpucache_pipes.testing import assert_same
+
+Files = Callable[..., list[str]]
+FEATURES = {f"/f/{n:02d}.pt": {**sample(n), "n": n} for n in range(10)}
+PATHS = list(FEATURES)
+
+
+@pytest.fixture(params=["host", "staged"])
+def store(request: pytest.FixtureRequest) -> GPUFeatureStore:
+    device = (
+        "cpu"
+        if request.param == "host"
+        else AcceleratorBackend(InOrderRuntime(torch.device("cpu")))
+    )
+    # Room for half of the files: evictions happen all the time.
+    return GPUFeatureStore(device, load_fn=FEATURES.__getitem__, max_cache_items=5)
+
+
+def numbers(item: Any) -> Any:
+    """What an element is about, in plain numbers."""
+    if isinstance(item, torch.Tensor):
+        return item.flatten().tolist()
+    if isinstance(item, str):
+        return PATHS.index(item)
+    if isinstance(item, dict):
+        return numbers(item["label"])
+    return [numbers(part) for part in item]
+
+
+MAKERS: dict[str, Callable[[GPUFeatureStore], tn.BaseNode[Any]]] = {
+    "lister": lambda s: PathLister(PATHS, shuffle=True),
+    "single": lambda s: GPUPrefetcher(PathLister(PATHS, shuffle=True), s),
+    "batched": lambda s: GPUPrefetcher(PathLister(PATHS, batch_size=3, shuffle=True), s, depth=3),
+    "collated": lambda s: GPUCollator(GPUPrefetcher(PathLister(PATHS, batch_size=3), s, depth=1)),
+    "regrouped": lambda s: GPUCollator(
+        GPUPrefetcher(PathLister(PATHS, shuffle=True), s, depth=5), batch_size=4
+    ),
+    "slow regrouped": lambda s: GPUCollator(
+        tn.Mapper(GPUPrefetcher(PathLister(PATHS), s), lambda x: x), batch_size=4, drop_last=True
+    ),
+    "sampled": lambda s: GPUPrefetcher(
+        PathLister(PATHS, sampler=RandomSampler(PATHS, replacement=True), batch_size=4), s
+    ),
+    "batcher": lambda s: GPUCollator(GPUPrefetcher(tn.Batcher(PathLister(PATHS), 4, False), s)),
+    "mapper": lambda s: GPUPrefetcher(tn.Mapper(PathLister(PATHS), Path), s),
+    "parallel mapper": lambda s: GPUPrefetcher(
+        tn.ParallelMapper(PathLister(PATHS, batch_size=2), list, num_workers=2), s
+    ),
+    "prefetcher before": lambda s: GPUCollator(
+        GPUPrefetcher(tn.Prefetcher(PathLister(PATHS, batch_size=3), 2), s)
+    ),
+    "prefetcher behind": lambda s: tn.Prefetcher(
+        GPUCollator(GPUPrefetcher(PathLister(PATHS, batch_size=3), s)), 2
+    ),
+    "batcher behind": lambda s: GPUCollator(
+        tn.Batcher(GPUPrefetcher(PathLister(PATHS), s), 3, False)
+    ),
+    "iterable": lambda s: GPUPrefetcher(PATHS, s),
+    "weighted": lambda s: GPUPrefetcher(
+        tn.MultiNodeWeightedSampler(
+            {"a": PathLister(PATHS[:5]), "b": PathLister(PATHS[5:])},
+            {"a": 0.5, "b": 0.5},
+            seed=0,
+        ),
+        s,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_torchdata_contract(name: str, store: GPUFeatureStore) -> None:
+    """Saved before the start, in the middle and at the end; restored; and the next epoch."""
+    make = MAKERS[name]
+
+    def run(node: tn.BaseNode[Any], count: int | None = None) -> list[Any]:
+        items = []
+        while count is None or len(items) < count:
+            try:
+                items.append(numbers(next(node)))
+            except StopIteration:
+                break
+        return items
+
+    node = make(store)
+    node.reset()
+    initial = node.state_dict()
+    first = run(node)
+    end = node.state_dict()
+    node.reset()
+    second = run(node)
+    assert len(first) > 1 and initial and end
+
+    node = make(store)
+    node.reset(initial)
+    assert run(node) == first
+
+    for half in range(len(first) + 1):
+        node = make(store)
+        node.reset()
+        assert run(node, half) == first[:half]
+        state = node.state_dict()
+        assert run(node) == first[half:]
+        node = make(store)
+        node.reset(state)
+        assert run(node) == first[half:]
+        node.reset()
+        assert run(node) == second
+
+    node = make(store)
+    node.reset(end)
+    assert run(node) == []
+    node.reset()
+    assert run(node) == second
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_behind_a_loader(name: str, store: GPUFeatureStore) -> None:
+    loader = tn.Loader(MAKERS[name](store))
+    first, second = (list(map(numbers, loader)) for _ in range(2))
+    resumed = tn.Loader(MAKERS[name](store))
+    iterator = iter(resumed)
+    assert numbers(next(iterator)) == first[0]
+    state = resumed.state_dict()
+    del iterator, resumed
+    again = tn.Loader(MAKERS[name](store))
+    again.load_state_dict(state)
+    assert list(map(numbers, again)) == first[1:]
+    assert list(map(numbers, again)) == second
+
+
+@given(
+    count=st.integers(1, 10),
+    depth=st.integers(1, 12),
+    batch_size=st.integers(1, 4),
+    drop_last=st.booleans(),
+    shuffle=st.booleans(),
+)
+def test_gathered_at_once_equals_one_by_one(
+    count: int, depth: int, batch_size: int, drop_last: bool, shuffle: bool
+) -> None:
+    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__, max_cache_items=3) as store:
+
+        def make(wrap: Callable[[Any], Any]) -> list[Any]:
+            features = GPUPrefetcher(PathLister(PATHS[:count], shuffle=shuffle), store, depth=depth)
+            return list(GPUCollator(wrap(features), batch_size=batch_size, drop_last=drop_last))
+
+        fast, slow = make(lambda node: node), make(lambda node: tn.Mapper(node, lambda x: x))
+        assert_same(fast, slow)
+
+
+def test_what_elements_become(store: GPUFeatureStore) -> None:
+    assert_same(next(GPUPrefetcher([PATHS[2]], store)), FEATURES[PATHS[2]])
+    assert_same(next(GPUPrefetcher([Path(PATHS[2])], store)), FEATURES[PATHS[2]])
+    batch = next(GPUPrefetcher([tuple(PATHS[:2])], store))
+    assert isinstance(batch, FeatureBatch) and numbers(batch) == [[0], [1]]
+    rows = [{"file": PATHS[n], "weight": n} for n in (3, 4)]
+    feature, element = next(GPUPrefetcher(rows, store, path_fn=lambda row: row["file"]))
+    assert numbers(feature) == [3] and element is rows[0]
+    joined = GPUPrefetcher(
+        [rows],
+        store,
+        path_fn=lambda rows: [row["file"] for row in rows],
+        join_fn=lambda features, rows: (numbers(features), [row["weight"] for row in rows]),
+    )
+    assert next(joined) == ([[3], [4]], [3, 4])
+    collated, element = next(
+        GPUCollator(
+            GPUPrefetcher([rows], store, path_fn=lambda rows: [row["file"] for row in rows])
+        )
+    )
+    assert collated["n"].tolist() == [3, 4] and element is rows
+
+
+def test_what_the_collator_makes(store: GPUFeatureStore) -> None:
+    def batches() -> GPUPrefetcher:
+        return GPUPrefetcher(PathLister(PATHS, batch_size=5), store)
+
+    made = next(GPUCollator(batches()))
+    assert made["feature"].shape == (5, 8) and made["feature"].is_contiguous()
+    assert_same(made["n"], torch.arange(5))
+    assert next(GPUCollator(batches(), collate_fn=lambda fs: [f["n"] for f in fs])) == [*range(5)]
+    listed = GPUCollator([[{"n": 1}, {"n": 2}]])
+    assert_same(next(listed), {"n": torch.tensor([1, 2])})
+    with pytest.raises(TypeError, match="leave batch_size away"):
+        next(GPUCollator(batches(), batch_size=2))
+    with pytest.raises(TypeError, match="leave batch_size away"):
+        next(GPUCollator(tn.Mapper(batches(), lambda x: x), batch_size=2))
+    with pytest.raises(TypeError, match="not dict"):
+        next(GPUCollator(GPUPrefetcher(PATHS, store)))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda s: GPUPrefetcher(PATHS, s, depth=0), "depth=0"),
+        (lambda s: GPUPrefetcher(PATHS, s, join_fn=max), "join_fn needs a path_fn"),
+        (lambda s: GPUCollator(PATHS, batch_size=0), "batch_size=0"),
+        (lambda s: GPUCollator(PATHS, drop_last=True), "drop_last=True"),
+    ],
+)
+def test_wrong_arguments(make: Callable[[Any], Any], says: str, store: GPUFeatureStore) -> None:
+    with pytest.raises(ValueError, match=says):
+        make(store)
+
+
+def test_depth_elements_are_ahead() -> None:
+    gate = Gate(FEATURES)
+    with GPUFeatureStore("cpu", load_fn=gate, reader_threads=8) as store:
+        node = GPUPrefetcher(PATHS, store, depth=3)
+        gate.open(PATHS[0])
+        next(node)
+        for path in PATHS[1:4]:
+            gate.wait_until_started(path)
+        assert sorted(gate.loads) == PATHS[:4]
+        gate.open(*PATHS)
+
+
+def test_an_error_comes_in_its_turn_and_the_rest_is_served(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{n}.pt") for n in range(5)]
+    for n, path in enumerate(paths):
+        torch.save(sample(n), path)
+    Path(paths[2]).write_bytes(b"broken")
+    with GPUFeatureStore("cpu") as store:
+        node = GPUPrefetcher(paths, store, depth=4)
+        seen: list[Any] = []
+        while True:
+            try:
+                seen.append(int(next(node)["label"]))
+            except StopIteration:
+                break
+            except FeatureLoadError as error:
+                seen.append(Path(error.path).name)
+        assert seen == [0, 1, "2.pt", 3, 4]
+
+
+def test_errors_of_the_source_and_of_path_fn_come_in_their_turn(store: GPUFeatureStore) -> None:
+    def source() -> Any:
+        yield PATHS[0]
+        yield PATHS[1]
+        raise OSError("listing failed")
+
+    node = GPUPrefetcher(source(), store, depth=4)
+    assert [numbers(next(node)) for _ in range(2)] == [[0], [1]]
+    with pytest.raises(OSError, match="listing failed"):
+        next(node)
+    with pytest.raises(StopIteration):
+        next(node)
+
+    def path_fn(n: int) -> str:
+        return PATHS[n]
+
+    node = GPUPrefetcher([0, 99, 1], store, path_fn=path_fn, join_fn=lambda f, n: f["n"])
+    assert next(node) == 0
+    with pytest.raises(IndexError):
+        next(node)
+    assert next(node) == 1
+    for wrong in ([3], [b"/x"], [{1: 2}]):
+        with pytest.raises(TypeError, match="neither a path nor a sequence"):
+            next(GPUPrefetcher(wrong, store))
+
+
+def test_an_interrupt_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__) as store:
+        node = GPUPrefetcher(PATHS, store)
+        next(node)
+        with monkeypatch.context() as patch:
+
+            def interrupted(tickets: Any) -> Any:
+                store.cancel(tickets)
+                raise KeyboardInterrupt
+
+            patch.setattr(store, "collect", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(node)
+        assert [numbers(item) for item in node] == [[n] for n in range(1, 10)]
+
+
+def test_nothing_is_held_for_a_pipeline_that_is_gone(store: GPUFeatureStore) -> None:
+    node = GPUPrefetcher(PathLister(PATHS), store, depth=8)
+    next(node)
+    node.shutdown()
+    store.check()
+    assert not store._cache.pinned()
+    node.reset()
+    next(node)
+    del node
+    store.get_batch(PATHS)  # what was being loaded has come
+    gc.collect()
+    store.check()
+    assert not store._cache.pinned()
+
+
+def test_train_and_validation_share_a_store() -> None:
+    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__, max_cache_items=8) as store:
+        train = tn.Loader(
+            GPUCollator(GPUPrefetcher(PathLister(PATHS[:7], batch_size=2, shuffle=True), store))
+        )
+        validate = tn.Loader(GPUCollator(GPUPrefetcher(PathLister(PATHS[7:], batch_size=2), store)))
+        for _ in range(6):
+            assert sorted(n for b in train for n in b["n"].tolist()) == list(range(7))
+            assert [n for b in validate for n in b["n"].tolist()] == [7, 8, 9]
+        # Ten files, eight places: each later epoch can serve eight of ten.
+        assert store.stats().hits >= 5 * (8 - 1)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_half_a_cache_serves_half_of_the_requests(shuffle: bool, known: bool) -> None:
+    features = {f"/g/{n:03d}.pt": sample(n) for n in range(100)}
+    with GPUFeatureStore("cpu", load_fn=features.__getitem__, max_cache_items=50) as store:
+        lister = PathLister(list(features), batch_size=5, shuffle=shuffle)
+        # Behind a generator, nothing is known of what comes.
+        source = lister if known else _Anew(lister)
+        loader = tn.Loader(GPUPrefetcher(source, store, depth=1))
+        for _ in loader:
+            pass
+        start = store.stats()
+        for _ in range(5):
+            for _ in loader:
+                pass
+        hits = store.stats().hits - start.hits
+        assert hits >= 5 * (50 - 10)  # less what is in flight
+        assert hits <= 5 * 50 + 10
+
+
+class _Anew:
+    def __init__(self, lister: PathLister) -> None:
+        self.lister = lister
+
+    def __iter__(self) -> Any:
+        self.lister.reset()
+        yield from self.lister

@@ -1,0 +1,399 @@
+"""GPUFeatureStore, call by call."""
+
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Gate, sample
+
+from gpucache_pipes import FeatureLoadError, GPUFeatureStore
+from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
+from gpucache_pipes.testing import assert_same
+
+Files = Callable[..., list[str]]
+
+
+def test_features_come_back_as_saved(make_files: Files) -> None:
+    paths = make_files(5)
+    with GPUFeatureStore("cpu") as store:
+        for _ in range(2):
+            assert_same(store.get(paths[3]), sample(3))
+            batch = store.get_batch([paths[2], paths[0], paths[2]])
+            assert [int(f["label"]) for f in batch] == [2, 0, 2]
+            assert batch.paths == [os.path.realpath(paths[n]) for n in (2, 0, 2)]
+            assert [int(f["label"]) for f in batch[1:]] == [0, 2]
+            assert int(batch[-1]["label"]) == 2
+            with pytest.raises(IndexError):
+                batch[3]
+        assert paths[0] in store and Path(paths[0]) in store and paths[4] not in store
+        assert 3 not in store
+        assert len(store) == 3
+        stats = store.stats()
+        assert (stats.misses, stats.hits, stats.files_read) == (3, 5, 3)
+        assert stats.hit_rate == 5 / 8
+        assert stats.cached_bytes == 3 * 40
+        assert stats.bytes_read == sum(os.path.getsize(paths[n]) for n in (0, 2, 3))
+        assert "3 items" in repr(store)
+
+
+def test_collate_fn_gets_the_list(make_files: Files) -> None:
+    paths = make_files(3)
+    with GPUFeatureStore("cpu") as store:
+        assert store.get_batch(paths, collate_fn=lambda fs: [int(f["label"]) for f in fs]) == [
+            0, 1, 2,
+        ]  # fmt: skip
+        assert len(store.get_batch([])) == 0
+
+
+def test_a_store_on_the_default_device(make_files: Files) -> None:
+    [path] = make_files(1)
+    with GPUFeatureStore() as store:
+        assert store.get(path)["feature"].device == store.device
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_cache_bytes": 0}, "max_cache_bytes=0"),
+        ({"max_cache_bytes": "lots"}, "max_cache_bytes='lots'"),
+        ({"max_cache_items": -1}, "max_cache_items=-1"),
+        ({"policy": "psychic"}, "policy='psychic'"),
+        ({"reader_threads": 0}, "reader_threads=0"),
+        ({"page_bytes": 100}, "page_bytes=100"),
+        ({"load_fn": 3}, "load_fn=3"),
+        ({"device": "abacus"}, "device='abacus'"),
+    ],
+)
+def test_wrong_values_are_named(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        GPUFeatureStore(**{"device": "cpu", **options})
+
+
+def test_too_large_for_the_budget(make_files: Files) -> None:
+    paths = make_files(2)
+    with GPUFeatureStore("cpu", max_cache_bytes=39) as store:
+        with pytest.raises(MemoryError, match=r"0000\.pt.* 40 bytes.*max_cache_bytes=39"):
+            store.get(paths[0])
+        with pytest.raises(MemoryError):
+            store.get_batch(paths)
+
+
+def test_a_batch_larger_than_the_cache_is_served(make_files: Files) -> None:
+    paths = make_files(50)
+    with GPUFeatureStore("cpu", max_cache_bytes=40 * 7) as store:
+        for _ in range(3):
+            batch = store.get_batch(paths).collate()
+            assert batch["label"].flatten().tolist() == list(range(50))
+            assert len(store) == 7
+        assert store.stats().transient_items == 0
+
+
+def test_a_budget_of_exactly_n_features_holds_n(make_files: Files) -> None:
+    paths = make_files(10, lambda n: torch.full((3,), n))
+    with GPUFeatureStore("cpu", max_cache_bytes=24 * 7) as store:
+        store.get_batch(paths)
+        assert len(store) == 7
+
+
+def test_features_without_tensors_are_items_of_no_bytes(make_files: Files) -> None:
+    paths = make_files(4, lambda n: {"n": n, "s": "x", "none": None, "b": b"y", "f": [1.5]})
+    with GPUFeatureStore("cpu", max_cache_items=3) as store:
+        assert store.get(paths[2]) == {"n": 2, "s": "x", "none": None, "b": b"y", "f": [1.5]}
+        store.get_batch(paths)[0]["f"].append(2)
+        assert store.get(paths[0])["f"] == [1.5]
+        assert len(store) == 3 and store.stats().cached_bytes == 0
+
+
+def test_mutable_values_are_not_shared() -> None:
+    with GPUFeatureStore("cpu", load_fn=lambda path: {"ids": {1, 2}}) as store:
+        store.get("/x")["ids"].add(3)
+        assert store.get("/x") == {"ids": {1, 2}}
+
+
+def test_errors_name_the_path_and_the_next_request_tries_again(tmp_path: Path) -> None:
+    path = tmp_path / "late.pt"
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(b"not a torch file")
+    with GPUFeatureStore("cpu") as store:
+        with pytest.raises(FileNotFoundError) as missing:
+            store.get(path)
+        assert missing.value.filename == str(path)
+        torch.save(sample(1), path)
+        assert_same(store.get(path), sample(1))
+        for _ in range(2):
+            with pytest.raises(FeatureLoadError, match=r"bad\.pt") as broken:
+                store.get_batch([path, bad])
+            assert broken.value.path == str(bad)
+            assert broken.value.__cause__ is not None
+        assert_same(store.get(path), sample(1))
+        assert store.stats().failures == 3
+
+
+def test_weights_only_is_the_default(make_files: Files) -> None:
+    [path] = make_files(1, lambda n: {"x": {1}, "p": Path("x")})
+    with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match="weights_only"):
+        store.get(path)
+    with GPUFeatureStore("cpu", weights_only=False) as store:
+        assert store.get(path)["p"] == Path("x")
+
+
+def test_an_error_in_the_callers_thread(tmp_path: Path) -> None:
+    with GPUFeatureStore("cpu", asynchronous=False) as store:
+        with pytest.raises(FileNotFoundError):
+            store.get(tmp_path / "no.pt")
+        store.prefetch([tmp_path / "no.pt"])  # nobody has asked yet
+
+
+def test_an_interrupt_while_reading_leaves_nothing_behind(make_files: Files) -> None:
+    paths = make_files(3)
+    interrupts = [KeyboardInterrupt()]
+
+    def load(path: str) -> Any:
+        if path.endswith("1.pt") and interrupts:
+            raise interrupts.pop()
+        return torch.load(path)
+
+    with GPUFeatureStore("cpu", asynchronous=False, load_fn=load) as store:
+        with pytest.raises(KeyboardInterrupt):
+            store.get_batch(paths)
+        store.check()
+        assert [int(f["label"]) for f in store.get_batch(paths)] == [0, 1, 2]
+
+
+def test_prefetch_returns_at_once_and_is_joined() -> None:
+    gate = Gate({"/a": torch.tensor([1.0]), "/b": torch.tensor([2.0])})
+    with GPUFeatureStore("cpu", load_fn=gate, reader_threads=2) as store:
+        store.prefetch(["/a"])
+        gate.wait_until_started("/a")
+        ticket = store.request(["/a", "/b", "/a"])
+        other = store.request(["/b"])
+        gate.wait_until_started("/b")
+        assert "/a" not in store
+        gate.open("/a", "/b")
+        assert [float(f) for f in ticket.result()] == [1, 2, 1]
+        assert float(other.result()[0]) == 2
+        assert sorted(gate.loads) == ["/a", "/b"]  # once each
+        assert store.stats().misses == 1  # only /b was read because of a request
+        assert store.stats().wait_seconds >= 0
+        with pytest.raises(RuntimeError, match="has been used"):
+            ticket.result()
+
+
+def test_an_error_reaches_everybody_who_waits_and_nobody_else() -> None:
+    gate = Gate({"/a": OSError("disk on fire"), "/b": torch.tensor([2.0])})
+    with GPUFeatureStore("cpu", load_fn=gate, reader_threads=2) as store:
+        tickets = [store.request(["/b", "/a"]), store.request(["/a"])]
+        fine = store.request(["/b"])
+        gate.open("/b", "/a")
+        for ticket in tickets:
+            with pytest.raises(FeatureLoadError, match="disk on fire"):
+                ticket.result()
+        assert float(fine.result()[0]) == 2
+
+
+def test_close_wakes_who_waits() -> None:
+    gate = Gate({"/a": torch.tensor([1.0])})
+    store = GPUFeatureStore("cpu", load_fn=gate)
+    ticket = store.request(["/a"])
+    gate.wait_until_started("/a")
+    errors: list[BaseException] = []
+
+    def consume() -> None:
+        try:
+            ticket.result()
+        except BaseException as error:
+            errors.append(error)
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    closer = threading.Thread(target=store.close)
+    closer.start()
+    consumer.join(60)
+    gate.open("/a")
+    closer.join(60)
+    assert [str(e) for e in errors] == ["this GPUFeatureStore is closed"]
+    for call in (store.get, lambda p: store.prefetch([p]), lambda p: store.release([p])):
+        with pytest.raises(RuntimeError, match="closed"):
+            call("/a")
+    store.close()
+
+
+def test_many_consumers_read_each_file_once(make_files: Files) -> None:
+    paths = make_files(40)
+    loads: list[str] = []
+
+    def load(path: str) -> Any:
+        loads.append(path)
+        return torch.load(path)
+
+    with GPUFeatureStore("cpu", load_fn=load, reader_threads=3) as store:
+        failures: list[BaseException] = []
+
+        def consume(seed: int) -> None:
+            try:
+                order = torch.randperm(40, generator=torch.Generator().manual_seed(seed)).tolist()
+                for at in range(0, 40, 8):
+                    wanted = order[at : at + 8]
+                    batch = store.get_batch([paths[n] for n in wanted]).collate()
+                    assert batch["label"].flatten().tolist() == wanted
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=consume, args=(n,)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not failures
+        assert sorted(loads) == sorted(map(os.path.realpath, paths))
+
+
+def test_release_and_clear(make_files: Files) -> None:
+    paths = make_files(4)
+    with GPUFeatureStore("cpu") as store:
+        held = store.request(paths)
+        store.get_batch(paths)
+        store.release([paths[0], "/never/seen"])
+        assert paths[0] not in store and len(store) == 3
+        store.clear()
+        assert len(store) == 0 and store.stats().transient_items == 4
+        assert store.stats().reserved_bytes > 0
+        assert [int(f["label"]) for f in held.result()] == [0, 1, 2, 3]
+        assert store.stats().transient_items == 0
+        store.clear()
+        assert store.stats().reserved_bytes == 0 and store.stats().page_bytes == 0
+        assert int(store.get(paths[1])["label"]) == 1
+
+
+def test_release_while_loading() -> None:
+    gate = Gate({"/a": torch.tensor([1.0])})
+    with GPUFeatureStore("cpu", load_fn=gate) as store:
+        ticket = store.request(["/a"])
+        gate.wait_until_started("/a")
+        store.release(["/a"])
+        gate.open("/a")
+        assert float(ticket.result()[0]) == 1
+        assert "/a" not in store
+
+
+def test_a_dropped_ticket_lets_go(make_files: Files) -> None:
+    paths = make_files(3)
+    with GPUFeatureStore("cpu", max_cache_items=1) as store:
+        ticket = store.request(paths)
+        store.get_batch(paths)
+        assert store.stats().transient_items == 2
+        del ticket
+        gc.collect()
+        store.check()
+        assert store.stats().transient_items == 0
+
+
+def test_warm(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = make_files(300)
+    with GPUFeatureStore("cpu") as store:
+        assert store.warm(paths) == 300
+        assert "warming" in capsys.readouterr().err
+        assert store.stats().hits == store.stats().misses == 0
+        store.get_batch(paths)
+        assert store.stats().hit_rate == 1.0
+    with GPUFeatureStore("cpu", max_cache_items=20, policy="lru") as store:
+        assert store.warm(paths, progress=False) == 20
+    assert not capsys.readouterr().err
+
+
+def test_warm_reports_the_first_bad_file(make_files: Files) -> None:
+    paths = make_files(3)
+    Path(paths[1]).write_bytes(b"")
+    with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match=r"0001\.pt"):
+        store.warm(paths, progress=False)
+
+
+def test_a_store_is_collected_without_close(make_files: Files) -> None:
+    paths = make_files(2)
+    store = GPUFeatureStore("cpu")
+    store.get_batch(paths)
+    threads = store._pool.threads if store._pool else []
+    del store
+    gc.collect()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_a_store_cannot_be_pickled() -> None:
+    with GPUFeatureStore("cpu") as store, pytest.raises(TypeError, match="one process"):
+        pickle.dumps(store)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_store_refuses_to_work_after_a_fork(make_files: Files) -> None:
+    paths = make_files(1)
+    with GPUFeatureStore("cpu") as store:
+        store.get(paths[0])
+        child = os.fork()
+        if child == 0:
+            try:
+                store.get(paths[0])
+            except RuntimeError as error:
+                store.close()
+                os._exit(7 if "before a fork" in str(error) else 1)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert_same(store.get(paths[0]), sample(0))
+
+
+def test_the_interpreter_ends_in_the_middle_of_everything(make_files: Files) -> None:
+    paths = make_files(50)
+    code = f"""
+import sys
+from gpucache_pipes import GPUFeatureStore
+store = GPUFeatureStore("cpu")
+tickets = [store.request({paths!r}) for _ in range(3)]
+store.get({paths[0]!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+
+
+class Broken(AcceleratorBackend):
+    """Its device has room for two pages."""
+
+    def grow(self, needed: int, useful: int | None) -> int:
+        return super().grow(2, 2) if self.reserved_bytes == 0 and needed <= 2 else 0
+
+
+def test_a_full_device_evicts_and_says_so_when_nothing_can_go(make_files: Files) -> None:
+    paths = make_files(5)
+    with GPUFeatureStore(Broken(InOrderRuntime(torch.device("cpu")))) as store:
+        for _ in range(2):
+            for n, path in enumerate(paths):
+                assert int(store.get(path)["label"]) == n
+                store.check()
+        held = store.request(paths[:2])
+        with pytest.raises(MemoryError, match=r"0002\.pt.*no device memory|no device memory.*0002"):
+            store.get(paths[2])
+        assert [int(f["label"]) for f in held.result()] == [0, 1]
+
+
+def test_a_policy_that_names_what_is_not_cached_is_told_so(make_files: Files) -> None:
+    from gpucache_pipes.cache.policies import LRU
+
+    class Wrong(LRU):
+        def victims(self, key: str) -> Any:
+            return iter([key])
+
+    paths = make_files(2)
+    with GPUFeatureStore("cpu", max_cache_items=1, policy=Wrong()) as store:
+        store.get(paths[0])
+        with pytest.raises(FeatureLoadError, match="not cached"):
+            store.get(paths[1])

@@ -1,0 +1,169 @@
+"""The store against a dict: whatever is asked in whatever order, the right bytes come out."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+)
+from torch.utils._pytree import tree_leaves
+
+from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
+from gpucache_pipes.store import GPUFeatureStore
+from gpucache_pipes.testing import assert_same, features
+from gpucache_pipes.ticket import Ticket
+
+PATHS = [f"/features/{n}.pt" for n in range(6)]
+paths = st.lists(st.sampled_from(PATHS), max_size=8)
+
+
+def size_of(feature: Any) -> int:
+    tensors = (t for t in tree_leaves(feature) if isinstance(t, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    tickets = Bundle("tickets")
+
+    @initialize(
+        data=st.lists(features(named_tuples=True), min_size=len(PATHS), max_size=len(PATHS)),
+        alike=st.booleans(),
+        options=st.fixed_dictionaries(
+            {
+                "asynchronous": st.booleans(),
+                "reader_threads": st.integers(1, 3),
+                "policy": st.sampled_from(["clairvoyant", "lru", "fifo", "keep"]),
+                "page_bytes": st.sampled_from([None, None, 16, 48, 4096]),
+            }
+        ),
+        staged=st.booleans(),
+        limits=st.data(),
+    )
+    def start(
+        self, data: list[Any], alike: bool, options: dict[str, Any], staged: bool, limits: Any
+    ) -> None:
+        if alike:
+            data = [{"x": torch.full((5,), n), "y": torch.tensor(n), "n": n} for n in range(6)]
+        self.model = dict(zip(PATHS, data, strict=True))
+        # Budgets from a single small tensor to more than all of it.
+        total = max(1, sum(map(size_of, data)))
+        self.options = options
+        self.staged = staged
+        self.max_bytes = limits.draw(st.one_of(st.none(), st.integers(1, total + 1)))
+        self.max_items = limits.draw(st.one_of(st.none(), st.integers(1, 7)))
+        self.open_store()
+
+    def open_store(self) -> None:
+        backend = AcceleratorBackend(InOrderRuntime(torch.device("cpu"))) if self.staged else "cpu"
+        self.loads = 0
+        self.store = GPUFeatureStore(
+            backend,
+            max_cache_bytes=self.max_bytes,
+            max_cache_items=self.max_items,
+            load_fn=self.load,
+            **self.options,
+        )
+
+    def load(self, path: str) -> Any:
+        self.loads += 1
+        return self.model[path]
+
+    def too_large(self, wanted: list[str]) -> bool:
+        return self.max_bytes is not None and any(
+            size_of(self.model[path]) > self.max_bytes for path in wanted
+        )
+
+    @rule(wanted=paths)
+    def prefetch(self, wanted: list[str]) -> None:
+        self.store.prefetch(wanted)
+
+    @rule(wanted=paths, scribble=st.booleans(), collate=st.booleans())
+    def get_batch(self, wanted: list[str], scribble: bool, collate: bool) -> None:
+        collate_fn = list if collate else None
+        if self.too_large(wanted):
+            with pytest.raises(MemoryError, match=f"max_cache_bytes={self.max_bytes}") as caught:
+                self.store.get_batch(wanted, collate_fn=collate_fn)
+            assert any(path in str(caught.value) for path in wanted)
+        else:
+            self.compare(self.store.get_batch(wanted, collate_fn=collate_fn), wanted, scribble)
+
+    @rule(wanted=st.sampled_from(PATHS), scribble=st.booleans())
+    def get(self, wanted: str, scribble: bool) -> None:
+        if not self.too_large([wanted]):
+            self.compare([self.store.get(wanted)], [wanted], scribble)
+
+    def compare(self, batch: Any, wanted: list[str], scribble: bool) -> None:
+        assert len(batch) == len(wanted)
+        for feature, path in zip(batch, wanted, strict=True):
+            assert_same(feature, self.model[path])
+        if scribble:
+            for leaf in tree_leaves(list(batch)):
+                if isinstance(leaf, torch.Tensor):
+                    leaf.zero_()
+
+    @rule(target=tickets, wanted=paths)
+    def request(self, wanted: list[str]) -> tuple[Ticket, list[str], GPUFeatureStore]:
+        """A second consumer, who comes for it later."""
+        return self.store.request(wanted), wanted, self.store
+
+    @rule(held=consumes(tickets), cancel=st.booleans(), scribble=st.booleans())
+    def collect(self, held: Any, cancel: bool, scribble: bool) -> None:
+        ticket, wanted, store = held
+        if cancel:
+            ticket.cancel()
+        elif store is self.store and not self.too_large(wanted):
+            self.compare(ticket.result(), wanted, scribble)
+
+    @rule(held=consumes(tickets))
+    def drop(self, held: Any) -> None:
+        """Nobody ever comes: its finalizer lets go."""
+
+    @rule(wanted=paths)
+    def release(self, wanted: list[str]) -> None:
+        self.store.release(wanted)
+
+    @rule()
+    def clear(self) -> None:
+        self.store.clear()
+
+    @rule()
+    def begin_epoch(self) -> None:
+        self.store.begin_epoch()
+
+    @rule(order=paths)
+    def foresee(self, order: list[str]) -> None:
+        self.store.foresee("machine", order)
+
+    @rule(part=st.floats(0.1, 1.0))
+    def shrink(self, part: float) -> None:
+        """Another store with a smaller budget takes its place."""
+        self.store.check()
+        self.store.close()
+        if self.max_bytes is not None:
+            self.max_bytes = max(1, int(self.max_bytes * part))
+        self.open_store()
+
+    @invariant()
+    def consistent(self) -> None:
+        if hasattr(self, "store"):
+            self.store.check()
+            stats = self.store.stats()
+            assert self.max_bytes is None or stats.cached_bytes <= self.max_bytes
+            assert self.max_items is None or stats.items <= self.max_items
+            assert stats.items == len(self.store) == sum(path in self.store for path in PATHS)
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
