@@ -1,0 +1,97 @@
+"""Ways to gather 256 rows of 4 KiB and a label from pages: which element, whole pages or columns.
+
+The rows are those of two tensors of 4,000 x float32[1024] and int64[1]. Every way starts from a
+list of page numbers and ends with two contiguous tensors. Then 256 of 200,000 rows, in small and
+in large kernel pages.
+
+    python benchmarks/gather.py [--json FILE]
+"""
+
+import argparse
+import mmap
+from array import array
+from collections.abc import Callable, Iterator
+
+import torch
+from _common import interleaved, report, save
+
+from gpucache_pipes.device import HostBackend
+
+FILES, BATCH, WIDTH = 4000, 256, 1024
+PAGE = WIDTH * 4 + 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+
+    features, labels = torch.randn(FILES, WIDTH), torch.arange(FILES).unsqueeze(1)
+    pages = torch.zeros(FILES, PAGE, dtype=torch.uint8)
+    pages[:, : WIDTH * 4] = features.view(torch.uint8)
+    pages[:, WIDTH * 4 : WIDTH * 4 + 8] = labels.view(torch.uint8)
+    backend = HostBackend()
+    backend.configure(PAGE)
+    backend.grow(FILES, FILES)
+    upload = backend.upload([[page] for page in range(FILES)])
+    for page in range(FILES):
+        upload.buffers(page)[0][:] = pages[page].numpy().data
+    upload.finish()
+
+    def index(rows: list[int]) -> torch.Tensor:
+        return torch.frombuffer(array("q", rows), dtype=torch.int64)
+
+    def column(dtype: torch.dtype) -> Callable[[list[int]], object]:
+        source = pages.view(dtype)[:, : WIDTH * 4 // dtype.itemsize]
+        label = pages.view(torch.int64)[:, WIDTH // 2 : WIDTH // 2 + 1]
+
+        def gather(rows: list[int]) -> object:
+            at = index(rows)
+            return source.index_select(0, at).view(torch.float32), label.index_select(0, at)
+
+        return gather
+
+    def resident(rows: list[int]) -> object:
+        at = index(rows)
+        return features.index_select(0, at), labels.index_select(0, at)
+
+    def whole_pages(rows: list[int]) -> object:
+        block = pages.view(torch.complex128).index_select(0, index(rows)).view(torch.uint8)
+        feature = block[:, : WIDTH * 4].contiguous().view(torch.float32)
+        return feature, block[:, WIDTH * 4 : WIDTH * 4 + 8].contiguous().view(torch.int64)
+
+    def over_batches(gather: Callable[[list[int]], object]) -> Callable[[], Iterator[object]]:
+        return lambda: map(gather, [rows.tolist() for rows in torch.randperm(FILES).split(BATCH)])
+
+    ways = {
+        "two resident tensors": resident,
+        "columns of pages, float32": column(torch.float32),
+        "columns of pages, int64": column(torch.int64),
+        "columns of pages, complex128": column(torch.complex128),
+        "HostBackend.gather": lambda rows: backend.gather(rows, [(0, WIDTH * 4), (WIDTH * 4, 8)]),
+        "whole pages, then copies": whole_pages,
+    }
+    times = interleaved({name: over_batches(way) for name, way in ways.items()}, args.rounds)
+    figures = {"gather": report("gather", times, "two resident tensors")}
+
+    many = 200_000
+
+    def rows_in(advice: int) -> Callable[[], Iterator[object]]:
+        memory = mmap.mmap(-1, many * PAGE)
+        memory.madvise(advice)
+        rows = torch.frombuffer(memory, dtype=torch.uint8).view(many, PAGE).fill_(1)
+        words = rows.view(torch.complex128)
+        return lambda: (words.index_select(0, torch.randint(0, many, (BATCH,))) for _ in range(20))
+
+    kernel_pages = {
+        "small": rows_in(mmap.MADV_NOHUGEPAGE),
+        "large": rows_in(mmap.MADV_HUGEPAGE),
+    }
+    times = interleaved(kernel_pages, args.rounds)
+    figures["kernel_pages"] = report("kernel pages, 200,000 rows", times, "small")
+    save(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()
