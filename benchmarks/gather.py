@@ -78,7 +78,7 @@ def main() -> None:
     many = 200_000
 
     def rows_in(advice: int) -> Callable[[], Iterator[object]]:
-        memory = mmap.mmap(-1, many * PAGE)
+        memory = mmap.mmap(-1, many * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(advice)
         rows = torch.frombuffer(memory, dtype=torch.uint8).view(many, PAGE).fill_(1)
         words = rows.view(torch.complex128)

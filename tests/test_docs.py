@@ -1,0 +1,96 @@
+"""Every Python block of README and docs runs as printed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[str]:
+    return BLOCK.findall(page.read_text())
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
+def test_code_runs_as_printed(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "features").mkdir()
+    for number in range(20):
+        feature = {"feature": torch.randn(8), "label": torch.tensor(number)}
+        torch.save(feature, tmp_path / "features" / f"{number}.pt")
+    script = tmp_path / "page.py"
+    script.write_text("\n\n".join(blocks(page)))
+    run = subprocess.run(
+        [sys.executable, "-W", "error", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_readme_shows_the_examples_there_are() -> None:
+    text = (ROOT / "README.md").read_text()
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        assert f"examples/{example.name}" in text
+
+
+def run_example(*arguments: object) -> str:
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    run = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_digits(tmp_path: Path) -> None:
+    said = run_example("examples/digits.py", "--epochs", 8, "--directory", tmp_path / "digits")
+    accuracy = re.search(r"test accuracy +([\d.]+)", said)
+    assert accuracy and float(accuracy[1]) >= 0.95  # 0.97 after the 20 epochs of the demo
+    assert "files read         1797" in said
+
+
+def test_train_with_gpu_cache(tmp_path: Path) -> None:
+    script = "examples/train_with_gpu_cache.py"
+    options = ["--epochs", 2, "--num-samples", 300, "--feature-dim", 64, "--batch-size", 50]
+    said = run_example(script, tmp_path / "new", "--synthetic", *options, "--num-workers", 2)
+    assert "epoch 1" in said and "hit rate 100.0%" in said
+    half = ["--max-cache-items", 150, "--max-cache-bytes", "1MiB", "--prefetch-batches", 1]
+    assert "epoch 1" in run_example(script, tmp_path / "new", *options, *half)
+
+
+def test_synthetic_overwrites_nothing(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.pt"
+    torch.save({"feature": torch.zeros(4), "label": torch.tensor(0)}, mine)
+    before = mine.read_bytes()
+    script = str(ROOT / "examples" / "train_with_gpu_cache.py")
+    command = [sys.executable, script, str(tmp_path), "--synthetic"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode != 0 and "mine.pt" in run.stderr
+    assert list(tmp_path.iterdir()) == [mine] and mine.read_bytes() == before
+    empty = subprocess.run(
+        [sys.executable, script, str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert empty.returncode != 0 and "--synthetic" in empty.stderr
