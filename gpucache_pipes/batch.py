@@ -103,8 +103,9 @@ class FeatureBatch(Sequence[Any]):
         if isinstance(tree, int):
             if tree >= 0:
                 return columns[tree]
-            column: Any = list(map(own, values[~tree]))
-            return to_device(default_collate(column if as_list else tuple(column)), self.device)
+            column = [own(value) for value in values[~tree]]
+            samples: Any = column if as_list else tuple(column)
+            return to_device(default_collate(samples), self.device)
         kind, keys, _, children = tree
         parts = [self._collate_tree(c, columns, values, keys is not None) for c in children]
         if keys is not None:
