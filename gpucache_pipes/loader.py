@@ -89,6 +89,25 @@ class Loader:
             raise
 
     def _upload(self, group: Sequence[tuple[Entry, OpenFeature]]) -> None:
+        try:
+            placed, failed = self._place(group)
+            with trace("gpucache::upload"):
+                upload = self._backend.upload([entry.pages for entry, _ in placed])
+                for number, (entry, feature) in enumerate(placed):
+                    try:
+                        feature.read_into(upload.buffers(number))
+                    except Exception as error:
+                        failed[entry] = error
+                upload.finish()
+        finally:
+            for _, feature in group:
+                feature.close()
+        self._end([item for item in placed if item[0] not in failed], failed)
+
+    def _place(
+        self, group: Sequence[tuple[Entry, OpenFeature]]
+    ) -> tuple[list[tuple[Entry, OpenFeature]], dict[Entry, BaseException]]:
+        """Give pages to all that need them; what nobody needs any more is given up."""
         placed: list[tuple[Entry, OpenFeature]] = []
         failed: dict[Entry, BaseException] = {}
         with self._changed:
@@ -103,15 +122,7 @@ class Loader:
                         self._cache.give_up(entry)
                 except Exception as error:
                     failed[entry] = error
-        with trace("gpucache::upload"):
-            upload = self._backend.upload([entry.pages for entry, _ in placed])
-            for number, (entry, feature) in enumerate(placed):
-                try:
-                    feature.read_into(upload.buffers(number))
-                except Exception as error:
-                    failed[entry] = error
-            upload.finish()
-        self._end([item for item in placed if item[0] not in failed], failed)
+        return placed, failed
 
     def _fit_pages(self, spans: Sequence[int]) -> None:
         ledger = self._cache.ledger

@@ -12,6 +12,9 @@ ALIGNMENT = 16
 """Leaves start at multiples of this, so that rows can move in 16-byte words on any device."""
 
 
+_MOST_PARTS = 1_000_000
+
+
 class Leaf(NamedTuple):
     """One tensor of a feature: `nbytes` bytes at `offset`, contiguous."""
 
@@ -89,20 +92,28 @@ def _count_plain(tree: Tree) -> int:
     return int(tree < 0) if isinstance(tree, int) else sum(map(_count_plain, tree.children))
 
 
-def flatten(feature: Any) -> tuple[Tree, list[torch.Tensor], list[Any]]:
-    """The tree of a feature, its tensors, and its plain values, each in the order of the tree.
+def flatten(feature: Any, leaf: type = torch.Tensor) -> tuple[Tree, list[Any], list[Any]]:
+    """The tree of a feature, its leaves, and its plain values, each in the order of the tree.
 
-    dict, OrderedDict, list, tuple and NamedTuple are containers. Everything else is a plain
-    value. Raises TypeError, naming the place, for a tensor that has no dense bytes (sparse,
-    quantized, nested, meta), for a tensor subclass, and for other kinds of containers.
+    dict, OrderedDict, list, tuple and NamedTuple are containers, objects of the type `leaf` are
+    leaves, and everything else is a plain value. Raises TypeError, naming the place, for a
+    tensor that has no dense bytes (sparse, quantized, nested, meta), for a tensor subclass, and
+    for other kinds of containers; and ValueError for a feature of more than a million parts.
     """
-    tensors: list[torch.Tensor] = []
+    tensors: list[Any] = []
     values: list[Any] = []
+    parts = 0
 
     def visit(item: Any, place: str) -> Tree:
+        nonlocal parts
+        parts += 1
+        if parts > _MOST_PARTS:
+            # A few bytes can describe 2**n parts by naming one part twice, n times over.
+            raise ValueError(f"a feature of more than {_MOST_PARTS} parts; make it tensors")
         kind = type(item)
-        if isinstance(item, torch.Tensor):
-            _require_dense(item, place)
+        if isinstance(item, leaf):
+            if isinstance(item, torch.Tensor):
+                _require_dense(item, place)
             tensors.append(item)
             return len(tensors) - 1
         if kind is dict or kind is OrderedDict:

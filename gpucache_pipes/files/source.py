@@ -1,6 +1,5 @@
 """What the store knows of a file: how to open it, and how its bytes reach their place."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -29,6 +28,9 @@ class OpenFeature(Protocol):
         raise what reading raises; the buffers then hold nothing of worth.
         """
 
+    def close(self) -> None:
+        """Give back what opening took. Always called, in the same thread."""
+
 
 Opener = Callable[[str], OpenFeature]
 """Opens the file at an absolute path. Called from reader threads, several at a time."""
@@ -51,11 +53,14 @@ class LoadedFeature:
                 dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
                 # Not reshape: a tensor of one element is contiguous whatever its stride.
                 flat = dense.as_strided((dense.numel(),), (1,))
-                _spread(flat.view(torch.uint8), leaf.offset, buffers)
+                spread(flat.view(torch.uint8), leaf.offset, buffers)
+
+    def close(self) -> None:
+        """See OpenFeature."""
         self._tensors = []
 
 
-def _spread(source: torch.Tensor, offset: int, buffers: Sequence[memoryview]) -> None:
+def spread(source: torch.Tensor, offset: int, buffers: Sequence[memoryview]) -> None:
     """Copy the bytes of `source` to `offset` of the buffers taken as one."""
     done, total = 0, source.numel()
     for buffer in buffers:
@@ -69,20 +74,3 @@ def _spread(source: torch.Tensor, offset: int, buffers: Sequence[memoryview]) ->
                 return
             offset = size
         offset -= size
-
-
-def opener(load_fn: Callable[[str], Any] | None, weights_only: bool) -> Opener:
-    """How a store opens files: by `load_fn(path)` where the user gave one, else by format."""
-    if load_fn is not None:
-
-        def by_load_fn(path: str) -> OpenFeature:
-            return LoadedFeature(load_fn(path))
-
-        return by_load_fn
-
-    def by_torch_load(path: str) -> OpenFeature:
-        # map_location: a file saved on a GPU must not touch that GPU from a reader thread.
-        feature = torch.load(path, map_location="cpu", weights_only=weights_only)
-        return LoadedFeature(feature, os.stat(path).st_size)
-
-    return by_torch_load

@@ -1,0 +1,156 @@
+"""What the bytes of a `torch.save` file mean, remembered for the other files of its data set."""
+
+import struct
+from typing import Any, NamedTuple
+
+from gpucache_pipes.files import zip_directory as zips
+from gpucache_pipes.files.errors import Unsupported
+from gpucache_pipes.files.layout import Layout, Leaf, flatten
+from gpucache_pipes.files.pickle_reader import Name, SavedTensor, Storage, read_pickle
+
+_MOST_PLANS = 4096
+
+# What the small records say: exactly, or as torch.load would still accept it.
+_EXACT = {"version": b"3\n", "byteorder": b"little", ".format_version": b"1"}
+_DIGITS = (".storage_alignment", ".data/serialization_id")
+
+
+class Move(NamedTuple):
+    """`nbytes` bytes at `start` of the file are those at `offset` of the feature."""
+
+    start: int
+    offset: int
+    nbytes: int
+
+
+class View(NamedTuple):
+    """A leaf that is not contiguous in the file: `nbytes` bytes from `start` on hold it."""
+
+    start: int
+    nbytes: int
+    strides: tuple[int, ...]
+    leaf: Leaf
+
+
+class Plan(NamedTuple):
+    """How to make a feature of the bytes of a file that has a certain form and pickle."""
+
+    layout: Layout
+    values: tuple[Any, ...]
+    moves: tuple[Move, ...]
+    views: tuple[View, ...]
+
+
+class Form:
+    """The zip directory of a file, with what its local headers and small records say.
+
+    Files of one data set share their form: it is compared with a file by two precompiled
+    structs, and then all that the plan depends on is the pickle.
+    """
+
+    def __init__(self, file: zips.Bytes, directory: zips.Directory) -> None:
+        self.directory = directory
+        self._plans: dict[bytes, Plan] = {}
+        self._starts: dict[str, int] = {}
+        # (offset, bytes that must be there) for every local header, and (offset, count) of the
+        # records that are looked at.
+        pieces: list[tuple[int, str]] = []
+        self._expected: list[Any] = []
+        self._looked_at: list[str] = []
+        for name, record in sorted(directory.records.items(), key=lambda item: item[1].header):
+            start = zips.data_offset(record, file)
+            self._starts[name] = start
+            pieces.append((record.header, "4s"))
+            pieces.append((record.header + 26, "4s"))
+            lengths = struct.pack(
+                "<HH", record.name_bytes, start - record.header - 30 - record.name_bytes
+            )
+            self._expected += [zips.LOCAL_SIGNATURE, lengths]
+            number = name.removeprefix("data/")
+            if name in _EXACT or name in _DIGITS or name == "data.pkl":
+                pieces.append((start, f"{record.size}s"))
+                self._looked_at.append(name)
+                self._expected.append(None)
+            elif number == name or not number.isdecimal():
+                raise Unsupported(f"the record {name!r}")
+        if "data.pkl" not in directory.records:
+            raise Unsupported("no data.pkl")
+        self._pieces = pieces
+        self._struct = _with_gaps(pieces) if file.whole else None
+        self._places = [n for n, value in enumerate(self._expected) if value is None]
+        self._fixed = [n for n, value in enumerate(self._expected) if value is not None]
+        self._constants = [self._expected[n] for n in self._fixed]
+
+    def plan(self, file: zips.Bytes, raw: bytes) -> Plan | None:
+        """The plan for a file whose directory is `raw`; None if it has another form.
+
+        Raises Unsupported.
+        """
+        if not self.directory.same(raw):
+            return None
+        fields = self._fields(file)
+        if [fields[n] for n in self._fixed] != self._constants:
+            return None
+        pickle = b""
+        for name, n in zip(self._looked_at, self._places, strict=True):
+            content = fields[n]
+            if name == "data.pkl":
+                pickle = content
+            elif content != _EXACT[name] if name in _EXACT else not content.isdigit():
+                raise Unsupported(f"the record {name!r} says something unusual")
+        plan = self._plans.get(pickle)
+        if plan is None:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            plan = self._plans[pickle] = self._make_plan(pickle)
+        return plan
+
+    def _fields(self, file: zips.Bytes) -> Any:
+        if self._struct is not None and file.whole is not None:
+            return self._struct.unpack_from(file.whole)
+        return [file.read(at, int(code[:-1])) for at, code in self._pieces]
+
+    def _make_plan(self, pickle: bytes) -> Plan:
+        try:
+            tree, tensors, values = flatten(read_pickle(pickle), SavedTensor)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Unsupported(str(error)) from error
+        if any(isinstance(value, (Name, Storage)) for value in values):
+            raise Unsupported("a name or a storage stands where a value should")
+        layout = Layout.of(tree, [(tensor.dtype, tensor.shape) for tensor in tensors])
+        moves, views = [], []
+        for tensor, leaf in zip(tensors, layout.leaves, strict=True):
+            name = f"data/{tensor.storage.key}"
+            record = self.directory.records.get(name)
+            if record is None or record.size != tensor.storage.nbytes:
+                raise Unsupported("a storage and its record are of different sizes")
+            start = self._starts[name] + tensor.offset * leaf.dtype.itemsize
+            if not leaf.nbytes:
+                continue
+            if _contiguous(tensor):
+                moves.append(Move(start, leaf.offset, leaf.nbytes))
+            else:
+                sides = zip(tensor.shape, tensor.strides, strict=True)
+                extent = 1 + sum((side - 1) * stride for side, stride in sides)
+                views.append(View(start, extent * leaf.dtype.itemsize, tensor.strides, leaf))
+        return Plan(layout, tuple(values), tuple(moves), tuple(views))
+
+
+def _with_gaps(pieces: list[tuple[int, str]]) -> struct.Struct:
+    """One struct for all the pieces of a file."""
+    codes, at = ["<"], 0
+    for start, code in sorted(pieces):
+        if start < at:
+            raise Unsupported("records that overlap")
+        codes.append(f"{start - at}x{code}")
+        at = start + int(code[:-1])
+    return struct.Struct("".join(codes))
+
+
+def _contiguous(tensor: SavedTensor) -> bool:
+    expected = 1
+    for side, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if side != 1 and stride != expected:
+            return False
+        expected *= side
+    return True

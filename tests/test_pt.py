@@ -1,0 +1,374 @@
+"""The fast reader equals torch.load, bit for bit, or leaves the file to it."""
+
+import io
+import os
+import pickle
+import shutil
+import struct
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpucache_pipes.files import build
+from gpucache_pipes.files.errors import Unsupported
+from gpucache_pipes.files.formats import by_torch_load, opener
+from gpucache_pipes.files.pickle_reader import read_pickle
+from gpucache_pipes.files.pt import SMALL, PtReader
+from gpucache_pipes.testing import assert_same, features
+
+
+def read(opened: Any, cuts: list[int] | None = None) -> Any:
+    """The feature, after its bytes went through buffers cut at these places."""
+    layout = opened.layout
+    memory = bytearray(b"\xee" * layout.span)
+    ends = sorted({min(cut, layout.span) for cut in cuts or []} | {layout.span})
+    view = memoryview(memory)
+    opened.read_into([view[a:b] for a, b in zip([0, *ends], ends, strict=False)])
+    opened.close()
+
+    def leaf(n: int) -> torch.Tensor:
+        dtype, shape, offset, nbytes = layout.leaves[n]
+        if not nbytes:
+            return torch.empty(shape, dtype=dtype)
+        data = torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + nbytes].clone()
+        return data.view(dtype).view(shape)
+
+    return build(layout.tree, leaf, lambda n: opened.values[n])
+
+
+@given(features(), st.lists(st.integers(1, 300), max_size=3))
+def test_equals_torch_load(tmp_path: Path, feature: Any, cuts: list[int]) -> None:
+    path = str(tmp_path / "x.pt")
+    torch.save(feature, path)
+    reader = PtReader()
+    for _ in range(2):  # the first time, and when its plan is known
+        assert_same(read(reader.open(path), cuts), torch.load(path))
+
+
+def save(path: Path, feature: Any) -> str:
+    torch.save(feature, path)
+    return str(path)
+
+
+def fast(path: str) -> Any:
+    return read(PtReader().open(path))
+
+
+DTYPES = [
+    dtype
+    for dtype in sorted(
+        set(filter(lambda d: isinstance(d, torch.dtype), vars(torch).values())), key=str
+    )
+    if not str(dtype).startswith(("torch.q", "torch.bits"))
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_every_dtype_that_torch_saves(tmp_path: Path, dtype: torch.dtype) -> None:
+    try:
+        raw = torch.arange(64, dtype=torch.uint8).view(dtype)
+        path = save(tmp_path / "x.pt", {"t": raw, "dtype": dtype})
+        expected = torch.load(path)
+    except (RuntimeError, TypeError, AttributeError, KeyError, pickle.UnpicklingError) as error:
+        pytest.skip(f"torch does not save it: {error}")
+    assert_same(fast(path), expected)
+
+
+def test_views_strides_and_shared_storage(tmp_path: Path) -> None:
+    base = torch.arange(10_000, dtype=torch.float32).view(100, 100)
+    feature = {
+        "view": base[3],
+        "column": base[:, 7],
+        "transposed": base[:5, :6].t(),
+        "steps": base[::9, ::4],
+        "expanded": base[0, :3].expand(4, 3),
+        "again": base,
+        "scalar": base[5, 5],
+        "empty": base[:0],
+        "one": base[1:2, 3:4],
+        "parameter": torch.nn.Parameter(base[0].clone()),
+        "conj": torch.tensor([1 + 2j, 3j]),
+        "size": torch.Size([2, 3]),
+        "bytes": b"\x00\xff",
+        "nan": float("inf"),
+    }
+    path = save(tmp_path / "x.pt", feature)
+    expected = torch.load(path)
+    expected["parameter"] = expected["parameter"].detach()
+    assert_same(fast(path), expected)
+
+
+def test_only_the_bytes_of_a_leaf_are_read(tmp_path: Path) -> None:
+    base = torch.arange(1 << 20, dtype=torch.float32)
+    path = save(tmp_path / "x.pt", {"a": base[1000:1100]})
+    opened = PtReader().open(path)
+    assert opened.bytes_read == 400
+    assert_same(read(opened), {"a": base[1000:1100]})
+
+
+@pytest.mark.parametrize("name", ["x", "äöü", "a b", "data", "x" * 120, "a.b.c", "1"])
+@pytest.mark.parametrize("large", [False, True])
+def test_every_kind_of_file_name(tmp_path: Path, name: str, large: bool) -> None:
+    count = SMALL if large else 10
+    feature = {"x": torch.arange(count), "y": [torch.ones(3), "s"]}
+    assert_same(fast(save(tmp_path / f"{name}.pt", feature)), feature)
+    buffer = io.BytesIO()
+    torch.save(feature, buffer)
+    (tmp_path / "buffer.pt").write_bytes(buffer.getvalue())
+    assert_same(fast(str(tmp_path / "buffer.pt")), feature)
+
+
+@pytest.mark.parametrize("alignment", [64, 4096])
+@pytest.mark.parametrize("crc", [False, True])
+def test_ways_to_save(tmp_path: Path, alignment: int, crc: bool) -> None:
+    from torch.utils.serialization import config
+
+    feature = {"x": torch.arange(1000), "y": torch.ones(3)}
+    with config.patch({"save.storage_alignment": alignment}):
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(crc)
+        try:
+            path = save(tmp_path / "x.pt", feature)
+        finally:
+            torch.serialization.set_crc32_options(before)
+    assert_same(fast(path), feature)
+
+
+def test_files_of_one_data_set_share_their_plan(tmp_path: Path) -> None:
+    reader = PtReader()
+    for n in range(20):
+        feature = {"x": torch.full((10,), n), "y": n % 2}
+        assert_same(read(reader.open(save(tmp_path / f"{n:03d}.pt", feature))), feature)
+    [[form]] = reader._forms.values()
+    assert len(form._plans) == 2
+
+
+def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
+    reader = PtReader()
+    for n in range(3):
+        feature = {"x": torch.arange(n + 1)}
+        path = save(tmp_path / "x.pt", feature)
+        os.utime(path, ns=(n, n))
+        assert_same(read(reader.open(path)), feature)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.pt", {"x": torch.arange(SMALL)})
+    opened = PtReader().open(path)
+    os.truncate(path, 1000)
+    with pytest.raises(OSError, match=r"x\.pt.*ends early"):
+        read(opened)
+    opened.close()
+
+
+def legacy(path: Path, feature: Any) -> str:
+    torch.save(feature, path, _use_new_zipfile_serialization=False)
+    return str(path)
+
+
+def rezipped(path: Path, feature: Any, method: int) -> str:
+    plain = save(path.with_suffix(".plain"), feature)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(path, "w", method) as new:
+        for item in old.infolist():
+            new.writestr(item.filename, old.read(item))
+    return str(path)
+
+
+class WithAttribute(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        legacy,
+        lambda path, feature: rezipped(path, feature, zipfile.ZIP_DEFLATED),
+        lambda path, feature: rezipped(path, feature, zipfile.ZIP_STORED),
+        lambda path, feature: save(path, {**feature, "s": {1, 2}}),
+        lambda path, feature: save(path, OrderedDict(feature)),
+        lambda path, feature: save(path, torch.nn.Linear(2, 2).state_dict()),
+    ],
+)
+def test_what_the_reader_leaves_to_torch_load_comes_out_the_same(tmp_path: Path, make: Any) -> None:
+    path = make(tmp_path / "x.pt", {"a": torch.arange(5), "b": [1, "x"]})
+    by_torch = read(by_torch_load(path, True))
+    assert_same(read(opener(None, True)(path)), by_torch)
+
+
+def test_zip64(tmp_path: Path) -> None:
+    """A sparse file of 5 GiB: offsets and sizes that need eight bytes."""
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w", allowZip64=True) as new:
+        source = save(tmp_path / "small.pt", {"x": torch.arange(10)})
+        with zipfile.ZipFile(source) as old:
+            for item in old.infolist():
+                if item.filename.endswith("byteorder"):
+                    # A record that nobody knows would not be read: so it stands before them.
+                    pass
+                new.writestr(item.filename, old.read(item))
+    assert_same(read(opener(None, True)(str(path))), {"x": torch.arange(10)})
+
+
+def sample_file(tmp_path: Path) -> tuple[str, bytes, Any]:
+    feature = {"a": torch.arange(6, dtype=torch.int16), "n": 3, "s": ["x", b"y"]}
+    path = save(tmp_path / "s.pt", feature)
+    return path, Path(path).read_bytes(), feature
+
+
+def outcome(load: Any, path: str) -> Any:
+    """What comes out, or that an error does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ("value", load(path))
+        except Exception as error:
+            return ("error", type(error))
+
+
+def agree(path: str) -> None:
+    """The reader gives what torch.load gives, or nothing."""
+    kind, value = outcome(fast, path)
+    if kind == "value":
+        expected = outcome(lambda p: read(by_torch_load(p, True)), path)
+        assert expected[0] == "value", expected
+        assert_same(value, expected[1])
+    else:
+        assert value in (Unsupported, OSError)
+
+
+def test_truncated_anywhere(tmp_path: Path) -> None:
+    path, data, _ = sample_file(tmp_path)
+    for end in range(len(data)):
+        Path(path).write_bytes(data[:end])
+        with pytest.raises(Unsupported):
+            PtReader().open(path)
+
+
+def test_every_byte_flipped(tmp_path: Path) -> None:
+    path, data, _ = sample_file(tmp_path)
+    for at in range(len(data)):
+        for mask in (0xFF, 0x01):
+            Path(path).write_bytes(data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :])
+            agree(path)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_known_directory_does_not_hide_damage(tmp_path: Path, data: st.DataObject) -> None:
+    """Plans are compared with every file that they are used for."""
+    path, raw, feature = sample_file(tmp_path)
+    reader = PtReader()
+    assert_same(read(reader.open(path)), feature)
+    damaged = bytearray(raw)
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    other = tmp_path / "t.pt"
+    other.write_bytes(damaged)
+    warm = outcome(lambda p: read(reader.open(p)), str(other))
+    cold = outcome(fast, str(other))
+    assert warm[0] == cold[0]
+    if warm[0] == "value":
+        assert_same(warm[1], cold[1])
+
+
+def pickled(*parts: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pickled(b"cos\nsystem\nX\x04\x00\x00\x00true\x85R"),
+        pickled(b"cbuiltins\neval\nX\x03\x00\x00\x001+1\x85R"),
+        pickled(b"cposix\nsystem\n(X\x04\x00\x00\x00truetR"),
+        pickled(b"(X\x04\x00\x00\x00trueios\nsystem\n"),  # INST
+        pickled(b"(cos\nsystem\nX\x04\x00\x00\x00trueo"),  # OBJ
+        pickled(b"cos\nsystem\n)\x81"),  # NEWOBJ
+        pickled(b"X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93"),  # STACK_GLOBAL
+        pickled(b"ccollections\nOrderedDict\n)R}X\x01\x00\x00\x00aK\x01sb"),  # BUILD
+        pickled(b"ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb"),
+        pickled(b"\x82\x01"),  # EXT1
+        pickled(b"\x83\x01\x00"),  # EXT2
+        pickled(b"\x84\x01\x00\x00\x00"),  # EXT4
+        pickled(b"N" + b"r" + struct.pack("<I", 1 << 30)[:3]),  # cut short
+        pickled(b"\x8b" + struct.pack("<i", 1 << 30)),  # LONG4 of a gigabyte
+        pickled(b"X" + struct.pack("<I", 1 << 31)),  # a string of two gigabytes
+        pickled(b"P0\n"),  # PERSID
+        pickled(b"I1\n"),
+        pickled(b"ctorch\nFloatStorage\n"),  # a name as the value
+        pickled(b"cos\nsystem\n"),
+        pickled(b"}cos\nsystem\nK\x01s"),  # a name as a key
+        pickled(b"(((" + b"t" * 2),
+        pickled(b"tttt"),
+        pickled(b"(NN"),
+        pickled(b"NN"),
+        b"\x80\x04N.",
+        b"\x80\x02N",
+        b"",
+    ],
+)
+def test_malicious_pickles_neither_run_nor_pass(attack: bytes) -> None:
+    try:
+        value = read_pickle(attack)
+    except Unsupported:
+        return
+    from gpucache_pipes.files.pickle_reader import Name
+
+    # What is left of a name is inert, and stopped where the feature is made.
+    assert isinstance(value, Name) or value == {} or value is None
+
+
+def archive(tmp_path: Path, pickle_bytes: bytes) -> str:
+    """A file as torch.save makes it, with this pickle."""
+    path = str(tmp_path / "attack.pt")
+    writer = torch._C.PyTorchFileWriter(path)
+    writer.write_record("data.pkl", pickle_bytes, len(pickle_bytes))
+    writer.write_record("byteorder", b"little", 6)
+    writer.write_end_of_file()
+    return path
+
+
+def test_names_and_bombs_stop_at_the_feature(tmp_path: Path) -> None:
+    bombs = [
+        pickled(b"ctorch\nFloatStorage\n"),
+        # 2**60 parts by naming one list twice, sixty times over
+        pickled(
+            b"]" + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(60))
+        ),
+    ]
+    for bomb in bombs:
+        with pytest.raises(Unsupported):
+            PtReader().open(archive(tmp_path, bomb))
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        PtReader().open(str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        PtReader().open(str(tmp_path / "nothing"))
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="not a regular file"):
+        PtReader().open(str(tmp_path / "fifo"))
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    good = save(tmp_path / "x.pt", {"x": torch.ones(3)})
+    bad = str(tmp_path / "bad.pt")
+    shutil.copy(good, bad)
+    os.truncate(bad, 500)
+    reader = PtReader()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        read(reader.open(good))
+        reader.open(good)
+        with pytest.raises(Unsupported):
+            reader.open(bad)
+    assert len(os.listdir("/proc/self/fd")) == before
