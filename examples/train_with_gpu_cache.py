@@ -23,6 +23,8 @@ MARK = "synthetic-"
 
 def write_synthetic(directory: Path, count: int, width: int) -> None:
     """`count` files of random features around one centre for each label. Overwrites nothing."""
+    if directory.exists() and not directory.is_dir():
+        sys.exit(f"{directory} is not a directory")
     directory.mkdir(parents=True, exist_ok=True)
     foreign = [path.name for path in directory.glob("*.pt") if not path.name.startswith(MARK)]
     if foreign:
@@ -40,19 +42,26 @@ def write_synthetic(directory: Path, count: int, width: int) -> None:
             torch.save({"feature": feature, "label": torch.tensor(label)}, path)
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="where the .pt files are")
     parser.add_argument("--synthetic", action="store_true", help="write sample files first")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--epochs", type=positive, default=3)
+    parser.add_argument("--batch-size", type=positive, default=256)
     parser.add_argument("--max-cache-bytes", help='budget, such as "8GiB"; default: no limit')
-    parser.add_argument("--max-cache-items", type=int)
-    parser.add_argument("--feature-dim", type=int, default=1024)
+    parser.add_argument("--max-cache-items", type=positive)
+    parser.add_argument("--feature-dim", type=positive, default=1024)
     parser.add_argument("--num-workers", type=int, default=0, help="of the DataLoader of paths")
-    parser.add_argument("--prefetch-batches", type=int, default=4)
-    parser.add_argument("--num-samples", type=int, default=4096, help="with --synthetic")
+    parser.add_argument("--prefetch-batches", type=positive, default=4)
+    parser.add_argument("--num-samples", type=positive, default=4096, help="with --synthetic")
     args = parser.parse_args()
 
     pattern = "*.pt"
@@ -70,13 +79,16 @@ def main() -> None:
         shuffle=True,
         num_workers=args.num_workers,
     )
-    batches = GPUCachedPathDataLoader(
-        loader,
-        device=None if args.device == "auto" else args.device,
-        max_cache_bytes=args.max_cache_bytes,
-        max_cache_items=args.max_cache_items,
-        prefetch_batches=args.prefetch_batches,
-    )
+    try:
+        batches = GPUCachedPathDataLoader(
+            loader,
+            device=None if args.device == "auto" else args.device,
+            max_cache_bytes=args.max_cache_bytes,
+            max_cache_items=args.max_cache_items,
+            prefetch_batches=args.prefetch_batches,
+        )
+    except ValueError as error:
+        sys.exit(f"{error}")
     with batches:
         device = batches.store.device
         width = batches.store.get(paths[0])["feature"].numel()

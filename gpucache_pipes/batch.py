@@ -48,7 +48,7 @@ class FeatureBatch(Sequence[Any]):
     @property
     def paths(self) -> list[str]:
         """The file of each feature, absolute."""
-        return [self._entries[number].key for number in self._numbers]
+        return [self._entries[number].path for number in self._numbers]
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -84,6 +84,18 @@ class FeatureBatch(Sequence[Any]):
         """
         if not self._numbers:
             raise ValueError("an empty batch cannot be collated")
+        try:
+            return self._collate()
+        except Exception as error:
+            if isinstance(error, RuntimeError) and self.paths[0] in str(error):
+                raise
+            kind = TypeError if isinstance(error, TypeError) else RuntimeError
+            raise kind(
+                f"cannot collate the features of {self.paths[0]!r} and {len(self) - 1} more: "
+                f"{type(error).__name__}: {error}; pass a collate_fn, or make them alike"
+            ) from error
+
+    def _collate(self) -> Any:
         if len(self._layouts) > 1:
             self._require_equal_shapes()
             return to_device(default_collate(list(self)), self.device)

@@ -28,8 +28,11 @@ def load_error(path: str, cause: BaseException) -> Exception:
     consumer: two threads must not share one traceback.
     """
     if isinstance(cause, FileNotFoundError):
-        return FileNotFoundError(cause.errno, cause.strerror or "No such file", path)
+        reason = cause.strerror or "No such file"
+        if cause.filename not in (None, path):  # a load_fn needs more than the path it is given
+            reason = f"{reason} ({cause.filename!r}, needed to load)"
+        return FileNotFoundError(cause.errno, reason, path)
     if isinstance(cause, MemoryError):
-        text = str(cause)
+        text = str(cause) or "out of memory"
         return MemoryError(text if path in text else f"cannot load {os.fspath(path)!r}: {text}")
-    return FeatureLoadError(path, f"{type(cause).__name__}: {cause}")
+    return FeatureLoadError(path, f"{type(cause).__name__}: {cause}".removesuffix(": "))

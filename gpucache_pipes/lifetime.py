@@ -5,8 +5,11 @@ import os
 import weakref
 from typing import Protocol
 
-EXIT_SECONDS = 0.5
-"""How long the end of the interpreter waits for reader threads in the middle of a file."""
+EXIT_SECONDS = 5.0
+"""How long the end of the interpreter waits, at most, for readers in the middle of a file.
+
+A thread that runs on while the interpreter is taken down can abort the process.
+"""
 
 
 class Mortal(Protocol):
@@ -29,7 +32,6 @@ def watch(mortal: Mortal) -> None:
 
 @atexit.register
 def _at_exit() -> None:
-    # Threads that run on while the interpreter is taken down can crash it.
     for mortal in list(_living):
         mortal.shut(EXIT_SECONDS)
 

@@ -4,14 +4,17 @@ import contextlib
 import threading
 from collections.abc import Sequence
 
-from gpucache_pipes.cache import Cache, Entry, State
+from gpucache_pipes.cache import Cache, Entry
 from gpucache_pipes.device import Backend
-from gpucache_pipes.files import Opener, OpenFeature, ReaderPool
+from gpucache_pipes.files import Opener, OpenFeature, ReaderPool, sample_file_sizes
 from gpucache_pipes.pages import choose_page_bytes
 from gpucache_pipes.tracing import trace
 
 _FILES_PER_TASK = 32
 """Few enough that several readers share a batch, many enough that a task costs little."""
+
+_LOOKED_AT = 100_000
+"""Known files of which some are looked at to choose a size of pages."""
 
 _BYTES_PER_UPLOAD = 32 << 20
 """What is read before it is sent up; staging memory is in proportion."""
@@ -44,16 +47,27 @@ class Loader:
         self.bytes_read = 0
         self.failures = 0
 
-    def submit(self, entries: Sequence[Entry]) -> None:
-        """Read `entries`, which are LOADING. Without the lock."""
-        if self._pool is None:
-            if entries:
-                self._load(entries)
-            return
+    def submit(self, entries: list[Entry]) -> None:
+        """Read `entries`, which are LOADING, and empty the list. Without the lock.
+
+        Whatever happens, those that are left in the list are not being read.
+        """
         # Fewer files in a task when there are few, so that all readers have work.
-        size = min(_FILES_PER_TASK, -(-len(entries) // len(self._pool.threads)) or 1)
-        for start in range(0, len(entries), size):
-            self._pool.submit(self._load_in_thread, entries[start : start + size])
+        size = len(entries)
+        if self._pool is not None:
+            size = min(_FILES_PER_TASK, -(-size // len(self._pool.threads)))
+        while entries:
+            task = entries[:size]
+            if self._pool is not None:
+                self._pool.submit(self._load_in_thread, task)
+                del entries[:size]
+            else:
+                del entries[:size]
+                self._load(task)
+
+    def give_up(self, entries: Sequence[Entry], error: BaseException) -> None:
+        """Tell all who wait for `entries`, which nobody reads, that they will not come."""
+        self._end({}, failed=dict.fromkeys(entries, error))
 
     def _load_in_thread(self, entries: Sequence[Entry]) -> None:
         # Whoever waits has been told of any error, and the thread must live on.
@@ -62,35 +76,38 @@ class Loader:
 
     def _load(self, entries: Sequence[Entry]) -> None:
         """Open, place, read and finish every entry. None is LOADING afterwards."""
+        # Those that are LOADING because of this task: others may load them again afterwards.
+        left = dict.fromkeys(entries)
         try:
             group: list[tuple[Entry, OpenFeature]] = []
             size = 0
             for entry in entries:
-                if self._pool is not None and self._pool.stopping:
-                    raise RuntimeError("the store was closed")
+                self._require_running()
                 try:
                     with trace("gpucache::read"):
-                        feature = self._open_file(entry.key)
+                        feature = self._open_file(entry.path)
                 except Exception as error:
-                    self._end(failed={entry: error})
+                    self._end(left, failed={entry: error})
                     continue
                 group.append((entry, feature))
                 size += feature.layout.span
                 if size >= _BYTES_PER_UPLOAD:
-                    self._upload(group)
+                    self._upload(group, left)
                     group, size = [], 0
             if group:
-                self._upload(group)
+                self._upload(group, left)
         except BaseException as error:
             # An interrupt, or a bug: nobody may wait for these for ever.
-            with self._changed:
-                left = {e: error for e in entries if e.state is State.LOADING}
-            self._end(failed=left)
+            self._end(left, failed=dict.fromkeys(left, error))
             raise
 
-    def _upload(self, group: Sequence[tuple[Entry, OpenFeature]]) -> None:
+    def _require_running(self) -> None:
+        if self._pool is not None and self._pool.stopping:
+            raise RuntimeError("the store was closed")
+
+    def _upload(self, group: Sequence[tuple[Entry, OpenFeature]], left: dict[Entry, None]) -> None:
         try:
-            placed, failed = self._place(group)
+            placed, failed = self._place(group, left)
             with trace("gpucache::upload"):
                 upload = self._backend.upload([entry.pages for entry, _ in placed])
                 for number, (entry, feature) in enumerate(placed):
@@ -102,51 +119,83 @@ class Loader:
         finally:
             for _, feature in group:
                 feature.close()
-        self._end([item for item in placed if item[0] not in failed], failed)
+        self._end(left, [item for item in placed if item[0] not in failed], failed)
 
     def _place(
-        self, group: Sequence[tuple[Entry, OpenFeature]]
+        self, group: Sequence[tuple[Entry, OpenFeature]], left: dict[Entry, None]
     ) -> tuple[list[tuple[Entry, OpenFeature]], dict[Entry, BaseException]]:
         """Give pages to all that need them; what nobody needs any more is given up."""
         placed: list[tuple[Entry, OpenFeature]] = []
         failed: dict[Entry, BaseException] = {}
+        page_bytes = self._choose_page_bytes(group)
         with self._changed:
+            self._require_running()
             pinned = self._cache.pinned()
-            self._fit_pages([feature.layout.span for _, feature in group])
+            self._fit_pages(page_bytes)
             for entry, feature in group:
                 try:
                     layout = feature.layout
                     if self._cache.place(entry, layout.span, layout.nbytes, pinned):
                         placed.append((entry, feature))
                     else:
-                        self._cache.give_up(entry)
+                        left.pop(entry, None)
+                        for ticket in self._cache.give_up(entry):
+                            ticket.pending -= 1
                 except Exception as error:
                     failed[entry] = error
+            self._changed.notify_all()
         return placed, failed
 
-    def _fit_pages(self, spans: Sequence[int]) -> None:
+    def _choose_page_bytes(self, group: Sequence[tuple[Entry, OpenFeature]]) -> int:
+        """The size of a page that suits this group and its like; 0 if any or none does."""
         ledger = self._cache.ledger
-        if not ledger.page_bytes and any(spans):
-            ledger.page_bytes = self._page_bytes or choose_page_bytes(spans)
-            self._backend.configure(ledger.page_bytes)
+        if ledger.held_pages:
+            return 0
+        limit = ledger.max_bytes
+        fits = [f for _, f in group if limit is None or f.layout.nbytes <= limit]
+        spans = [feature.layout.span for feature in fits]
+        if self._page_bytes or not any(spans):
+            return self._page_bytes or 0
+        known = [entry.path for entry in self._cache.entries[:_LOOKED_AT]]
+        overhead = min(feature.bytes_read - feature.layout.span for feature in fits)
+        return choose_page_bytes(spans, sample_file_sizes(known), max(0, overhead))
+
+    def _fit_pages(self, page_bytes: int) -> None:
+        """Under the lock: use pages of that size from now on, while there are no others."""
+        ledger = self._cache.ledger
+        if page_bytes and page_bytes != ledger.page_bytes and not ledger.held_pages:
+            if ledger.page_bytes:
+                self._backend.reset()
+                self._cache.forget_pages()
+            ledger.page_bytes = page_bytes
+            self._backend.configure(page_bytes)
 
     def _end(
         self,
+        left: dict[Entry, None],
         ready: Sequence[tuple[Entry, OpenFeature]] = (),
         failed: dict[Entry, BaseException] | None = None,
     ) -> None:
         """Tell everybody who waits what became of their entries."""
+        failed = dict(failed or {})
         with self._changed:
             cache = self._cache
             pinned = cache.pinned()
             for entry, feature in ready:
+                try:
+                    waiters = cache.finish(entry, feature.layout, feature.values, pinned)
+                except Exception as error:  # of a policy
+                    failed[entry] = error
+                    continue
+                left.pop(entry, None)
                 self.files_read += 1
                 self.bytes_read += feature.bytes_read
-                for ticket in cache.finish(entry, feature.layout, feature.values, pinned):
+                for ticket in waiters:
                     ticket.pending -= 1
-            for entry, error in (failed or {}).items():
+            for entry, cause in failed.items():
                 self.failures += 1
+                left.pop(entry, None)
                 for ticket in cache.give_up(entry):
                     ticket.pending -= 1
-                    ticket.errors[entry] = error
+                    ticket.errors[entry] = cause
             self._changed.notify_all()

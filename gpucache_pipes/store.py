@@ -112,6 +112,8 @@ class GPUFeatureStore:
         # Gathers being issued: close() lets them end before it takes the memory away.
         self._gathering = 0
         self._paths = PathTable(_numbering(self._lock, self._cache))
+        # clear() was called, and memory is to be given back when no batch is in flight.
+        self._clearing = False
         # What finalizers want done under the lock, which they may not take.
         self._deferred: deque[Callable[[], None]] = deque()
         self._pid = os.getpid()
@@ -157,44 +159,57 @@ class GPUFeatureStore:
         numbers = self._resolve(paths)
         with self._lock:
             self._require_usable()
-            loading = self._start_loading(numbers)
+            loading: list[Entry] = []
+            self._start_loading(numbers, loading)
         self._loader.submit(loading)
 
     def request(self, paths: Sequence[PathLike]) -> Ticket:
         """Start to load what is not there yet, and hold all of it until the ticket is used."""
         return self._request(paths)
 
-    def _request(self, paths: Sequence[PathLike], *, counted: bool = True) -> Ticket:
+    def _request(self, paths: Sequence[PathLike], *, warming: bool = False) -> Ticket:
         numbers = self._resolve(paths)
-        loading: Sequence[Entry] = ()
+        loading: list[Entry] = []
+        try:
+            ticket = self._open_ticket(numbers, loading, warming)
+            self._loader.submit(loading)
+        except BaseException as error:
+            # An interrupt: nobody may wait for what no reader has heard of.
+            self._loader.give_up(loading, error)
+            raise
+        return ticket
+
+    def _open_ticket(self, numbers: list[int], loading: list[Entry], warming: bool) -> Ticket:
         with self._lock:
             self._require_usable()
             cache = self._cache
             rows = list(map(cache.rows.__getitem__, numbers))
-            ticket = Ticket(self, cache.open_ticket(numbers, report=counted), numbers)
+            ticket = Ticket(self, cache.open_ticket(numbers, report=not warming), numbers)
             if rows and min(rows) >= 0:
                 ticket.rows = rows
             else:
-                loading = self._start_loading(numbers)
+                self._start_loading(numbers, loading, evict=not warming)
                 for number in set(numbers):
                     entry = cache.entries[number]
                     if entry.state is State.LOADING:
+                        entry.keep = True
+                        entry.evict |= not warming
                         entry.waiters.append(ticket)
                         ticket.pending += 1
-            if counted:
+            if not warming:
                 self._misses += len(loading)
                 self._hits += len(numbers) - len(loading)
-        if loading:
-            self._loader.submit(loading)
         return ticket
 
-    def _start_loading(self, numbers: Sequence[int]) -> Sequence[Entry]:
-        """Mark the absent ones as LOADING and return them, each once. Under the lock."""
-        entries = map(self._cache.entries.__getitem__, dict.fromkeys(numbers))
-        absent = [entry for entry in entries if entry.state is State.ABSENT]
-        for entry in absent:
-            self._cache.start_loading(entry)
-        return absent
+    def _start_loading(
+        self, numbers: Sequence[int], loading: list[Entry], *, evict: bool = True
+    ) -> None:
+        """Mark the absent ones as LOADING, each once, and add them. Under the lock."""
+        for number in dict.fromkeys(numbers):
+            entry = self._cache.entries[number]
+            if entry.state is State.ABSENT:
+                loading.append(entry)
+                self._cache.start_loading(entry, evict=evict)
 
     def collect(self, tickets: Sequence[Ticket]) -> FeatureBatch:
         """The features of several tickets as one batch, in order. Uses the tickets up.
@@ -227,8 +242,7 @@ class GPUFeatureStore:
     def _await(self, tickets: Sequence[Ticket]) -> None:
         """Wait until nothing of `tickets` is loading; raise what became of it. Under the lock."""
         self._require_usable()
-        if any(ticket.used for ticket in tickets):
-            raise RuntimeError("this ticket has been used; request its paths again")
+        self._require_unused(tickets)
         if any(ticket.pending for ticket in tickets):
             start = time.perf_counter()
             try:
@@ -236,6 +250,7 @@ class GPUFeatureStore:
                     while any(ticket.pending for ticket in tickets):
                         self._changed.wait()
                         self._require_usable()
+                        self._require_unused(tickets)
             finally:
                 self._wait_seconds += time.perf_counter() - start
         for ticket in tickets:
@@ -243,7 +258,12 @@ class GPUFeatureStore:
                 entries = map(self._cache.entries.__getitem__, ticket.numbers)
                 entry = next(entry for entry in entries if entry in ticket.errors)
                 cause = ticket.errors[entry]
-                raise load_error(entry.key, cause) from cause
+                raise load_error(entry.path, cause) from cause
+
+    @staticmethod
+    def _require_unused(tickets: Sequence[Ticket]) -> None:
+        if any(ticket.used for ticket in tickets):
+            raise RuntimeError("this ticket has been used or cancelled; request its paths again")
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         """Give tickets up: what they held may go. Harmless for tickets that were used."""
@@ -251,6 +271,9 @@ class GPUFeatureStore:
         if numbers:
             with self._lock:
                 self._cache.close_tickets(numbers)
+                self._changed.notify_all()
+                if self._clearing:
+                    self._give_memory_back()
 
     def abandon(self, number: int) -> None:
         """Give up the ticket of that number at some later time. Takes no lock."""
@@ -267,31 +290,39 @@ class GPUFeatureStore:
         """Stop caching everything, and give memory back as soon as no batch is in flight."""
         with self._lock:
             self._require_usable()
-            cache = self._cache
-            cache.release(cache.entries)
-            if cache.idle:
-                cache.forget_everything()
-                self._paths = PathTable(_numbering(self._lock, self._cache))
+            self._cache.release(self._cache.entries)
+            self._clearing = True
+            self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
+        """Under the lock: end what clear() began, if it is time."""
+        if self._cache.idle:
+            self._clearing = False
+            if not self._cache.ledger.held_pages:
+                self._cache.forget_pages()
                 self._backend.reset()
 
     def warm(self, paths: Sequence[PathLike], progress: bool = True) -> int:
         """Load `paths` until all are cached or the budget is used up; returns how many are.
 
-        Shows a progress bar on stderr. Does not count as requests in `stats()`. Errors as in
-        `get`; what was loaded before stays.
+        Evicts nothing, and does not count as requests in `stats()`. Shows a progress bar on
+        stderr. Errors as in `get`; what was loaded before stays.
         """
+        if isinstance(paths, (str, os.PathLike)):
+            raise TypeError(f"a sequence of paths is needed, not the single path {paths!r}")
         paths = list(paths)
         ahead: deque[Ticket] = deque()
+        full = False
         with tqdm(total=len(paths), desc="warming", unit="file", disable=not progress) as bar:
             try:
                 for start in range(0, len(paths), _WARM_FILES):
-                    if not self._cache.ledger.fits(1, 1):
+                    if full or not self._cache.ledger.fits(1, 1):
                         break
-                    ahead.append(self._request(paths[start : start + _WARM_FILES], counted=False))
+                    ahead.append(self._request(paths[start : start + _WARM_FILES], warming=True))
                     if len(ahead) > 1:
-                        bar.update(self._finish_warming(ahead.popleft()))
+                        full = self._finish_warming(ahead.popleft(), bar)
                 while ahead:
-                    bar.update(self._finish_warming(ahead.popleft()))
+                    self._finish_warming(ahead.popleft(), bar)
             finally:
                 self.cancel(ahead)
         numbers = set(self._resolve(paths))
@@ -299,17 +330,23 @@ class GPUFeatureStore:
             self._require_usable()
             return sum(self._cache.entries[number].cached for number in numbers)
 
-    def _finish_warming(self, ticket: "Ticket") -> int:
+    def _finish_warming(self, ticket: Ticket, bar: Any) -> bool:
+        """Wait for a part; True if not all of it could be kept."""
         with self._lock:
             self._await([ticket])
+            kept = all(self._cache.entries[number].cached for number in ticket.numbers)
         self.cancel([ticket])
-        return len(ticket.numbers)
+        bar.update(len(ticket.numbers))
+        return not kept
 
-    def begin_epoch(self) -> None:
-        """Tell the policy that a new pass over the data begins. Pipelines do this themselves."""
+    def begin_epoch(self, owner: object = None) -> None:
+        """Tell the policy that `owner` begins a new pass over its data.
+
+        Pipelines do this themselves. Without one, call it before each epoch.
+        """
         with self._lock:
             self._require_usable()
-            self._cache.begin_epoch()
+            self._cache.begin_epoch(owner)
 
     def foresee(self, owner: object, paths: Iterable[PathLike]) -> None:
         """Tell the policy what `owner` will request from now on. Pipelines do this themselves.
@@ -335,6 +372,10 @@ class GPUFeatureStore:
         with self._lock:
             return self._cache.entries[number].cached
 
+    def __bool__(self) -> bool:
+        """True, also while nothing is cached: `store or other` must not drop a store."""
+        return True
+
     def __len__(self) -> int:
         """Features cached now."""
         return self._cache.ledger.cached_items
@@ -342,6 +383,7 @@ class GPUFeatureStore:
     def stats(self) -> StoreStats:
         """Counters and sizes, all of one moment."""
         with self._lock:
+            self._run_deferred()
             ledger = self._cache.ledger
             return StoreStats(
                 hits=self._hits,
@@ -420,6 +462,8 @@ class GPUFeatureStore:
     def _run_deferred(self) -> None:
         while self._deferred:
             self._deferred.popleft()()
+        if self._clearing:
+            self._give_memory_back()
 
     def _resolve(self, paths: Iterable[PathLike]) -> list[int]:
         """The numbers of the entries of `paths`. Without the lock."""
@@ -432,17 +476,18 @@ class GPUFeatureStore:
         # The threads are gone and the device does not work here; the lock may have been held.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._gathering = 0
         self._refusal = (
             "this GPUFeatureStore was made before a fork and does not work in the new process; "
             "make it where it is used (DataLoader workers need only paths)"
         )
 
 
-def _numbering(lock: threading.Lock, cache: Cache) -> Callable[[str], int]:
+def _numbering(lock: threading.Lock, cache: Cache) -> Callable[[str, str], int]:
     # No method of the store, which would then refer to itself and outlive its last user.
-    def number_of(key: str) -> int:
+    def number_of(key: str, path: str) -> int:
         with lock:
-            return cache.entry(key).number
+            return cache.entry(key, path).number
 
     return number_of
 

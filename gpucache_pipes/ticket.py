@@ -46,8 +46,12 @@ class Ticket:
         number, self._number = self._number, None
         return number
 
-    def __del__(self) -> None:
-        # The collector may run this inside the lock of the store: so none is taken.
+    def abandon(self) -> None:
+        """Let go at some later time. Takes no lock: finalizers may call this."""
         number = self.use_up()
         if number is not None:
             self._store.abandon(number)
+
+    def __del__(self) -> None:
+        # The collector may run this inside the lock of the store.
+        self.abandon()

@@ -1,5 +1,6 @@
 """Sizes and counts as users write them."""
 
+import operator
 import re
 
 _UNITS = {
@@ -36,9 +37,9 @@ def parse_bytes(name: str, value: int | str) -> int:
 
 def positive_int(name: str, value: int) -> int:
     """`value`, or a ValueError that names the parameter unless it is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
         raise ValueError(f"{name}={value!r} must be a positive whole number")
-    return value
+    return operator.index(value)
 
 
 def format_bytes(count: int) -> str:

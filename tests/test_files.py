@@ -102,7 +102,8 @@ class Numbers:
         self.keys: list[str] = []
         self.table = PathTable(self.number_of)
 
-    def number_of(self, key: str) -> int:
+    def number_of(self, key: str, path: str) -> int:
+        assert os.path.isabs(path) and os.path.realpath(path) == key
         if key not in self.keys:
             self.keys.append(key)
         return self.keys.index(key)

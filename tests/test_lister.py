@@ -252,7 +252,7 @@ def test_a_stream_that_can_be_read_once_says_so() -> None:
 
 
 def test_what_is_no_source() -> None:
-    with pytest.raises(TypeError, match="yields paths"):
+    with pytest.raises(TypeError, match="a node or an iterable"):
         PathLister(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must yield paths"):
         next(PathLister(iter([1])))

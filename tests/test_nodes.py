@@ -354,3 +354,68 @@ class _Anew:
     def __iter__(self) -> Any:
         self.lister.reset()
         yield from self.lister
+
+
+def test_shutting_down_takes_no_lock(store: GPUFeatureStore) -> None:
+    """It happens in finalizers, which the collector may run inside the lock."""
+    node = GPUPrefetcher(PathLister(PATHS), store)
+    next(node)
+    with store._lock:
+        node.shutdown()
+        del node
+        gc.collect()
+    store.check()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s, source: GPUPrefetcher(source, s),
+        lambda s, source: GPUCollator(GPUPrefetcher(source, s), batch_size=2),
+    ],
+)
+def test_an_iterator_that_can_be_read_once_says_so(make: Any, store: GPUFeatureStore) -> None:
+    loader = tn.Loader(make(store, iter(PATHS)))
+    assert len(list(loader)) in (10, 5)
+    with pytest.raises(RuntimeError, match="only once"):
+        iter(loader)
+
+
+def test_what_a_pipeline_cannot_carry_is_an_error() -> None:
+    def stop(*arguments: Any) -> Any:
+        raise StopIteration
+
+    with GPUFeatureStore("cpu", load_fn=lambda path: None) as store:
+        with pytest.raises(TypeError, match="holds None"):
+            next(GPUPrefetcher(["/x"], store))
+        with pytest.raises(RuntimeError, match="path_fn raised StopIteration"):
+            next(GPUPrefetcher([1], store, path_fn=stop))
+        for join_fn, error in ((stop, RuntimeError), (lambda f, e: None, TypeError)):
+            with pytest.raises(error, match="join_fn"):
+                next(GPUPrefetcher([1], store, path_fn=lambda n: "/x", join_fn=join_fn))
+        with pytest.raises(TypeError, match="collate_fn returned None"):
+            next(GPUCollator(GPUPrefetcher([["/x"]], store), collate_fn=lambda features: None))
+
+
+def test_mistakes_are_named(store: GPUFeatureStore) -> None:
+    with pytest.raises(TypeError, match="GPUFeatureStore, not PathLister"):
+        GPUPrefetcher(store, PathLister(PATHS))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="PathLister"):
+        GPUPrefetcher("features", store)
+    with pytest.raises(TypeError, match="put a GPUPrefetcher in front"):
+        next(GPUCollator(PathLister(PATHS, batch_size=2)))
+
+
+def test_many_elements_with_path_fn_are_gathered_at_once(store: GPUFeatureStore) -> None:
+    rows = [(path, n) for n, path in enumerate(PATHS)]
+    node = GPUCollator(
+        GPUPrefetcher(
+            rows, store, path_fn=lambda row: row[0], join_fn=lambda f, row: {**f, "r": row[1]}
+        ),
+        batch_size=4,
+    )
+    gathers = []
+    gather = store._backend.gather
+    store._backend.gather = lambda *a: gathers.append(a) or gather(*a)  # type: ignore
+    assert [batch["r"].tolist() for batch in node] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert len(gathers) == 3

@@ -149,3 +149,53 @@ def test_names() -> None:
 def test_wrong_policies(policy: object) -> None:
     with pytest.raises(ValueError, match="policy="):
         make_policy(policy)  # type: ignore[arg-type]
+
+
+def test_a_pipeline_that_never_goes_on_does_not_fill_the_cache() -> None:
+    policy = Clairvoyant()
+    idle = [f"i{n}" for n in range(45)]
+    train = [f"t{n}" for n in range(100)]
+    policy.foresee("idle", [*idle, *idle])
+    hits, _ = simulate_policy(policy, idle, 50)
+    assert hits == 0
+    cached = set(idle)
+    served = 0
+    for epoch in range(6):
+        policy.foresee("train", [*train, *train])
+        for key in train:
+            policy.on_access([key])
+            if key in cached:
+                served += epoch == 5
+            elif len(cached) < 50:
+                policy.on_insert(key)
+                cached.add(key)
+            elif (victim := next(policy.victims(key), None)) is not None:
+                policy.on_remove(victim)
+                cached.remove(victim)
+                policy.on_insert(key)
+                cached.add(key)
+    assert served == 50
+
+
+def test_pipelines_that_alternate_keep_their_files_without_a_future() -> None:
+    policy = Clairvoyant()
+    train, validate = [f"t{n}" for n in range(60)], [f"v{n}" for n in range(20)]
+    cached: set[str] = set()
+    hits = 0
+    for epoch in range(8):
+        for owner, keys in (("train", train), ("validate", validate)):
+            policy.begin_epoch(owner)
+            for key in keys:
+                policy.on_access([key])
+                if key in cached:
+                    hits += epoch >= 4
+                    continue
+                if len(cached) == 48:
+                    victim = next(policy.victims(key), None)
+                    if victim is None:
+                        continue
+                    policy.on_remove(victim)
+                    cached.remove(victim)
+                policy.on_insert(key)
+                cached.add(key)
+    assert hits >= 4 * 48 * 0.95  # 80 files, 48 places

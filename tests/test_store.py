@@ -15,6 +15,7 @@ import torch
 from conftest import Gate, sample
 
 from gpucache_pipes import FeatureLoadError, GPUFeatureStore
+from gpucache_pipes.cache.policies import LRU
 from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
 from gpucache_pipes.testing import assert_same
 
@@ -386,7 +387,6 @@ def test_a_full_device_evicts_and_says_so_when_nothing_can_go(make_files: Files)
 
 
 def test_a_policy_that_names_what_is_not_cached_is_told_so(make_files: Files) -> None:
-    from gpucache_pipes.cache.policies import LRU
 
     class Wrong(LRU):
         def victims(self, key: str) -> Any:
@@ -397,3 +397,206 @@ def test_a_policy_that_names_what_is_not_cached_is_told_so(make_files: Files) ->
         store.get(paths[0])
         with pytest.raises(FeatureLoadError, match="not cached"):
             store.get(paths[1])
+
+
+def test_clear_while_a_request_is_being_made(make_files: Files) -> None:
+    paths = make_files(3)
+    with GPUFeatureStore("cpu") as store:
+        store.get_batch(paths[:2])
+
+        class Clears(os.PathLike[str]):
+            def __fspath__(self) -> str:
+                store.clear()
+                store.get_batch(paths[1:])
+                return paths[2]
+
+        assert [int(f["label"]) for f in store.get_batch([paths[0], Clears()])] == [0, 2]
+
+
+def test_clear_gives_memory_back_with_the_last_batch(make_files: Files) -> None:
+    paths = make_files(3)
+    with GPUFeatureStore("cpu") as store:
+        ticket = store.request(paths)
+        store.get_batch(paths)
+        store.clear()
+        assert store.stats().reserved_bytes > 0
+        ticket.result()
+        assert store.stats().reserved_bytes == 0
+
+
+def test_an_interrupt_before_the_readers_know(
+    make_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_files(2)
+    with GPUFeatureStore("cpu") as store:
+        with monkeypatch.context() as patch:
+
+            def interrupted(*arguments: Any) -> None:
+                raise KeyboardInterrupt
+
+            assert store._pool is not None
+            patch.setattr(store._pool, "submit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.get_batch(paths)
+        assert [int(f["label"]) for f in store.get_batch(paths)] == [0, 1]
+
+
+class Moody(LRU):
+    """Raises when told to."""
+
+    mood = ""
+
+    def on_insert(self, key: str) -> None:
+        if self.mood == "insert":
+            raise ValueError("not today")
+        super().on_insert(key)
+
+    def on_access(self, keys: Any) -> None:
+        if self.mood == "access":
+            raise ValueError("not today")
+        super().on_access(keys)
+
+
+@pytest.mark.parametrize("mood", ["insert", "access"])
+def test_a_policy_that_raises_hangs_nobody(make_files: Files, mood: str) -> None:
+    paths = make_files(3)
+    policy = Moody()
+    with GPUFeatureStore("cpu", max_cache_items=2, policy=policy) as store:
+        policy.mood = mood
+        with pytest.raises(FeatureLoadError, match="not today"):
+            store.get_batch(paths)
+        store.check()
+        policy.mood = ""
+        assert [int(f["label"]) for f in store.get_batch(paths)] == [0, 1, 2]
+
+
+def test_a_ticket_that_is_cancelled_wakes_who_waits_for_it() -> None:
+    gate = Gate({"/a": torch.tensor([1.0])})
+    with GPUFeatureStore("cpu", load_fn=gate) as store:
+        ticket = store.request(["/a"])
+        gate.wait_until_started("/a")
+        errors: list[str] = []
+
+        def wait() -> None:
+            try:
+                ticket.result()
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        consumer = threading.Thread(target=wait)
+        consumer.start()
+        while not store._changed._waiters:  # type: ignore[attr-defined]
+            pass
+        ticket.cancel()
+        consumer.join(60)
+        assert "cancelled" in errors[0]
+        gate.open("/a")
+
+
+def test_closing_in_a_child_does_not_wait_for_gathers_of_the_parent() -> None:
+    store = GPUFeatureStore("cpu")
+    store._gathering = 1
+    store.refuse_after_fork()
+    store.close()
+
+
+def test_one_file_that_is_too_large_spoils_nothing(make_files: Files) -> None:
+    sizes = [500, 10, 10, 10]
+    paths = make_files(4, lambda n: torch.zeros(sizes[n]))
+    with GPUFeatureStore("cpu", max_cache_bytes=1000) as store:
+        with pytest.raises(MemoryError):
+            store.get(paths[0])
+        store.get_batch(paths[1:])
+        assert len(store) == 3
+
+
+@pytest.mark.parametrize("first", [4, 250_000])
+def test_the_first_file_does_not_decide_alone(make_files: Files, first: int) -> None:
+    sizes = [first, *range(1000, 31_000, 1000)]
+    paths = make_files(len(sizes), lambda n: torch.zeros(sizes[n]))
+    with GPUFeatureStore("cpu") as store:
+        for path in paths:
+            store.get(path)
+        stats = store.stats()
+        assert stats.padding_bytes < stats.cached_bytes / 8
+        assert stats.page_bytes >= 256
+
+
+def test_what_is_in_flight_beyond_the_budget_takes_few_segments() -> None:
+    backend = AcceleratorBackend(InOrderRuntime(torch.device("cpu")))
+    items = {f"/{n}": torch.full((1024,), n) for n in range(200)}
+    with GPUFeatureStore(
+        backend, load_fn=items.__getitem__, max_cache_bytes=10 * 8192, asynchronous=False
+    ) as store:
+        for _ in range(3):
+            held = [store.request([path]) for path in items]
+            assert [int(t.result()[0][0]) for t in held] == list(range(200))
+        assert backend._arena is not None and len(backend._arena._segments) <= 3
+
+
+def test_warm_evicts_nothing_and_reads_little_in_vain(make_files: Files) -> None:
+    paths = make_files(1500)
+    with GPUFeatureStore("cpu", max_cache_bytes=40 * 100 + 39, policy="lru") as store:
+        assert store.warm(paths, progress=False) == 100
+        stats = store.stats()
+        assert (stats.evictions, stats.files_read, stats.transient_items) == (0, 100, 0)
+        assert store.warm(paths, progress=False) == 100
+
+
+def test_a_store_is_true_while_it_is_empty() -> None:
+    with GPUFeatureStore("cpu") as store:
+        assert store
+        assert len(store) == 0
+
+
+def test_arrays_are_refused_and_not_cached_uncounted() -> None:
+    import numpy as np
+
+    with (
+        GPUFeatureStore("cpu", load_fn=lambda path: {"x": np.ones(3)}) as store,
+        pytest.raises(FeatureLoadError, match=r"feature\['x'\].*numpy.*from_numpy"),
+    ):
+        store.get("/x")
+    with GPUFeatureStore("cpu", load_fn=lambda path: {"n": np.float32(2)}) as store:
+        assert store.get("/x")["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "the file is empty"),
+        (b"\x00" * 100, "not a file of torch.save, or damaged"),
+        (b"hello, world", "not a file of torch.save, or damaged"),
+        (os.urandom(1000), "not a file of torch.save, or damaged"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match=says):
+        store.get(path)
+
+
+def test_what_weights_only_refuses_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"when": Path("x")}, path)
+    with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError) as caught:
+        store.get(path)
+    for word in ("pathlib", "add_safe_globals", "weights_only=False", "load_fn"):
+        assert word in str(caught.value)
+
+
+def test_load_fn_and_errors_see_the_path_as_it_was_given(tmp_path: Path) -> None:
+    (tmp_path / "blob").touch()
+    (tmp_path / "cat.pt").symlink_to("blob")
+    with GPUFeatureStore("cpu", load_fn=lambda path: {"name": Path(path).name}) as store:
+        batch = store.get_batch([tmp_path / "cat.pt"])
+        assert batch[0] == {"name": "cat.pt"} and batch.paths == [str(tmp_path / "cat.pt")]
+
+
+def test_a_missing_file_that_a_load_fn_needs_is_named() -> None:
+    with (
+        GPUFeatureStore("cpu", load_fn=lambda path: Path("/no/index").read_text()) as store,
+        pytest.raises(FileNotFoundError, match=r"/no/index.*needed to load.*/x"),
+    ):
+        store.get("/x")

@@ -1,5 +1,6 @@
 """GPUCachedPathDataLoader: an existing loader of paths becomes a loader of GPU batches."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -85,7 +86,11 @@ class GPUCachedPathDataLoader:
 
     def _paths_of(self, batch: Any) -> Sequence[Any]:
         paths = batch if self._path_extractor is None else self._path_extractor(batch)
-        if isinstance(paths, str) or not isinstance(paths, Sequence):
+        if (
+            isinstance(paths, str)
+            or not isinstance(paths, Sequence)
+            or not all(isinstance(path, (str, os.PathLike)) for path in paths)
+        ):
             raise TypeError(
                 f"the loader must yield batches of paths, not {paths!r:.200}; give it a "
                 "batch_size, or say by path_extractor where in a batch the paths are"

@@ -26,8 +26,12 @@ class GPUPrefetchIterDataPipe(IterDataPipe[Any]):
         self._options: dict[str, Any] = {"depth": depth, "path_fn": path_fn, "join_fn": join_fn}
         GPUPrefetcher((), store, **self._options)  # wrong options: now, and not while training
 
+    def new_node(self) -> GPUPrefetcher:
+        """The node that does it, over the source."""
+        return GPUPrefetcher(self.source_datapipe, self.store, **self._options)
+
     def __iter__(self) -> Iterator[Any]:
-        node = GPUPrefetcher(self.source_datapipe, self.store, **self._options)
+        node = self.new_node()
         try:
             yield from node
         finally:
@@ -57,7 +61,14 @@ class GPUCollateIterDataPipe(IterDataPipe[Any]):
         GPUCollator((), **self._options)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(GPUCollator(self.source_datapipe, **self._options))
+        source: Any = self.source_datapipe
+        if isinstance(source, GPUPrefetchIterDataPipe):
+            source = source.new_node()  # which can gather many single features at once
+        node = GPUCollator(source, **self._options)
+        try:
+            yield from node
+        finally:
+            node.shutdown()
 
     def __len__(self) -> int:
         count = len(self.source_datapipe)

@@ -52,6 +52,8 @@ class Cache:
         self.evictions = 0
         self._by_key: dict[str, Entry] = {}
         self._layout_numbers: dict[Any, int] = {}
+        # Entries that are LOADING.
+        self.loading = 0
         self._grow = grow
         # What open tickets name, as numbers of entries.
         self._tickets: dict[int, Sequence[int]] = {}
@@ -61,11 +63,11 @@ class Cache:
         # Accesses that the policy has not been told of.
         self._unreported: deque[Sequence[int]] = deque()
 
-    def entry(self, key: str) -> Entry:
+    def entry(self, key: str, path: str | None = None) -> Entry:
         """The entry of a file, made if it is new."""
         entry = self._by_key.get(key)
         if entry is None:
-            entry = self._by_key[key] = Entry(key, len(self.entries))
+            entry = self._by_key[key] = Entry(key, len(self.entries), path or key)
             self.entries.append(entry)
             self.rows.append(-1)
         return entry
@@ -74,13 +76,14 @@ class Cache:
 
     def open_ticket(self, numbers: Sequence[int], *, report: bool = True) -> int:
         """Pin these entries (repeats allowed) until close_tickets; `report` it to the policy."""
+        if report and self.ledger.bounded:
+            # First: a policy may raise.
+            if len(self._unreported) >= _BUNDLE:
+                self.report_accesses()
+            self._unreported.append(numbers)
         ticket = self._next_ticket
         self._next_ticket = ticket + 1
         self._tickets[ticket] = numbers
-        if report and self.ledger.bounded:
-            self._unreported.append(numbers)
-            if len(self._unreported) > _BUNDLE:
-                self.report_accesses()
         return ticket
 
     def close_tickets(self, tickets: Iterable[int]) -> None:
@@ -99,7 +102,7 @@ class Cache:
     @property
     def idle(self) -> bool:
         """Whether no ticket is open and nothing is being loaded."""
-        return not self._tickets and all(entry.state is not State.LOADING for entry in self.entries)
+        return not self._tickets and not self.loading
 
     @property
     def transient_items(self) -> int:
@@ -108,49 +111,49 @@ class Cache:
 
     # Loading
 
-    def start_loading(self, entry: Entry) -> None:
-        """ABSENT -> LOADING."""
+    def start_loading(self, entry: Entry, *, evict: bool = True) -> None:
+        """ABSENT -> LOADING. Unless `evict`, nothing else goes for it."""
         assert entry.state is State.ABSENT
         entry.state = State.LOADING
         entry.keep = True
+        entry.evict = evict
+        self.loading += 1
 
     def place(self, entry: Entry, span: int, nbytes: int, pinned: set[int]) -> bool:
         """Give pages to a LOADING entry: cached if budget and policy allow, else transient.
 
-        False if nobody needs it and it may not be cached: then it need not be read. Raises
-        MemoryError if it is larger than the whole budget, or if there are no pages to be had.
+        False if it may not be cached and nobody needs it otherwise: then it need not be read.
+        Raises MemoryError if it is larger than the whole budget, or if no pages can be had.
         """
         ledger = self.ledger
         if ledger.max_bytes is not None and nbytes > ledger.max_bytes:
             raise MemoryError(
-                f"{entry.key!r} holds {nbytes} bytes, which is more than "
+                f"{entry.path!r} holds {nbytes} bytes, which is more than "
                 f"max_cache_bytes={ledger.max_bytes}; raise the limit or split the feature"
             )
         pages = ledger.pages_for(span)
-        cached = entry.keep and self._make_room(
-            entry.key, pages, ledger.charge(span, nbytes), pinned
-        )
-        if not cached and entry.number not in pinned:
+        cached = entry.keep and self._make_room(entry, pages, ledger.charge(span), pinned)
+        if not cached and (entry.number not in pinned or not entry.evict):
             return False
         if ledger.free_pages < pages and not self._find_pages(pages, pinned, cached):
             raise MemoryError(
-                f"no device memory for {entry.key!r}: {pages} pages of {ledger.page_bytes} bytes "
+                f"no device memory for {entry.path!r}: {pages} pages of {ledger.page_bytes} bytes "
                 f"needed, {ledger.free_pages} of {ledger.pages} free, the device has no more and "
                 "in-flight batches need the rest; lower depth, batch size or max_cache_bytes"
             )
         ledger.take(entry, span, nbytes, cached=cached)
         return True
 
-    def _make_room(self, key: str, pages: int, charge: int, pinned: set[int]) -> bool:
+    def _make_room(self, wanted: Entry, pages: int, charge: int, pinned: set[int]) -> bool:
         """Evict until the budget has room, or evict nothing and return False."""
         if self.ledger.fits(pages, charge):
             return True
-        if not self.ledger.could_fit(pages, charge):
+        if not wanted.evict or not self.ledger.could_fit(pages, charge):
             return False
         self.report_accesses()
         going: list[Entry] = []
         freed_pages = freed = 0
-        for victim in self.policy.victims(key):
+        for victim in self.policy.victims(wanted.key):
             entry = self._by_key[victim]
             if not entry.cached:
                 raise RuntimeError(f"policy {self.policy!r} would evict {victim!r}: not cached")
@@ -173,7 +176,7 @@ class Cache:
         ledger = self.ledger
         if ledger.ceiling is None:
             limit = ledger.useful_pages
-            useful = None if limit is None else max(0, limit - ledger.pages)
+            useful = None if limit is None else limit - ledger.pages
             ledger.add_pages(self._grow(pages - ledger.free_pages, useful))
             if ledger.free_pages >= pages:
                 return True
@@ -193,15 +196,17 @@ class Cache:
     ) -> list[Any]:
         """LOADING -> READY. Returns the tickets that waited."""
         assert entry.state is State.LOADING
+        if entry.cached:
+            # First: a policy may raise, and then the entry is still LOADING.
+            self.report_accesses()
+            self.policy.on_insert(entry.key)
+        self.loading -= 1
         entry.state = State.READY
         entry.layout = layout
         entry.values = values
         if len(entry.pages) == 1:
             self.rows[entry.number] = self._row(layout, entry.pages[0])
-        if entry.cached:
-            self.report_accesses()
-            self.policy.on_insert(entry.key)
-        else:
+        if not entry.cached:
             self._loose.add(entry)
             if entry.number not in pinned:
                 self._drop(entry)
@@ -221,6 +226,7 @@ class Cache:
     def give_up(self, entry: Entry) -> list[Any]:
         """LOADING -> ABSENT. Returns the tickets that waited."""
         assert entry.state is State.LOADING
+        self.loading -= 1
         self.ledger.give_back(entry)
         entry.state = State.ABSENT
         waiters, entry.waiters = entry.waiters, []
@@ -242,14 +248,10 @@ class Cache:
                     self._loose.add(entry)
                 self.ledger.make_transient(entry)
 
-    def forget_everything(self) -> None:
-        """Forget entries and pages. Only while idle, after everything was released."""
+    def forget_pages(self) -> None:
+        """The arena is gone. Only while no entry holds a page."""
         self.ledger.forget_pages()
-        self._by_key.clear()
         self._layout_numbers.clear()
-        # New ones: batches that were handed out go on using the old.
-        self.entries = []
-        self.rows = []
         self.layouts = []
 
     def _drop(self, entry: Entry) -> None:
@@ -271,10 +273,10 @@ class Cache:
         while self._unreported:
             self.policy.on_access([self.entries[n].key for n in self._unreported.popleft()])
 
-    def begin_epoch(self) -> None:
-        """A new pass over the data begins."""
+    def begin_epoch(self, owner: object) -> None:
+        """`owner` begins a new pass over its data."""
         self.report_accesses()
-        self.policy.begin_epoch()
+        self.policy.begin_epoch(owner)
 
     def foresee(self, owner: object, keys: Sequence[str]) -> None:
         """`owner` will request these from now on."""
@@ -290,6 +292,9 @@ class Cache:
         """Recompute what can be recomputed; raises AssertionError on a difference."""
         self.ledger.check(self.entries)
         pinned = self.pinned()
+        loading = sum(entry.state is State.LOADING for entry in self.entries)
+        if self.loading != loading:
+            raise AssertionError(f"cache: {self.loading} != {loading} entries are loading")
         for number, entry in enumerate(self.entries):
             ok = {
                 State.ABSENT: not entry.pages and not entry.cached and entry.layout is None,

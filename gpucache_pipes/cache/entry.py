@@ -21,11 +21,13 @@ class Entry:
 
     Attributes:
         key: the file.
+        path: the file as it was first spelled, absolute: for readers and messages.
         number: its place in the cache's table of entries.
         state: see State.
         cached: its pages count against the budget, and stay when no ticket needs them. A READY
             entry that is not cached is transient: it goes with the last ticket that needs it.
         keep: while LOADING, whether it may become cached; release() says no.
+        evict: while LOADING, whether others may go for it.
         pages: ids of the arena rows that hold its bytes, in order.
         nbytes: bytes of its tensors, while it has pages.
         charge: what it counts against the budget in bytes; see Ledger.
@@ -34,16 +36,29 @@ class Entry:
     """
 
     __slots__ = (
-        "cached", "charge", "keep", "key", "layout", "nbytes",
-        "number", "pages", "state", "values", "waiters",
+        "cached",
+        "charge",
+        "evict",
+        "keep",
+        "key",
+        "layout",
+        "nbytes",
+        "number",
+        "pages",
+        "path",
+        "state",
+        "values",
+        "waiters",
     )  # fmt: skip
 
-    def __init__(self, key: str, number: int) -> None:
+    def __init__(self, key: str, number: int, path: str) -> None:
         self.key = key
+        self.path = path
         self.number = number
         self.state = State.ABSENT
         self.cached = False
         self.keep = False
+        self.evict = False
         self.pages: tuple[int, ...] = ()
         self.nbytes = 0
         self.charge = 0

@@ -14,9 +14,9 @@ class Ledger:
         cached_bytes <= charged_bytes <= max_bytes
         cached_items <= max_items,  cached_pages <= ceiling
 
-    What a feature is charged is the bytes of its tensors and what it leaves unused of its last
-    page, but not the few bytes that align a tensor: so a budget of exactly n features of one
-    size holds n, and pages that fit badly cannot take more memory than the budget.
+    What a feature is charged is the bytes that it spans and what it leaves unused of its last
+    page, but for the up to 15 bytes that round a page: so a budget of exactly n features of one
+    tensor holds n, and pages that fit badly cannot take more memory than the budget.
 
     Pages are not divided into cached and transient ones in advance: any page serves either
     purpose, and a feature changes from one to the other without moving. Hence the
@@ -56,9 +56,9 @@ class Ledger:
         """Pages that hold `span` bytes."""
         return -(-span // self.page_bytes) if span else 0
 
-    def charge(self, span: int, nbytes: int) -> int:
+    def charge(self, span: int) -> int:
         """What caching a feature counts against max_bytes."""
-        return nbytes + self.pages_for(span) * self.page_bytes - -(-span // 16) * 16
+        return span + self.pages_for(span) * self.page_bytes - -(-span // 16) * 16
 
     def fits(self, pages: int, charge: int, items: int = 1) -> bool:
         """Whether the budget has room for so much more, beside all that is cached."""
@@ -95,7 +95,7 @@ class Ledger:
         self._fresh += pages - len(reused)
         entry.pages = (*reversed(reused), *range(first, self._fresh))
         entry.nbytes = nbytes
-        entry.charge = self.charge(span, nbytes)
+        entry.charge = self.charge(span)
         entry.cached = cached
         self._count(entry, +1)
 
@@ -122,9 +122,14 @@ class Ledger:
         else:
             self.transient_pages += sign * len(entry.pages)
 
+    @property
+    def held_pages(self) -> int:
+        """Pages that somebody holds."""
+        return self.cached_pages + self.transient_pages
+
     def forget_pages(self) -> None:
         """The arena is gone. Only while no entry holds a page."""
-        assert not (self.cached_pages or self.transient_pages)
+        assert not self.held_pages
         self._freed.clear()
         self._fresh = 0
         self.pages = 0

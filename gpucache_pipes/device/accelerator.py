@@ -31,6 +31,9 @@ _log = logging.getLogger("gpucache_pipes")
 _FIRST_SEGMENT = 64 << 20
 """Bytes of the first segment; each further one doubles what there is."""
 
+_STEP = 8 << 20
+"""Bytes that are added at least when batches in flight need more than the budget."""
+
 _STAGING_BUFFERS = 2
 """Staging buffers for each reader thread: one is filled while the other is copied."""
 
@@ -51,8 +54,8 @@ class AcceleratorBackend:
         self._arena: Arena | None = None
         self._lanes = threading.local()
         self._serial = itertools.count()
-        # Dicts by serial number and not lists: threads add and remove without a lock, and
-        # removing by key can only remove what was seen to be finished.
+        # Guards the two logs, for as long as it takes to look at them.
+        self._logs = threading.Lock()
         self._uploads: dict[int, tuple[Any, Sequence[int]]] = {}
         self._gathers: dict[int, tuple[Any, Sequence[int]]] = {}
 
@@ -72,7 +75,10 @@ class AcceleratorBackend:
         assert arena is not None
         pages = max(needed, arena.pages, _FIRST_SEGMENT // self.page_bytes)
         if useful is not None:
-            pages = max(needed, min(pages, useful))
+            # Beyond what the budget can use, what is in flight is held: in steps, too, since
+            # a batch takes an operation for each segment that it touches.
+            beyond = max(-useful, _STEP // self.page_bytes)
+            pages = max(needed, min(pages, useful if useful > 0 else beyond))
         while True:
             try:
                 # On the copy stream: the allocator ties memory to the stream it was made on.
@@ -104,12 +110,18 @@ class AcceleratorBackend:
         assert arena is not None
         with self._runtime.on(self._copy_stream):
             self._wait_for(self._gathers, pages, self._copy_stream)  # edge: read_done
-            rows = lane.device_rows(staging.numel())
-            rows.copy_(staging, non_blocking=True)
-            arena.scatter(pages, rows.view(len(pages), self.page_bytes), self._runtime.index)
+            shape = (len(pages), self.page_bytes)
+            try:
+                rows = lane.device_rows(staging.numel())
+            except torch.OutOfMemoryError:
+                # The arena has it all. Page by page is slow, and needs nothing.
+                arena.fill(pages, staging.view(shape))
+            else:
+                rows.copy_(staging, non_blocking=True)
+                arena.scatter(pages, rows.view(shape), self._runtime.index)
             done = self._runtime.new_event()
             done.record(self._copy_stream)
-        self._uploads[next(self._serial)] = (done, pages)
+        self._note(self._uploads, done, pages)
         return done
 
     def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
@@ -122,26 +134,34 @@ class AcceleratorBackend:
             results = arena.gather(pages, columns, self._runtime.index)
             done = self._runtime.new_event()
             done.record(stream)
-        self._forget_finished(self._gathers)
-        self._gathers[next(self._serial)] = (done, pages)
+        self._note(self._gathers, done, pages)
         return results
+
+    def _note(
+        self, log: dict[int, tuple[Any, Sequence[int]]], event: Any, pages: Sequence[int]
+    ) -> None:
+        with self._logs:
+            self._forget_finished(log)
+            log[next(self._serial)] = (event, pages)
 
     def _wait_for(
         self, log: dict[int, tuple[Any, Sequence[int]]], pages: Sequence[int], stream: Any
     ) -> None:
         """Make `stream` wait for the unfinished operations of `log` that touch `pages`."""
-        self._forget_finished(log)
-        if log:
+        with self._logs:
+            self._forget_finished(log)
+            unfinished = list(log.values())
+        if unfinished:
             mine = frozenset(pages)
-            for event, touched in list(log.values()):
+            for event, touched in unfinished:
                 if not mine.isdisjoint(touched):
                     stream.wait_event(event)
 
     @staticmethod
     def _forget_finished(log: dict[int, tuple[Any, Sequence[int]]]) -> None:
-        for serial, (event, _) in list(log.items()):
-            if event.query():
-                log.pop(serial, None)
+        """With the lock of the logs held."""
+        for serial in [serial for serial, (event, _) in log.items() if event.query()]:
+            del log[serial]
 
     def reset(self) -> None:
         """See Backend."""

@@ -77,6 +77,12 @@ class Arena:
             else:
                 view.index_copy_(0, index(at), source)
 
+    def fill(self, pages: Sequence[int], rows: torch.Tensor) -> None:
+        """Write `rows` into pages without any memory for it, one operation for each page."""
+        for page, row in zip(pages, rows, strict=True):
+            segment = bisect_right(self._starts, page) - 1
+            self._segments[segment][page - self._starts[segment]].copy_(row, non_blocking=True)
+
     def _by_segment(self, pages: Sequence[int]) -> list[tuple[int, Sequence[int], Sequence[int]]]:
         """(segment, rows in it, their places in `pages`), one for each segment concerned."""
         if len(self._starts) == 1:

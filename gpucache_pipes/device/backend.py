@@ -45,7 +45,8 @@ class Backend(Protocol):
     def grow(self, needed: int, useful: int | None) -> int:
         """Add pages: at least `needed`, or none at all if the device has no more memory.
 
-        Beyond what is needed, no more than `useful` in all if that is not None. Page ids go on
+        If `useful` is not None, so many more could serve the cache; where it is not positive,
+        there are already -useful pages more than that, for batches in flight. Page ids go on
         from the last. Called with the store's lock held. Returns the number added.
         """
 

@@ -4,6 +4,7 @@ from gpucache_pipes.files.formats import opener
 from gpucache_pipes.files.layout import Branch, Layout, Leaf, Tree, build, flatten, leaf_names, own
 from gpucache_pipes.files.paths import PathLike, PathTable
 from gpucache_pipes.files.pool import ReaderPool
+from gpucache_pipes.files.sampling import sample_file_sizes
 from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "leaf_names",
     "opener",
     "own",
+    "sample_file_sizes",
 ]

@@ -1,6 +1,7 @@
 """What the bytes of a `torch.save` file mean, remembered for the other files of its data set."""
 
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gpucache_pipes.files import zip_directory as zips
@@ -9,6 +10,7 @@ from gpucache_pipes.files.layout import Layout, Leaf, flatten
 from gpucache_pipes.files.pickle_reader import Name, SavedTensor, Storage, read_pickle
 
 _MOST_PLANS = 4096
+_LENGTHS = struct.Struct("<HH")
 
 # What the small records say: exactly, or as torch.load would still accept it.
 _EXACT = {"version": b"3\n", "byteorder": b"little", ".format_version": b"1"}
@@ -52,34 +54,30 @@ class Form:
         self.directory = directory
         self._plans: dict[bytes, Plan] = {}
         self._starts: dict[str, int] = {}
-        # (offset, bytes that must be there) for every local header, and (offset, count) of the
-        # records that are looked at.
-        pieces: list[tuple[int, str]] = []
-        self._expected: list[Any] = []
+        # (offset, count) of what is looked at in a file, what must be there (None: it depends),
+        # and which record those are for which it depends.
+        self._pieces: list[tuple[int, int]] = []
+        self._expected: list[bytes | None] = []
         self._looked_at: list[str] = []
+        contents = []
         for name, record in sorted(directory.records.items(), key=lambda item: item[1].header):
             start = zips.data_offset(record, file)
             self._starts[name] = start
-            pieces.append((record.header, "4s"))
-            pieces.append((record.header + 26, "4s"))
-            lengths = struct.pack(
-                "<HH", record.name_bytes, start - record.header - 30 - record.name_bytes
-            )
-            self._expected += [zips.LOCAL_SIGNATURE, lengths]
+            extra_bytes = start - record.header - zips.LOCAL_BYTES - record.name_bytes
+            self._pieces += [(record.header, 4), (record.header + 26, 4)]
+            self._expected += [zips.LOCAL_SIGNATURE, _LENGTHS.pack(record.name_bytes, extra_bytes)]
             number = name.removeprefix("data/")
             if name in _EXACT or name in _DIGITS or name == "data.pkl":
-                pieces.append((start, f"{record.size}s"))
-                self._looked_at.append(name)
+                self._pieces.append((start, record.size))
                 self._expected.append(None)
+                self._looked_at.append(name)
+                contents.append(file.read(start, record.size))
             elif number == name or not number.isdecimal():
                 raise Unsupported(f"the record {name!r}")
         if "data.pkl" not in directory.records:
             raise Unsupported("no data.pkl")
-        self._pieces = pieces
-        self._struct = _with_gaps(pieces) if file.whole else None
-        self._places = [n for n, value in enumerate(self._expected) if value is None]
-        self._fixed = [n for n, value in enumerate(self._expected) if value is not None]
-        self._constants = [self._expected[n] for n in self._fixed]
+        self.first_plan = self._plan_by(contents)
+        self._struct: struct.Struct | None = None
 
     def plan(self, file: zips.Bytes, raw: bytes) -> Plan | None:
         """The plan for a file whose directory is `raw`; None if it has another form.
@@ -88,12 +86,23 @@ class Form:
         """
         if not self.directory.same(raw):
             return None
-        fields = self._fields(file)
-        if [fields[n] for n in self._fixed] != self._constants:
-            return None
+        if file.whole is not None:
+            if self._struct is None:
+                self._struct = _with_gaps(self._pieces)
+            fields: Sequence[bytes] = self._struct.unpack_from(file.whole)
+        else:
+            fields = [file.read(at, count) for at, count in self._pieces]
+        contents = []
+        for field, expected in zip(fields, self._expected, strict=True):
+            if expected is None:
+                contents.append(field)
+            elif field != expected:
+                return None
+        return self._plan_by(contents)
+
+    def _plan_by(self, contents: Sequence[bytes]) -> Plan:
         pickle = b""
-        for name, n in zip(self._looked_at, self._places, strict=True):
-            content = fields[n]
+        for name, content in zip(self._looked_at, contents, strict=True):
             if name == "data.pkl":
                 pickle = content
             elif content != _EXACT[name] if name in _EXACT else not content.isdigit():
@@ -104,11 +113,6 @@ class Form:
                 self._plans.clear()
             plan = self._plans[pickle] = self._make_plan(pickle)
         return plan
-
-    def _fields(self, file: zips.Bytes) -> Any:
-        if self._struct is not None and file.whole is not None:
-            return self._struct.unpack_from(file.whole)
-        return [file.read(at, int(code[:-1])) for at, code in self._pieces]
 
     def _make_plan(self, pickle: bytes) -> Plan:
         try:
@@ -136,14 +140,14 @@ class Form:
         return Plan(layout, tuple(values), tuple(moves), tuple(views))
 
 
-def _with_gaps(pieces: list[tuple[int, str]]) -> struct.Struct:
-    """One struct for all the pieces of a file."""
+def _with_gaps(pieces: list[tuple[int, int]]) -> struct.Struct:
+    """One struct for all the pieces of a file, which are in order."""
     codes, at = ["<"], 0
-    for start, code in sorted(pieces):
+    for start, count in pieces:
         if start < at:
             raise Unsupported("records that overlap")
-        codes.append(f"{start - at}x{code}")
-        at = start + int(code[:-1])
+        codes.append(f"{start - at}x{count}s")
+        at = start + count
     return struct.Struct("".join(codes))
 
 

@@ -1,6 +1,7 @@
 """How a store opens files."""
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,37 @@ def opener(load_fn: Callable[[str], Any] | None, weights_only: bool) -> Opener:
 
 
 def by_torch_load(path: str, weights_only: bool) -> LoadedFeature:
-    """What torch.load makes of the file: the authority on all that the reader does not know."""
-    # map_location: a file saved on a GPU must not touch that GPU from a reader thread.
-    feature = torch.load(path, map_location="cpu", weights_only=weights_only)
-    return LoadedFeature(feature, os.stat(path).st_size)
+    """What torch.load makes of the file: the authority on all that the reader does not know.
+
+    Raises OSError as torch.load does, and else ValueError with a reason to read.
+    """
+    size = os.stat(path).st_size
+    try:
+        # map_location: a file saved on a GPU must not touch that GPU from a reader thread.
+        feature = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(_reason(size, weights_only, error)) from error
+    return LoadedFeature(feature, size)
+
+
+def _reason(size: int, weights_only: bool, error: Exception) -> str:
+    if not size:
+        return "the file is empty"
+    text = str(error)
+    refused = _REFUSED.search(text)
+    if weights_only and refused:
+        return (
+            f"weights_only=True refuses {refused[1]}. If you trust the files: allow it by "
+            "torch.serialization.add_safe_globals, or make the store with weights_only=False; "
+            "or convert it with load_fn"
+        )
+    [line, *_] = text.splitlines() or [""]
+    return f"not a file of torch.save, or damaged ({type(error).__name__}: {line:.200})"
+
+
+_REFUSED = re.compile(
+    r"(?:Unsupported (?:global|class|operand|storage).*?|GLOBAL |Trying to (?:call|instantiate).*?)"
+    r"([A-Za-z_][\w.]*\.[\w.]+)"
+)

@@ -134,6 +134,11 @@ def flatten(feature: Any, leaf: type = torch.Tensor) -> tuple[Tree, list[Any], l
                 f"{_at(place)} is a {kind.__qualname__}; features are made of dict, OrderedDict, "
                 "list, tuple and NamedTuple. Convert it with load_fn"
             )
+        if hasattr(item, "__array_interface__") and getattr(item, "ndim", None):
+            raise TypeError(
+                f"{_at(place)} is a {kind.__module__}.{kind.__qualname__}; a cache holds tensors: "
+                "convert it with load_fn (torch.from_numpy)"
+            )
         values.append(own(item))
         return ~(len(values) - 1)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from pathlib import PurePath
 
 PathLike = str | os.PathLike[str]
 
@@ -11,11 +12,11 @@ class PathTable:
 
     A file is known by its key, the absolute path with symbolic links resolved. Directories are
     resolved once and remembered: a link that is changed afterwards is not noticed, as little as
-    a file that changes. `number_of(key)` gives the number of a key; it is called for spellings
-    that are new, and must be safe to call from several threads.
+    a file that changes. `number_of(key, path)` gives the number of a key, whose first spelling,
+    made absolute, is `path`; it must be safe to call from several threads.
     """
 
-    def __init__(self, number_of: Callable[[str], int]) -> None:
+    def __init__(self, number_of: Callable[[str, str], int]) -> None:
         self._number_of = number_of
         self._numbers: dict[PathLike, int] = {}
         self._directories: dict[str, str] = {}
@@ -39,6 +40,11 @@ class PathTable:
             return [self._number(path) for path in paths]
 
     def _number(self, path: PathLike) -> int:
+        if isinstance(path, PurePath):
+            number = self._numbers.get(path)
+            if number is None:
+                number = self._numbers[path] = self._number(str(path))
+            return number
         if isinstance(path, os.PathLike):
             path = os.fspath(path)
         if not isinstance(path, str) or not path:
@@ -47,7 +53,9 @@ class PathTable:
         if number is None:
             if not os.path.isabs(path):
                 self._cwd = os.getcwd()
-            number = self._numbers[path] = self._number_of(self._key(path))
+            # Not normalised: `..` behind a link is for the system to understand.
+            number = self._number_of(self._key(path), os.path.join(self._cwd or "", path))
+            self._numbers[path] = number
         return number
 
     def _key(self, path: str) -> str:

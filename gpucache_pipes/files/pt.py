@@ -88,13 +88,10 @@ class PtReader:
             if plan is not None:
                 return plan
         form = Form(file, zips.Directory(raw, tail.entries))
-        plan = form.plan(file, raw)
-        if plan is None:
-            raise Unsupported("records that overlap")
         if len(self._forms) >= _MOST_FORMS:
             self._forms.clear()
         self._forms[tail] = [form, *forms[:_FORMS_OF_A_KIND]]
-        return plan
+        return form.first_plan
 
 
 class PtFeature:

@@ -105,14 +105,21 @@ class Directory:
             at = end
         if at != len(raw) or not count:
             raise Unsupported("the zip directory is not as long as it says")
-        self._pattern = struct.Struct("<" + "".join(fields))
-        self._fields = self._pattern.unpack(raw)
-        self._constant = [self._fields[n::5] for n in (0, 1, 3, 4)]
+        self._raw = raw
+        self._format = "<" + "".join(fields)
+        # Made for the first file that is compared: where each file is of its own kind, none is.
+        self._pattern: struct.Struct | None = None
+        self._constant: list[tuple[bytes, ...]] = []
 
     def same(self, raw: bytes) -> bool:
         """Whether `raw` is this directory but for prefix and checksums."""
-        if len(raw) != self._pattern.size:
+        if len(raw) != len(self._raw):
             return False
+        if self._pattern is None:
+            pattern = struct.Struct(self._format)
+            fields = pattern.unpack(self._raw)
+            self._constant = [fields[n::5] for n in (0, 1, 3, 4)]
+            self._pattern = pattern
         fields = self._pattern.unpack(raw)
         prefixes = fields[2::5]
         return (

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import default_collate
-from torchdata.nodes import BaseNode, IterableWrapper
+from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batch import FeatureBatch, first_device, to_device
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher, upstream
+from gpucache_pipes.nodes.sources import as_node, call
 from gpucache_pipes.units import positive_int
 
 
@@ -46,7 +47,7 @@ class GPUCollator(BaseNode[Any]):
             positive_int("batch_size", batch_size)
         elif drop_last:
             raise ValueError("drop_last=True needs a batch_size")
-        self.source = source if isinstance(source, BaseNode) else IterableWrapper(source)
+        self.source = as_node(source)
         self.collate_fn = collate_fn
         self.batch_size = batch_size
         self.drop_last = drop_last
@@ -71,8 +72,8 @@ class GPUCollator(BaseNode[Any]):
 
     def _take(self, count: int) -> Sequence[Any]:
         source = self.source
-        if isinstance(source, GPUPrefetcher) and source.path_fn is None:
-            return source.take(count) or []
+        if isinstance(source, GPUPrefetcher):
+            return source.take(count)
         features: list[Any] = []
         for feature in source:
             if isinstance(feature, FeatureBatch):
@@ -84,19 +85,35 @@ class GPUCollator(BaseNode[Any]):
 
     def _collate(self, element: Any) -> Any:
         if isinstance(element, FeatureBatch):
-            return element.collate() if self.collate_fn is None else self.collate_fn(list(element))
+            return element.collate() if self.collate_fn is None else self._call(element)
         if isinstance(element, tuple) and any(isinstance(part, FeatureBatch) for part in element):
             return tuple(
                 self._collate(part) if isinstance(part, FeatureBatch) else part for part in element
             )
-        if not isinstance(element, Sequence) or isinstance(element, (str, bytes, os.PathLike)):
+        source = self.source
+        single = (
+            isinstance(source, GPUPrefetcher) and source.path_fn is None and not self.batch_size
+        )
+        if not isinstance(element, Sequence) or isinstance(element, (str, bytes)) or single:
             raise TypeError(
                 f"a GPUCollator collates sequences of features, not {type(element).__name__}; "
                 "with batch_size it makes batches of single features itself"
             )
+        if element and all(isinstance(item, (str, os.PathLike)) for item in element):
+            raise TypeError("these are paths, not features: put a GPUPrefetcher in front")
         if self.collate_fn is not None:
-            return self.collate_fn(list(element))
+            return self._call(element)
         return to_device(default_collate(list(element)), self._device(element))
+
+    def _call(self, features: Sequence[Any]) -> Any:
+        assert self.collate_fn is not None
+        return call(self.collate_fn, "collate_fn", list(features))
+
+    def shutdown(self) -> None:
+        """Let the nodes in front let go of what is on its way, if they can."""
+        for node in upstream(self.source):
+            if isinstance(node, GPUPrefetcher):
+                node.shutdown()
 
     def _device(self, features: Any) -> torch.device:
         """Where the store upstream keeps features; if there is none, where these are."""

@@ -3,13 +3,14 @@
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.nodes.listing import list_files
-from gpucache_pipes.nodes.stream import PathStream
+from gpucache_pipes.nodes.sources import as_node
 from gpucache_pipes.units import positive_int
 
 Source = str | os.PathLike[str] | Iterable[Any]
@@ -33,7 +34,8 @@ class PathLister(BaseNode[Any]):
         seed: any whole number.
         sampler: yields the positions to take from the sorted files in each epoch, or lists of
             positions, each a batch. What it draws from torch's random numbers is determined by
-            (seed, epoch); `sampler.set_epoch(epoch)` is called where it exists.
+            (seed, epoch); `sampler.set_epoch(epoch)` is called where it exists. It may be
+            iterated more often than once an epoch, to know what comes.
 
     Raises:
         FileNotFoundError: no files; names directory and pattern.
@@ -57,8 +59,14 @@ class PathLister(BaseNode[Any]):
             positive_int("batch_size", batch_size)
         elif drop_last:
             raise ValueError("drop_last=True needs a batch_size")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r} must be a whole number")
+        if not isinstance(pattern, str):
+            raise ValueError(f"pattern={pattern!r} must be a str, such as '*.pt'")
         if shuffle and sampler is not None:
             raise ValueError("shuffle=True and a sampler both set the order; give one of them")
+        if isinstance(sampler, Iterator):
+            raise ValueError("the sampler is an iterator, which can be read through only once")
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.shuffle = shuffle
@@ -70,11 +78,11 @@ class PathLister(BaseNode[Any]):
         self._generator: torch.Generator | None = getattr(inner, "generator", None)
         self._generator_seed = self._generator.initial_seed() if self._generator else 0
         self._names_from = ""
-        self._stream: PathStream | None = None
+        self._stream: BaseNode[Any] | None = None
         self._paths: Sequence[str] = ()
         if isinstance(source, (str, os.PathLike)):
             root = os.fspath(source)
-            self._names_from = root if os.path.isdir(root) else ""
+            self._names_from = os.path.join(root, "") if os.path.isdir(root) else ""
             self._paths = list_files(root, pattern, recursive)
         elif isinstance(source, Sequence):
             self._paths = [os.fspath(path) for path in source]
@@ -86,16 +94,14 @@ class PathLister(BaseNode[Any]):
                 f"sequence of paths, or shuffle inside the {type(source).__name__}"
             )
         else:
-            self._stream = PathStream(source)
+            self._stream = as_node(source)
         self._fingerprint: int | None = None
         # The epoch under way, its order, how many paths of it have gone out, and for a batch
         # sampler the same in elements.
         self._epoch = 0
         self._next_epoch: int | None = None
         self._position = 0
-        self._order: Sequence[Any] = ()
-        # The order of a later epoch that was drawn ahead: samplers are asked once for each.
-        self._drawn: tuple[int, Sequence[Any]] | None = None
+        self._order: Sequence[Any] | None = None
 
     @property
     def paths(self) -> Sequence[str]:
@@ -123,7 +129,7 @@ class PathLister(BaseNode[Any]):
                 self._epoch += 1
             self._position = 0
         if self._stream is not None:
-            self._stream.start((initial_state or {}).get("source"))
+            self._stream.reset((initial_state or {}).get("source"))
         else:
             self._order = self._draw(self._epoch)
 
@@ -131,8 +137,9 @@ class PathLister(BaseNode[Any]):
         """See BaseNode."""
         count = self.batch_size or 1
         if self._stream is not None:
-            batch: list[Any] = self._stream.take(count)
+            batch = [_path(item) for item in islice(self._stream, count)]
         else:
+            assert self._order is not None
             batch = self._pick(self._order[self._position : self._position + count])
         self._position += len(batch)
         if not batch or (self.drop_last and len(batch) < count):
@@ -142,17 +149,28 @@ class PathLister(BaseNode[Any]):
     def _pick(self, order: Sequence[Any]) -> list[Any]:
         """The paths at these positions, or the batches of paths that a batch sampler means."""
         path = self._paths.__getitem__
-        if not order or isinstance(order[0], int):
-            return list(map(path, order))
-        if self.batch_size is not None:
-            raise ValueError("the sampler yields batches already: leave batch_size away")
-        return [list(map(path, batch)) for batch in order]
+        if self.sampler is not None:
+            return self._pick_sampled(order)
+        return list(map(path, order))
+
+    def _pick_sampled(self, order: Sequence[Any]) -> list[Any]:
+        path = self._paths.__getitem__
+        try:
+            if not order or isinstance(order[0], int):
+                return list(map(path, order))
+            if self.batch_size is not None:
+                raise ValueError("the sampler yields batches already: leave batch_size away")
+            return [list(map(path, batch)) for batch in order]
+        except IndexError as error:
+            raise IndexError(
+                f"the sampler yields positions beyond the {len(self._paths)} files"
+            ) from error
 
     def get_state(self) -> dict[str, Any]:
         """See BaseNode: a few numbers, however many files there are."""
         state: dict[str, Any] = {"epoch": self._epoch, "position": self._position}
         if self._stream is not None:
-            state["source"] = self._stream.state()
+            state["source"] = self._stream.state_dict()
         else:
             state["files"] = len(self._paths)
             state["fingerprint"] = self._fingerprint_of_order()
@@ -163,13 +181,22 @@ class PathLister(BaseNode[Any]):
 
         Empty where the order is not known: for a stream.
         """
-        if self._stream is None:
-            following = self._epoch + 1 if self._next_epoch is None else self._next_epoch
-            yield from self._flat(self._order[self._position :])
-            yield from self._flat(self._draw(following, ahead=True))
+        if self._stream is not None:
+            return
+        epoch = self._epoch
+        if self._order is not None:
+            yield from self._flat(self._order, self._position)
+            epoch += 1
+        epoch = epoch if self._next_epoch is None else self._next_epoch
+        yield from self._flat(self._draw(epoch))
+        if self._order is None:
+            yield from self._flat(self._draw(epoch + 1))
 
-    def _flat(self, order: Sequence[Any]) -> Iterator[str]:
-        for index in order:
+    def _flat(self, order: Sequence[Any], start: int = 0) -> Iterator[str]:
+        end = len(order)
+        if self.drop_last and self.batch_size is not None:
+            end -= end % self.batch_size
+        for index in order[start:end]:
             if isinstance(index, int):
                 yield self._paths[index]
             else:
@@ -182,42 +209,38 @@ class PathLister(BaseNode[Any]):
             return count
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
-    def _draw(self, epoch: int, ahead: bool = False) -> Sequence[Any]:
+    def _draw(self, epoch: int) -> Sequence[Any]:
         """The order of an epoch: positions in the list of files, or lists of them."""
-        if self._drawn is not None and self._drawn[0] == epoch:
-            order = self._drawn[1]
-        elif self.shuffle:
-            random = torch.Generator().manual_seed(self.seed + epoch)
-            order = torch.randperm(len(self._paths), generator=random).tolist()
-        elif self.sampler is not None:
-            order = self._ask_sampler(self.sampler, epoch)
-        else:
-            return range(len(self._paths))
-        self._drawn = (epoch, order) if ahead else None
-        return order
+        if self.shuffle:
+            random = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
+            return torch.randperm(len(self._paths), generator=random).tolist()
+        if self.sampler is not None:
+            return self._ask_sampler(self.sampler, epoch)
+        return range(len(self._paths))
 
     def _ask_sampler(self, sampler: Iterable[Any], epoch: int) -> list[Any]:
         set_epoch = getattr(sampler, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + epoch)
-            if self._generator is not None:
-                self._generator.manual_seed((self._generator_seed + self.seed + epoch) % 2**63)
+        # The CPU's generator only, which is the one that samplers draw from: torch.manual_seed
+        # would seed the devices as well.
+        before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed((self.seed + epoch) % 2**63)
+        if self._generator is not None:
+            self._generator.manual_seed((self._generator_seed + self.seed + epoch) % 2**63)
+        try:
             return [
                 [int(i) for i in index] if isinstance(index, (list, tuple)) else int(index)
                 for index in sampler
             ]
+        finally:
+            torch.default_generator.set_state(before)
 
     def _fingerprint_of_order(self) -> int:
         if self._fingerprint is None:
             # Names relative to the directory: the same files may lie elsewhere on resume.
-            root = self._names_from
-            names = (
-                [os.path.relpath(path, root) for path in self._paths]
-                if root
-                else [os.path.basename(path) for path in self._paths]
-            )
+            start = len(self._names_from)
+            names = [path[start:] if start else os.path.basename(path) for path in self._paths]
             text = "\0".join([repr((self.shuffle, self.seed)), *names])
             self._fingerprint = zlib.crc32(text.encode("utf-8", "surrogateescape"))
         return self._fingerprint
@@ -235,3 +258,9 @@ class PathLister(BaseNode[Any]):
                 "this state was taken over files of other names, or with another shuffle or "
                 "seed; resume with the same, or begin a new epoch"
             )
+
+
+def _path(item: Any) -> str:
+    if not isinstance(item, (str, os.PathLike)):
+        raise TypeError(f"the source of a PathLister must yield paths, not {item!r:.200}")
+    return os.fspath(item)

@@ -5,9 +5,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from torchdata.nodes import BaseNode, IterableWrapper
+from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batch import FeatureBatch
+from gpucache_pipes.nodes.sources import as_node, call
 from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.units import positive_int
@@ -73,7 +74,9 @@ class GPUPrefetcher(BaseNode[Any]):
             raise ValueError(
                 "join_fn needs a path_fn: elements that are paths have nothing to join"
             )
-        self.source = source if isinstance(source, BaseNode) else IterableWrapper(source)
+        if not isinstance(store, GPUFeatureStore):
+            raise TypeError(f"store must be a GPUFeatureStore, not {type(store).__name__}")
+        self.source = as_node(source)
         self.store = store
         self.depth = positive_int("depth", depth)
         self.path_fn = path_fn
@@ -81,8 +84,10 @@ class GPUPrefetcher(BaseNode[Any]):
         self._ahead: deque[_Ahead] = deque()
         self._exhausted = False
         self._state: dict[str, Any] = {}
-        # Names this pipeline to the policy.
+        # Name this pipeline to the policy: for as long as it lives, and for as long as there
+        # are pipelines over the same source, of which some make a new one in each epoch.
         self._owner = object()
+        self._epochs_of = id(source)
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """See BaseNode. Nothing is read before the first `next()`."""
@@ -91,7 +96,7 @@ class GPUPrefetcher(BaseNode[Any]):
         self.source.reset(None if initial_state is None else initial_state["source"])
         self._state = self.source.state_dict()
         self._exhausted = False
-        self.store.begin_epoch()
+        self.store.begin_epoch(self._epochs_of)
         upcoming = find_upstream(self.source, "upcoming")
         if upcoming is not None and self.path_fn is None:
             self.store.foresee(self._owner, upcoming())
@@ -102,21 +107,25 @@ class GPUPrefetcher(BaseNode[Any]):
         if not self._ahead:
             raise StopIteration
         head = self._ahead[0]
-        features: Any = self._use([head])
-        if head.single:
-            features = features[0]
-        if self.path_fn is None:
-            return features
-        return (
-            (features, head.element)
-            if self.join_fn is None
-            else self.join_fn(features, head.element)
-        )
+        batch = self._use([head])
+        return self._join(batch[0] if head.single else batch, head)
 
-    def take(self, count: int) -> FeatureBatch | None:
-        """The next `count` elements, fewer at the end, as one batch; None if there are none.
+    def _join(self, features: Any, head: "_Ahead") -> Any:
+        if self.path_fn is not None:
+            element = head.element
+            return call(self.join_fn, "join_fn", features, element) if self.join_fn else (
+                features, element,
+            )  # fmt: skip
+        if features is None:
+            raise TypeError(
+                f"{head.paths[0]!r} holds None, which a torchdata pipeline cannot carry"
+            )
+        return features
 
-        For elements that are single paths: the batch is gathered at once.
+    def take(self, count: int) -> Sequence[Any]:
+        """The next `count` elements, fewer at the end, gathered at once.
+
+        For elements of one path each. Without path_fn a FeatureBatch.
         """
         self._draw(count)
         heads = [self._ahead[i] for i in range(min(count, len(self._ahead)))]
@@ -126,14 +135,19 @@ class GPUPrefetcher(BaseNode[Any]):
                     "batch_size is for a source of single paths, but the source yields "
                     f"{type(head.element).__name__}: leave batch_size away"
                 )
-        return self._use(heads) if heads else None
+        if not heads:
+            return []
+        batch = self._use(heads)
+        if self.path_fn is None:
+            return batch
+        return [self._join(feature, head) for feature, head in zip(batch, heads, strict=True)]
 
     def get_state(self) -> dict[str, Any]:
         """See BaseNode."""
         return {"source": self._state}
 
     def shutdown(self) -> None:
-        """Let go of what is on its way. The node can be reset and used again."""
+        """Let go of what is on its way. The node can be reset and used again. Takes no lock."""
         self._let_go()
         self.store.withdraw(self._owner)
 
@@ -159,6 +173,9 @@ class GPUPrefetcher(BaseNode[Any]):
             head.state = self.source.state_dict()
             try:
                 self._request(head)
+            except StopIteration as error:
+                head.error = RuntimeError("path_fn raised StopIteration")
+                head.error.__cause__ = error
             except Exception as error:
                 head.error = error
             self._ahead.append(head)
@@ -204,8 +221,11 @@ class GPUPrefetcher(BaseNode[Any]):
                 self._state = head.state
 
     def _let_go(self) -> None:
+        # Also in the finalizer of a generator that has this node: so without the store's lock.
         ahead, self._ahead = self._ahead, deque()
-        self.store.cancel([head.ticket for head in ahead if head.ticket is not None])
+        for head in ahead:
+            if head.ticket is not None:
+                head.ticket.abandon()
 
 
 def upstream(node: Any) -> Iterator[Any]:

@@ -33,7 +33,7 @@ def simulate_policy(
     hits = 0
     for position, key in enumerate(trace):
         if position in epochs:
-            policy.begin_epoch()
+            policy.begin_epoch("somebody")
         policy.on_access([key])
         if key in cached:
             hits += 1

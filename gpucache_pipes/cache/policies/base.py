@@ -33,8 +33,8 @@ class Policy(Protocol):
         and `key` is served without being kept.
         """
 
-    def begin_epoch(self) -> None:
-        """A new pass over the data begins."""
+    def begin_epoch(self, owner: object) -> None:
+        """`owner`, a pipeline or None, begins a new pass over its data."""
 
     def foresee(self, owner: object, keys: Sequence[Key]) -> None:
         """`owner`, a pipeline, will request exactly these from now on; replaces what it said.
@@ -52,7 +52,7 @@ class BasePolicy:
     def on_access(self, keys: Iterable[Key]) -> None:
         """See Policy."""
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, owner: object) -> None:
         """See Policy."""
 
     def foresee(self, owner: object, keys: Sequence[Key]) -> None:

@@ -19,6 +19,8 @@ class _Future:
 
     def __init__(self, keys: Sequence[Key], start: int) -> None:
         self.start = start
+        # When it last came true, in requests to the store.
+        self.last = start
         self.next_use: dict[Key, int] = {}
         # after[p]: where the key of position p comes next, found by walking backwards.
         self.after = array("q", bytes(8 * len(keys)))
@@ -43,18 +45,22 @@ class Clairvoyant:
     where it is known, the next one. O(log n) for each request, paid when something is evicted.
 
     Where nothing is announced, epochs stand in for the future: what was not used for a whole
-    epoch goes first, then what was used in this one, the longest ago first; what waits for its
-    use in this epoch stays. Over epochs that touch each file once this serves capacity/files of
-    the requests, which is the most that is possible. Without epochs it is LRU.
+    epoch of every pipeline goes first, then what was used in this one, the longest ago first;
+    what waits for its use stays. Over epochs that touch each file once this serves
+    capacity/files of the requests, which is the most that is possible. Without epochs it is LRU.
     """
 
     def __init__(self) -> None:
         self._futures: dict[object, _Future] = {}
         self._requests = 0
-        # Cached keys by when they were last used; each is in exactly one. Oldest first.
-        self._stale: dict[Key, None] = {}
-        self._waiting: dict[Key, None] = {}
-        self._used: dict[Key, None] = {}
+        # Cached keys and the epoch of their last use, oldest first: those of this epoch, and
+        # the others. Each is in exactly one.
+        self._used: dict[Key, int] = {}
+        self._older: dict[Key, int] = {}
+        self._epoch = 0
+        # Who begins epochs, and when last: a key waits for its use for as many epochs as there
+        # are owners.
+        self._owners: dict[object, int] = {}
         # (-due time, key), the farthest on top. An item counts while it is the one in _live;
         # the due time of keys in _moved may have changed since.
         self._heap: list[tuple[int, Key]] = []
@@ -68,17 +74,12 @@ class Clairvoyant:
             for future in self._futures.values():
                 position = future.next_use.get(key)
                 if position is not None:
+                    future.last = self._requests
                     self._advance(future, key, position)
                     break
-            if key in self._used:
-                del self._used[key]
-            elif key in self._waiting:
-                del self._waiting[key]
-            elif key in self._stale:
-                del self._stale[key]
-            else:
+            if self._used.pop(key, None) is None and self._older.pop(key, None) is None:
                 continue
-            self._used[key] = None
+            self._used[key] = self._epoch
             self._moved[key] = None
 
     @staticmethod
@@ -91,13 +92,14 @@ class Clairvoyant:
 
     def on_insert(self, key: Key) -> None:
         """See Policy."""
-        self._used[key] = None
+        self._used[key] = self._epoch
         self._moved[key] = None
 
     def on_remove(self, key: Key) -> None:
         """See Policy."""
-        for group in (self._used, self._waiting, self._stale, self._moved):
-            group.pop(key, None)
+        self._used.pop(key, None)
+        self._older.pop(key, None)
+        self._moved.pop(key, None)
         self._live.pop(key, None)
 
     def victims(self, key: Key) -> Iterator[Key]:
@@ -107,7 +109,10 @@ class Clairvoyant:
         return self._oldest()
 
     def _oldest(self) -> Iterator[Key]:
-        yield from self._stale
+        for key, epoch in self._older.items():
+            if epoch >= self._epoch - max(1, len(self._owners)):
+                break
+            yield key
         yield from self._used
 
     def _farther_than(self, limit: int) -> Iterator[Key]:
@@ -135,15 +140,23 @@ class Clairvoyant:
     def _next_use(self, key: Key) -> int:
         return min((future.due(key) for future in self._futures.values()), default=_NEVER)
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, owner: object) -> None:
         """See Policy."""
-        self._stale.update(self._waiting)
-        self._waiting = self._used
+        self._epoch += 1
+        self._older.update(self._used)
         self._used = {}
+        self._owners[owner] = self._epoch
+        # Who has not begun one for several rounds of the others is gone.
+        patience = self._epoch - 3 * len(self._owners)
+        self._owners = {o: epoch for o, epoch in self._owners.items() if epoch >= patience}
 
     def foresee(self, owner: object, keys: Sequence[Key]) -> None:
         """See Policy."""
         self._futures[owner] = _Future(keys, self._requests)
+        # A pipeline that stands still while the others go through all they have announced will
+        # hardly go on: what it waits for must not fill the cache.
+        patience = self._requests - max(len(f.after) for f in self._futures.values())
+        self._futures = {o: f for o, f in self._futures.items() if f.last >= patience}
         self._forget_due_times()
 
     def forget(self, owner: object) -> None:
@@ -154,4 +167,4 @@ class Clairvoyant:
     def _forget_due_times(self) -> None:
         self._heap.clear()
         self._live.clear()
-        self._moved = dict.fromkeys((*self._stale, *self._waiting, *self._used))
+        self._moved = dict.fromkeys((*self._older, *self._used))
