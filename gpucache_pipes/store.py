@@ -3,7 +3,6 @@
 import logging
 import os
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -14,16 +13,15 @@ from typing import Any, NoReturn
 import torch
 from tqdm.auto import tqdm
 
-from gpucache_pipes.batch import FeatureBatch, gather_batch
-from gpucache_pipes.cache import Cache, Entry, Ledger, Policy, State, make_policy
+from gpucache_pipes.batch import FeatureBatch
+from gpucache_pipes.cache import Cache, Ledger, Policy, make_policy
+from gpucache_pipes.desk import Desk
 from gpucache_pipes.device import Backend, open_backend, resolve_device
-from gpucache_pipes.errors import load_error
 from gpucache_pipes.files import PathLike, PathTable, ReaderPool, opener
 from gpucache_pipes.lifetime import watch
 from gpucache_pipes.loader import Loader
 from gpucache_pipes.stats import StoreStats
 from gpucache_pipes.ticket import Ticket
-from gpucache_pipes.tracing import trace
 from gpucache_pipes.units import parse_bytes, positive_int
 
 _log = logging.getLogger("gpucache_pipes")
@@ -91,10 +89,7 @@ class GPUFeatureStore:
         self._backend = (
             device if isinstance(device, Backend) else open_backend(resolve_device(device))
         )
-        # Guards everything below. Nothing is read, copied or waited for under it, but for the
-        # condition itself.
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        changed = threading.Condition(threading.Lock())
         self._cache = Cache(ledger, policy, self._backend.grow)
         self._pool = ReaderPool(threads, "gpucache-reader") if asynchronous else None
         self._loader = Loader(
@@ -103,19 +98,10 @@ class GPUFeatureStore:
             opener(load_fn, weights_only),
             self._pool,
             page_bytes,
-            self._changed,
+            changed,
         )
-        # Why the store refuses to work, once it is closed or in a forked process.
-        self._refusal: str | None = None
-        self._hits = self._misses = 0
-        self._wait_seconds = 0.0
-        # Gathers being issued: close() lets them end before it takes the memory away.
-        self._gathering = 0
-        self._paths = PathTable(_numbering(self._lock, self._cache))
-        # clear() was called, and memory is to be given back when no batch is in flight.
-        self._clearing = False
-        # What finalizers want done under the lock, which they may not take.
-        self._deferred: deque[Callable[[], None]] = deque()
+        self._desk = Desk(self._cache, self._backend, self._loader, changed)
+        self._paths = PathTable(_numbering(changed, self._cache))
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _let_go, self._pid, self._pool, self._backend)
         self._finalizer.atexit = False
@@ -156,60 +142,11 @@ class GPUFeatureStore:
         Nothing is held for the caller: with a budget smaller than what is prefetched, some of
         it may have gone, or not have come, when it is asked for. `request` holds.
         """
-        numbers = self._resolve(paths)
-        with self._lock:
-            self._require_usable()
-            loading: list[Entry] = []
-            self._start_loading(numbers, loading)
-        self._loader.submit(loading)
+        self._desk.prefetch(self._resolve(paths))
 
     def request(self, paths: Sequence[PathLike]) -> Ticket:
         """Start to load what is not there yet, and hold all of it until the ticket is used."""
-        return self._request(paths)
-
-    def _request(self, paths: Sequence[PathLike], *, warming: bool = False) -> Ticket:
-        numbers = self._resolve(paths)
-        loading: list[Entry] = []
-        try:
-            ticket = self._open_ticket(numbers, loading, warming)
-            self._loader.submit(loading)
-        except BaseException as error:
-            # An interrupt: nobody may wait for what no reader has heard of.
-            self._loader.give_up(loading, error)
-            raise
-        return ticket
-
-    def _open_ticket(self, numbers: list[int], loading: list[Entry], warming: bool) -> Ticket:
-        with self._lock:
-            self._require_usable()
-            cache = self._cache
-            rows = list(map(cache.rows.__getitem__, numbers))
-            ticket = Ticket(self, cache.open_ticket(numbers, report=not warming), numbers)
-            if rows and min(rows) >= 0:
-                ticket.rows = rows
-            else:
-                self._start_loading(numbers, loading, evict=not warming)
-                for number in set(numbers):
-                    entry = cache.entries[number]
-                    if entry.state is State.LOADING:
-                        entry.keep = True
-                        entry.evict |= not warming
-                        entry.waiters.append(ticket)
-                        ticket.pending += 1
-            if not warming:
-                self._misses += len(loading)
-                self._hits += len(numbers) - len(loading)
-        return ticket
-
-    def _start_loading(
-        self, numbers: Sequence[int], loading: list[Entry], *, evict: bool = True
-    ) -> None:
-        """Mark the absent ones as LOADING, each once, and add them. Under the lock."""
-        for number in dict.fromkeys(numbers):
-            entry = self._cache.entries[number]
-            if entry.state is State.ABSENT:
-                loading.append(entry)
-                self._cache.start_loading(entry, evict=evict)
+        return self._desk.request(self._resolve(paths))
 
     def collect(self, tickets: Sequence[Ticket]) -> FeatureBatch:
         """The features of several tickets as one batch, in order. Uses the tickets up.
@@ -217,90 +154,22 @@ class GPUFeatureStore:
         Waits for files that are still being read. The gather runs on the current stream of the
         calling thread. Raises the first error among the features, in their order.
         """
-        try:
-            with self._lock:
-                self._await(tickets)
-                numbers = tickets[0].numbers
-                rows = tickets[0].rows
-                if len(tickets) > 1:
-                    numbers = [number for ticket in tickets for number in ticket.numbers]
-                    rows = None
-                if rows is None:
-                    rows = list(map(self._cache.rows.__getitem__, numbers))
-                self._gathering += 1
-            try:
-                with trace("gpucache::gather"):
-                    return gather_batch(self._cache, self._backend, numbers, rows)
-            finally:
-                with self._lock:
-                    self._gathering -= 1
-                    if self._refusal is not None:
-                        self._changed.notify_all()
-        finally:
-            self.cancel(tickets)
-
-    def _await(self, tickets: Sequence[Ticket]) -> None:
-        """Wait until nothing of `tickets` is loading; raise what became of it. Under the lock."""
-        self._require_usable()
-        self._require_unused(tickets)
-        if any(ticket.pending for ticket in tickets):
-            start = time.perf_counter()
-            try:
-                with trace("gpucache::wait"):
-                    while any(ticket.pending for ticket in tickets):
-                        self._changed.wait()
-                        self._require_usable()
-                        self._require_unused(tickets)
-            finally:
-                self._wait_seconds += time.perf_counter() - start
-        for ticket in tickets:
-            if ticket.errors:
-                entries = map(self._cache.entries.__getitem__, ticket.numbers)
-                entry = next(entry for entry in entries if entry in ticket.errors)
-                cause = ticket.errors[entry]
-                raise load_error(entry.path, cause) from cause
-
-    @staticmethod
-    def _require_unused(tickets: Sequence[Ticket]) -> None:
-        if any(ticket.used for ticket in tickets):
-            raise RuntimeError("this ticket has been used or cancelled; request its paths again")
+        return self._desk.collect(tickets)
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         """Give tickets up: what they held may go. Harmless for tickets that were used."""
-        numbers = [number for ticket in tickets if (number := ticket.use_up()) is not None]
-        if numbers:
-            with self._lock:
-                self._cache.close_tickets(numbers)
-                self._changed.notify_all()
-                if self._clearing:
-                    self._give_memory_back()
-
-    def abandon(self, number: int) -> None:
-        """Give up the ticket of that number at some later time. Takes no lock."""
-        self._deferred.append(partial(self._cache.close_tickets, [number]))
+        self._desk.cancel(tickets)
 
     def release(self, paths: Sequence[PathLike]) -> None:
         """Stop caching these. Batches in flight still get theirs; unknown paths are ignored."""
         numbers = self._resolve(paths)
-        with self._lock:
-            self._require_usable()
+        with self._desk.changed:
+            self._desk.require_open()
             self._cache.release([self._cache.entries[number] for number in numbers])
 
     def clear(self) -> None:
         """Stop caching everything, and give memory back as soon as no batch is in flight."""
-        with self._lock:
-            self._require_usable()
-            self._cache.release(self._cache.entries)
-            self._clearing = True
-            self._give_memory_back()
-
-    def _give_memory_back(self) -> None:
-        """Under the lock: end what clear() began, if it is time."""
-        if self._cache.idle:
-            self._clearing = False
-            if not self._cache.ledger.held_pages:
-                self._cache.forget_pages()
-                self._backend.reset()
+        self._desk.clear()
 
     def warm(self, paths: Sequence[PathLike], progress: bool = True) -> int:
         """Load `paths` until all are cached or the budget is used up; returns how many are.
@@ -318,7 +187,8 @@ class GPUFeatureStore:
                 for start in range(0, len(paths), _WARM_FILES):
                     if full or not self._cache.ledger.fits(1, 1):
                         break
-                    ahead.append(self._request(paths[start : start + _WARM_FILES], warming=True))
+                    part = self._resolve(paths[start : start + _WARM_FILES])
+                    ahead.append(self._desk.request(part, warming=True))
                     if len(ahead) > 1:
                         full = self._finish_warming(ahead.popleft(), bar)
                 while ahead:
@@ -326,14 +196,14 @@ class GPUFeatureStore:
             finally:
                 self.cancel(ahead)
         numbers = set(self._resolve(paths))
-        with self._lock:
-            self._require_usable()
+        with self._desk.changed:
+            self._desk.require_open()
             return sum(self._cache.entries[number].cached for number in numbers)
 
     def _finish_warming(self, ticket: Ticket, bar: Any) -> bool:
         """Wait for a part; True if not all of it could be kept."""
-        with self._lock:
-            self._await([ticket])
+        with self._desk.changed:
+            self._desk.wait_for([ticket])
             kept = all(self._cache.entries[number].cached for number in ticket.numbers)
         self.cancel([ticket])
         bar.update(len(ticket.numbers))
@@ -344,8 +214,8 @@ class GPUFeatureStore:
 
         Pipelines do this themselves. Without one, call it before each epoch.
         """
-        with self._lock:
-            self._require_usable()
+        with self._desk.changed:
+            self._desk.require_open()
             self._cache.begin_epoch(owner)
 
     def foresee(self, owner: object, paths: Iterable[PathLike]) -> None:
@@ -353,23 +223,23 @@ class GPUFeatureStore:
 
         A hint: whatever it says, results stay right.
         """
-        with self._lock:
+        with self._desk.changed:
             if not self._cache.ledger.bounded:
                 return  # nothing will ever have to go
         numbers = self._resolve(paths)
-        with self._lock:
-            self._require_usable()
+        with self._desk.changed:
+            self._desk.require_open()
             self._cache.foresee(owner, [self._cache.entries[number].key for number in numbers])
 
     def withdraw(self, owner: object) -> None:
         """Take back, at some later time, what `owner` foresaw. Takes no lock."""
-        self._deferred.append(partial(self._cache.forget_owner, owner))
+        self._desk.defer(partial(self._cache.forget_owner, owner))
 
     def __contains__(self, path: object) -> bool:
         if not isinstance(path, (str, os.PathLike)):
             return False
         [number] = self._resolve([path])
-        with self._lock:
+        with self._desk.changed:
             return self._cache.entries[number].cached
 
     def __bool__(self) -> bool:
@@ -382,12 +252,12 @@ class GPUFeatureStore:
 
     def stats(self) -> StoreStats:
         """Counters and sizes, all of one moment."""
-        with self._lock:
-            self._run_deferred()
+        with self._desk.changed:
+            self._desk.run_deferred()
             ledger = self._cache.ledger
             return StoreStats(
-                hits=self._hits,
-                misses=self._misses,
+                hits=self._desk.hits,
+                misses=self._desk.misses,
                 failures=self._loader.failures,
                 files_read=self._loader.files_read,
                 bytes_read=self._loader.bytes_read,
@@ -398,13 +268,13 @@ class GPUFeatureStore:
                 transient_items=self._cache.transient_items,
                 reserved_bytes=self._backend.reserved_bytes,
                 page_bytes=ledger.page_bytes,
-                wait_seconds=self._wait_seconds,
+                wait_seconds=self._desk.wait_seconds,
             )
 
     def check(self) -> None:
         """Recompute every total from the ground truth; raises AssertionError on a difference."""
-        with self._lock:
-            self._run_deferred()
+        with self._desk.changed:
+            self._desk.run_deferred()
             self._cache.check()
 
     def close(self) -> None:
@@ -416,12 +286,7 @@ class GPUFeatureStore:
 
     def shut(self, seconds: float) -> None:
         """Close, and wait at most so long for files that are being read."""
-        with self._lock:
-            if self._refusal is None:
-                self._refusal = "this GPUFeatureStore is closed"
-            self._changed.notify_all()
-            while self._gathering:
-                self._changed.wait()
+        self._desk.shut()
         if self._finalizer.detach() is None or os.getpid() != self._pid:
             return
         if self._pool is not None:
@@ -451,39 +316,18 @@ class GPUFeatureStore:
         stats = self.stats()
         return f"GPUFeatureStore({self.device}, {stats.items} items, {stats.cached_bytes} bytes)"
 
-    # Beneath
-
-    def _require_usable(self) -> None:
-        """Under the lock; also the place where finalizers get their wish."""
-        if self._refusal is not None:
-            raise RuntimeError(self._refusal)
-        self._run_deferred()
-
-    def _run_deferred(self) -> None:
-        while self._deferred:
-            self._deferred.popleft()()
-        if self._clearing:
-            self._give_memory_back()
+    def refuse_after_fork(self) -> None:
+        """For the child of a fork: refuse to work."""
+        self._desk.refuse_after_fork()
 
     def _resolve(self, paths: Iterable[PathLike]) -> list[int]:
         """The numbers of the entries of `paths`. Without the lock."""
-        if self._refusal is not None:
-            raise RuntimeError(self._refusal)
+        if self._desk.refusal is not None:
+            raise RuntimeError(self._desk.refusal)
         return self._paths.numbers(paths)
 
-    def refuse_after_fork(self) -> None:
-        """For the child of a fork."""
-        # The threads are gone and the device does not work here; the lock may have been held.
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._gathering = 0
-        self._refusal = (
-            "this GPUFeatureStore was made before a fork and does not work in the new process; "
-            "make it where it is used (DataLoader workers need only paths)"
-        )
 
-
-def _numbering(lock: threading.Lock, cache: Cache) -> Callable[[str, str], int]:
+def _numbering(lock: threading.Condition, cache: Cache) -> Callable[[str, str], int]:
     # No method of the store, which would then refer to itself and outlive its last user.
     def number_of(key: str, path: str) -> int:
         with lock:

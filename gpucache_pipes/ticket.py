@@ -1,13 +1,23 @@
 """A batch that is on its way."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from gpucache_pipes.batch import FeatureBatch
 from gpucache_pipes.cache import Entry
 
-if TYPE_CHECKING:
-    from gpucache_pipes.store import GPUFeatureStore
+
+class Issuer(Protocol):
+    """Who makes tickets and takes them back."""
+
+    def collect(self, tickets: Sequence["Ticket"]) -> FeatureBatch:
+        """Make a batch of them."""
+
+    def cancel(self, tickets: Sequence["Ticket"]) -> None:
+        """Take them back unused."""
+
+    def abandon(self, number: int) -> None:
+        """Take one back later, without a lock."""
 
 
 class Ticket:
@@ -17,7 +27,7 @@ class Ticket:
     `collect`; a ticket that is dropped is cancelled.
     """
 
-    def __init__(self, store: "GPUFeatureStore", number: int, numbers: Sequence[int]) -> None:
+    def __init__(self, issuer: Issuer, number: int, numbers: Sequence[int]) -> None:
         # The entries, as numbers; and their rows, if all were there when the ticket was opened.
         self.numbers = numbers
         self.rows: Sequence[int] | None = None
@@ -25,16 +35,16 @@ class Ticket:
         # of the store.
         self.pending = 0
         self.errors: dict[Entry, BaseException] = {}
-        self._store = store
+        self._issuer = issuer
         self._number: int | None = number
 
     def result(self) -> FeatureBatch:
         """The features, gathered on the current stream of this thread; waits for files."""
-        return self._store.collect([self])
+        return self._issuer.collect([self])
 
     def cancel(self) -> None:
         """Let go. Harmless if the ticket was used."""
-        self._store.cancel([self])
+        self._issuer.cancel([self])
 
     @property
     def used(self) -> bool:
@@ -50,7 +60,7 @@ class Ticket:
         """Let go at some later time. Takes no lock: finalizers may call this."""
         number = self.use_up()
         if number is not None:
-            self._store.abandon(number)
+            self._issuer.abandon(number)
 
     def __del__(self) -> None:
         # The collector may run this inside the lock of the store.

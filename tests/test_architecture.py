@@ -23,8 +23,9 @@ ALLOWED = {
     "pages": set(),
     "batch": {"cache", "device", "files"},
     "loader": {"cache", "device", "files", "pages"},
-    "ticket": {"batch", "cache", "store"},  # store for its annotations only
-    "store": {"batch", "cache", "device", "files", "lifetime", "loader", "ticket"},
+    "ticket": {"batch", "cache"},
+    "desk": {"batch", "cache", "device", "loader", "ticket"},
+    "store": {"batch", "cache", "desk", "device", "files", "lifetime", "loader", "ticket"},
     "nodes": {"nodes", "batch", "store", "ticket"},
     "adapters": {"adapters", "nodes", "store"},
     "testing": {"testing", "cache", "device", "files", "nodes", "store"},

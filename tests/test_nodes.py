@@ -360,7 +360,7 @@ def test_shutting_down_takes_no_lock(store: GPUFeatureStore) -> None:
     """It happens in finalizers, which the collector may run inside the lock."""
     node = GPUPrefetcher(PathLister(PATHS), store)
     next(node)
-    with store._lock:
+    with store._desk.changed:
         node.shutdown()
         del node
         gc.collect()

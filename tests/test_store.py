@@ -485,7 +485,7 @@ def test_a_ticket_that_is_cancelled_wakes_who_waits_for_it() -> None:
 
         consumer = threading.Thread(target=wait)
         consumer.start()
-        while not store._changed._waiters:  # type: ignore[attr-defined]
+        while not store._desk.changed._waiters:  # type: ignore[attr-defined]
             pass
         ticket.cancel()
         consumer.join(60)
@@ -495,7 +495,7 @@ def test_a_ticket_that_is_cancelled_wakes_who_waits_for_it() -> None:
 
 def test_closing_in_a_child_does_not_wait_for_gathers_of_the_parent() -> None:
     store = GPUFeatureStore("cpu")
-    store._gathering = 1
+    store._desk._gathering = 1
     store.refuse_after_fork()
     store.close()
 

@@ -1,0 +1,214 @@
+"""Requests become tickets, and tickets become batches: what happens under the one lock."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from gpucache_pipes.batch import FeatureBatch, gather_batch
+from gpucache_pipes.cache import Cache, Entry, State
+from gpucache_pipes.device import Backend
+from gpucache_pipes.errors import load_error
+from gpucache_pipes.loader import Loader
+from gpucache_pipes.ticket import Ticket
+from gpucache_pipes.tracing import trace
+
+
+class Desk:
+    """Serves requests for entries, by their numbers, to any number of consumers.
+
+    `changed` is the condition of the one lock of a store, which guards the cache and all that
+    is here. Nothing is read or copied under it, and nothing waited for but the condition.
+    """
+
+    def __init__(
+        self, cache: Cache, backend: Backend, loader: Loader, changed: threading.Condition
+    ) -> None:
+        self.changed = changed
+        self.hits = 0
+        self.misses = 0
+        self.wait_seconds = 0.0
+        # Why there is no service, once the store is closed or in a forked process.
+        self.refusal: str | None = None
+        self._cache = cache
+        self._backend = backend
+        self._loader = loader
+        # Gathers being issued: closing lets them end before it takes the memory away.
+        self._gathering = 0
+        # clear() was called, and memory is to be given back when no batch is in flight.
+        self._clearing = False
+        # What finalizers want done under the lock, which they may not take.
+        self._deferred: deque[Callable[[], None]] = deque()
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Start to load what is absent, for nobody in particular."""
+        loading: list[Entry] = []
+        try:
+            with self.changed:
+                self.require_open()
+                self._start_loading(numbers, loading)
+            self._loader.submit(loading)
+        except BaseException as error:
+            self._loader.give_up(loading, error)
+            raise
+
+    def request(self, numbers: Sequence[int], *, warming: bool = False) -> Ticket:
+        """Start to load what is absent, and hold all of it until the ticket is used up.
+
+        `warming` is not counted as a request, and evicts nothing.
+        """
+        loading: list[Entry] = []
+        try:
+            ticket = self._open_ticket(numbers, loading, warming)
+            self._loader.submit(loading)
+        except BaseException as error:
+            # An interrupt: nobody may wait for what no reader has heard of.
+            self._loader.give_up(loading, error)
+            raise
+        return ticket
+
+    def _open_ticket(self, numbers: Sequence[int], loading: list[Entry], warming: bool) -> Ticket:
+        with self.changed:
+            self.require_open()
+            cache = self._cache
+            rows = list(map(cache.rows.__getitem__, numbers))
+            ticket = Ticket(self, cache.open_ticket(numbers, report=not warming), numbers)
+            if rows and min(rows) >= 0:
+                ticket.rows = rows
+            else:
+                self._start_loading(numbers, loading, evict=not warming)
+                for number in set(numbers):
+                    entry = cache.entries[number]
+                    if entry.state is State.LOADING:
+                        entry.keep = True
+                        entry.evict |= not warming
+                        entry.waiters.append(ticket)
+                        ticket.pending += 1
+            if not warming:
+                self.misses += len(loading)
+                self.hits += len(numbers) - len(loading)
+        return ticket
+
+    def _start_loading(
+        self, numbers: Sequence[int], loading: list[Entry], *, evict: bool = True
+    ) -> None:
+        """Mark the absent ones as LOADING, each once, and add them. Under the lock."""
+        for number in dict.fromkeys(numbers):
+            entry = self._cache.entries[number]
+            if entry.state is State.ABSENT:
+                loading.append(entry)
+                self._cache.start_loading(entry, evict=evict)
+
+    def collect(self, tickets: Sequence[Ticket]) -> FeatureBatch:
+        """The features of several tickets as one batch; see GPUFeatureStore.collect."""
+        try:
+            with self.changed:
+                self.wait_for(tickets)
+                numbers = tickets[0].numbers
+                rows = tickets[0].rows
+                if len(tickets) > 1:
+                    numbers = [number for ticket in tickets for number in ticket.numbers]
+                    rows = None
+                if rows is None:
+                    rows = list(map(self._cache.rows.__getitem__, numbers))
+                self._gathering += 1
+            try:
+                with trace("gpucache::gather"):
+                    return gather_batch(self._cache, self._backend, numbers, rows)
+            finally:
+                with self.changed:
+                    self._gathering -= 1
+                    if self.refusal is not None:
+                        self.changed.notify_all()
+        finally:
+            self.cancel(tickets)
+
+    def wait_for(self, tickets: Sequence[Ticket]) -> None:
+        """Wait until nothing of `tickets` is loading; raise what became of it. Under the lock."""
+        self._require_valid(tickets)
+        if any(ticket.pending for ticket in tickets):
+            start = time.perf_counter()
+            try:
+                with trace("gpucache::wait"):
+                    while any(ticket.pending for ticket in tickets):
+                        self.changed.wait()
+                        self._require_valid(tickets)
+            finally:
+                self.wait_seconds += time.perf_counter() - start
+        for ticket in tickets:
+            if ticket.errors:
+                entries = map(self._cache.entries.__getitem__, ticket.numbers)
+                entry = next(entry for entry in entries if entry in ticket.errors)
+                cause = ticket.errors[entry]
+                raise load_error(entry.path, cause) from cause
+
+    def _require_valid(self, tickets: Sequence[Ticket]) -> None:
+        self.require_open()
+        if any(ticket.used for ticket in tickets):
+            raise RuntimeError("this ticket has been used or cancelled; request its paths again")
+
+    def cancel(self, tickets: Iterable[Ticket]) -> None:
+        """Give tickets up: what they held may go. Harmless for tickets that were used."""
+        numbers = [number for ticket in tickets if (number := ticket.use_up()) is not None]
+        if numbers:
+            with self.changed:
+                self._cache.close_tickets(numbers)
+                self.changed.notify_all()
+                if self._clearing:
+                    self._give_memory_back()
+
+    def abandon(self, number: int) -> None:
+        """Give up the ticket of that number at some later time. Takes no lock."""
+        self.defer(partial(self._cache.close_tickets, [number]))
+
+    def defer(self, wish: Callable[[], None]) -> None:
+        """Have `wish()` called under the lock at some later time. Takes no lock."""
+        self._deferred.append(wish)
+
+    def run_deferred(self) -> None:
+        """Under the lock: fulfil the wishes of finalizers."""
+        while self._deferred:
+            self._deferred.popleft()()
+        if self._clearing:
+            self._give_memory_back()
+
+    def clear(self) -> None:
+        """Stop caching everything, and give memory back as soon as no batch is in flight."""
+        with self.changed:
+            self.require_open()
+            self._cache.release(self._cache.entries)
+            self._clearing = True
+            self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
+        """Under the lock: end what clear() began, if it is time."""
+        if self._cache.idle:
+            self._clearing = False
+            if not self._cache.ledger.held_pages:
+                self._cache.forget_pages()
+                self._backend.reset()
+
+    def require_open(self) -> None:
+        """Under the lock: RuntimeError if there is no service any more."""
+        if self.refusal is not None:
+            raise RuntimeError(self.refusal)
+        self.run_deferred()
+
+    def shut(self) -> None:
+        """Serve nobody any more, and wake who waits. Gathers that have begun end first."""
+        with self.changed:
+            if self.refusal is None:
+                self.refusal = "this GPUFeatureStore is closed"
+            self.changed.notify_all()
+            while self._gathering:
+                self.changed.wait()
+
+    def refuse_after_fork(self) -> None:
+        """For the child of a fork, where the lock may be held by a thread that is gone."""
+        self.changed = threading.Condition(threading.Lock())
+        self._gathering = 0
+        self.refusal = (
+            "this GPUFeatureStore was made before a fork and does not work in the new process; "
+            "make it where it is used (DataLoader workers need only paths)"
+        )
