@@ -2,12 +2,12 @@
 
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 from gpucache_pipes.files import zip_directory as zips
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.layout import Layout, Leaf, flatten
+from gpucache_pipes.files.layout import Layout, flatten
 from gpucache_pipes.files.pickle_reader import Name, SavedTensor, Storage, read_pickle
+from gpucache_pipes.files.planned import Bytes, Move, Plan, View
 
 _MOST_PLANS = 4096
 _LENGTHS = struct.Struct("<HH")
@@ -17,32 +17,6 @@ _EXACT = {"version": b"3\n", "byteorder": b"little", ".format_version": b"1"}
 _DIGITS = (".storage_alignment", ".data/serialization_id")
 
 
-class Move(NamedTuple):
-    """`nbytes` bytes at `start` of the file are those at `offset` of the feature."""
-
-    start: int
-    offset: int
-    nbytes: int
-
-
-class View(NamedTuple):
-    """A leaf that is not contiguous in the file: `nbytes` bytes from `start` on hold it."""
-
-    start: int
-    nbytes: int
-    strides: tuple[int, ...]
-    leaf: Leaf
-
-
-class Plan(NamedTuple):
-    """How to make a feature of the bytes of a file that has a certain form and pickle."""
-
-    layout: Layout
-    values: tuple[Any, ...]
-    moves: tuple[Move, ...]
-    views: tuple[View, ...]
-
-
 class Form:
     """The zip directory of a file, with what its local headers and small records say.
 
@@ -50,7 +24,7 @@ class Form:
     structs, and then all that the plan depends on is the pickle.
     """
 
-    def __init__(self, file: zips.Bytes, directory: zips.Directory) -> None:
+    def __init__(self, file: Bytes, directory: zips.Directory) -> None:
         self.directory = directory
         self._plans: dict[bytes, Plan] = {}
         self._starts: dict[str, int] = {}
@@ -79,7 +53,7 @@ class Form:
         self.first_plan = self._plan_by(contents)
         self._struct: struct.Struct | None = None
 
-    def plan(self, file: zips.Bytes, raw: bytes) -> Plan | None:
+    def plan(self, file: Bytes, raw: bytes) -> Plan | None:
         """The plan for a file whose directory is `raw`; None if it has another form.
 
         Raises Unsupported.

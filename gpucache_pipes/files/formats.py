@@ -8,12 +8,21 @@ from typing import Any
 import torch
 
 from gpucache_pipes.files.errors import Unsupported
+from gpucache_pipes.files.npy import NpyReader
+from gpucache_pipes.files.planned import PlanReader
 from gpucache_pipes.files.pt import PtReader
+from gpucache_pipes.files.safetensors import SafetensorsReader
 from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature
+
+FORMATS: dict[str, Callable[[], PlanReader]] = {
+    ".npy": NpyReader,
+    ".safetensors": SafetensorsReader,
+}
+"""Readers by the end of a file's name; every other name is that of a `.pt` file."""
 
 
 def opener(load_fn: Callable[[str], Any] | None, weights_only: bool) -> Opener:
-    """How a store opens files: by `load_fn(path)` where the user gave one, else as `.pt`."""
+    """How a store opens files: by `load_fn(path)` if there is one, else by their names."""
     if load_fn is not None:
 
         def by_load_fn(path: str) -> OpenFeature:
@@ -21,15 +30,22 @@ def opener(load_fn: Callable[[str], Any] | None, weights_only: bool) -> Opener:
 
         return by_load_fn
 
-    reader = PtReader()
+    readers: dict[str, PlanReader] = {suffix: make() for suffix, make in FORMATS.items()}
+    pt = PtReader()
 
-    def by_reader(path: str) -> OpenFeature:
+    def by_suffix(path: str) -> OpenFeature:
+        reader = readers.get(os.path.splitext(path)[1])
+        if reader is not None:
+            try:
+                return reader.open(path)
+            except Unsupported as error:
+                raise ValueError(f"{error}; load_fn reads what this package does not") from error
         try:
-            return reader.open(path)
+            return pt.open(path)
         except Unsupported:
             return by_torch_load(path, weights_only)
 
-    return by_reader
+    return by_suffix
 
 
 def by_torch_load(path: str, weights_only: bool) -> LoadedFeature:

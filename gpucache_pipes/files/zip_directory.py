@@ -5,11 +5,11 @@ one prefix for all names, no comment, no encryption, one disk. Anything else is 
 The format is described in PKWARE's APPNOTE.TXT, sections 4.3 and 4.4.
 """
 
-import os
 import struct
 from typing import NamedTuple
 
 from gpucache_pipes.files.errors import Unsupported
+from gpucache_pipes.files.planned import Bytes
 
 END_BYTES = 22
 ZIP64_LOCATOR_BYTES = 20
@@ -21,45 +21,6 @@ _HEADER = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s22x2H")
 LOCAL_BYTES = 30
 LOCAL_SIGNATURE = b"PK\x03\x04"
-_WINDOW = 4096
-
-
-class Bytes:
-    """A file of which all is in memory."""
-
-    def __init__(self, data: bytes) -> None:
-        self.whole: bytes | None = data
-        self.size = len(data)
-
-    def read(self, start: int, count: int) -> bytes:
-        """Exactly these bytes, or Unsupported."""
-        assert self.whole is not None
-        if start < 0 or start + count > self.size:
-            raise Unsupported("a record that is not in the file")
-        return self.whole[start : start + count]
-
-
-class Windows(Bytes):
-    """A large file: its first and last 4 KiB are kept, which is where small records lie."""
-
-    def __init__(self, fd: int, size: int) -> None:
-        self.whole = None
-        self.size = size
-        self._fd = fd
-        last = max(0, size - _WINDOW)
-        self._kept = [(0, os.pread(fd, _WINDOW, 0)), (last, os.pread(fd, _WINDOW, last))]
-
-    def read(self, start: int, count: int) -> bytes:
-        """See Bytes."""
-        if start < 0 or start + count > self.size:
-            raise Unsupported("a record that is not in the file")
-        for at, window in self._kept:
-            if at <= start and start + count <= at + len(window):
-                return window[start - at : start - at + count]
-        data = os.pread(self._fd, count, start)
-        if len(data) != count:
-            raise Unsupported("the file changes while it is read")
-        return data
 
 
 class Record(NamedTuple):

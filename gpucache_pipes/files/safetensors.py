@@ -1,0 +1,84 @@
+"""`.safetensors` files: a header of JSON, then the bytes of the tensors.
+
+The format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import struct
+from typing import Any
+
+import torch
+
+from gpucache_pipes.files.errors import Unsupported
+from gpucache_pipes.files.layout import Layout, flatten
+from gpucache_pipes.files.planned import Bytes, Move, Plan, PlanReader
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MOST_PLANS = 4096
+
+
+class SafetensorsReader(PlanReader):
+    """Opens `.safetensors` files. A feature is a dict of tensors, in the order of the header."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_header: dict[bytes, Plan] = {}
+
+    def plan(self, file: Bytes) -> Plan:
+        """See PlanReader."""
+        [count] = struct.unpack("<Q", file.read(0, 8))
+        header = file.read(8, count)
+        plan = self._by_header.get(header)
+        if plan is None:
+            try:
+                plan = _make_plan(json.loads(header), 8 + count)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise Unsupported(f"an unusual header: {error!r:.200}") from error
+            if len(self._by_header) >= _MOST_PLANS:
+                self._by_header.clear()
+            self._by_header[header] = plan
+        if any(move.start + move.nbytes > file.size for move in plan.moves):
+            raise Unsupported("a tensor ends behind the end of the file")
+        return plan
+
+
+class _Saved:
+    """A tensor of the header."""
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        self.dtype = _DTYPES[description["dtype"]]
+        self.shape = tuple(description["shape"])
+        self.begin, self.end = description["data_offsets"]
+        for number in (*self.shape, self.begin, self.end):
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{number!r} is no size")
+
+
+def _make_plan(header: dict[str, Any], start: int) -> Plan:
+    feature = {n: _Saved(d) for n, d in header.items() if n != "__metadata__"}
+    tree, tensors, _ = flatten(feature, _Saved)
+    layout = Layout.of(tree, [(tensor.dtype, tensor.shape) for tensor in tensors])
+    moves = []
+    for tensor, leaf in zip(tensors, layout.leaves, strict=True):
+        if tensor.end - tensor.begin != leaf.nbytes:
+            raise ValueError("a shape and the number of bytes do not agree")
+        if leaf.nbytes:
+            moves.append(Move(start + tensor.begin, leaf.offset, leaf.nbytes))
+    return Plan(layout, (), tuple(moves), ())

@@ -1,0 +1,117 @@
+"""`.safetensors` and `.npy`, against the libraries that define them."""
+
+import contextlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_pt import read
+
+from gpucache_pipes import FeatureLoadError, GPUFeatureStore, PathLister
+from gpucache_pipes.files.formats import opener
+from gpucache_pipes.testing import assert_same
+from gpucache_pipes.testing.features import tensors
+
+open_file = opener(None, True)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=4), tensors(), max_size=4))
+def test_safetensors(tmp_path: Path, feature: dict[str, torch.Tensor]) -> None:
+    feature = {k: v.contiguous().clone() for k, v in feature.items() if v.dtype != torch.complex128}
+    path = str(tmp_path / "x.safetensors")
+    safetensors.torch.save_file(feature, path, metadata={"made": "by a test"})
+    got = read(open_file(path))
+    assert sorted(got) == sorted(feature)
+    for name, tensor in feature.items():
+        assert_same(got[name], tensor)
+
+
+@given(
+    st.sampled_from(
+        ["f8", "f4", "f2", "c16", "c8", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"]
+    ),
+    st.lists(st.integers(0, 5), max_size=3),
+    st.booleans(),
+)
+def test_npy(tmp_path: Path, dtype: str, shape: list[int], fortran: bool) -> None:
+    array = np.arange(int(np.prod(shape))).reshape(shape).astype("<" + dtype)
+    array = np.asfortranarray(array) if fortran else array
+    path = str(tmp_path / "x.npy")
+    np.save(path, array)
+    assert_same(read(open_file(path)), torch.from_numpy(np.load(path)))
+
+
+def large(path: Path, suffix: str) -> tuple[str, Any]:
+    tensor = torch.arange(100_000, dtype=torch.int32).view(100, 1000)
+    name = str(path / f"large{suffix}")
+    if suffix == ".npy":
+        np.save(name, np.asfortranarray(tensor.numpy()))
+        return name, tensor
+    safetensors.torch.save_file({"x": tensor}, name)
+    return name, {"x": tensor}
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_large_files_and_a_pipeline(tmp_path: Path, suffix: str) -> None:
+    path, feature = large(tmp_path, suffix)
+    assert_same(read(open_file(path), [7, 5000]), feature)
+    with GPUFeatureStore("cpu") as store:
+        [found] = PathLister(tmp_path, pattern=f"*{suffix}")
+        for _ in range(2):
+            assert_same(store.get(found), feature)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_truncated_or_flipped_it_is_an_error_or_a_value(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".npy":
+        np.save(path, np.arange(3))
+    else:
+        safetensors.torch.save_file({"x": torch.arange(3)}, str(path))
+    data = path.read_bytes()
+    for end in range(len(data)):
+        path.write_bytes(data[:end])
+        with pytest.raises(ValueError, match="load_fn"):
+            open_file(str(path))
+    for at in range(len(data)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        with contextlib.suppress(ValueError):
+            read(open_file(str(path)))
+
+
+def header(description: dict[str, Any], data: bytes = b"") -> bytes:
+    text = json.dumps(description).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header({"x": {"dtype": "F32", "shape": [1 << 60, 1 << 60], "data_offsets": [0, 4]}}),
+        header({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}),
+        header({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}),
+        header({"x": {"dtype": "OBJ", "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+        header({"x": [1]}),
+        struct.pack("<Q", 1 << 62) + b"{}",
+        struct.pack("<Q", 100) + b"[" * 100,
+    ],
+)
+def test_malicious_safetensors(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match="load_fn"):
+        store.get(path)
+
+
+def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, np.array([{}, []], dtype=object), allow_pickle=True)
+    with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match=r"\|O"):
+        store.get(path)
