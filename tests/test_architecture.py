@@ -20,6 +20,8 @@ ALLOWED = {
     "device": {"device"},
     "files": {"files"},
     "lifetime": set(),
+    "inspection": {"files", "pages"},
+    "__main__": {"inspection", "nodes"},
     "pages": set(),
     "batch": {"cache", "device", "files"},
     "loader": {"cache", "device", "files", "pages"},

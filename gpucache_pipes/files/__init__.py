@@ -1,6 +1,6 @@
 """Files: their keys, their formats, and the threads that read them."""
 
-from gpucache_pipes.files.formats import opener
+from gpucache_pipes.files.formats import FileOpener, opener
 from gpucache_pipes.files.layout import Branch, Layout, Leaf, Tree, build, flatten, leaf_names, own
 from gpucache_pipes.files.paths import PathLike, PathTable
 from gpucache_pipes.files.pool import ReaderPool
@@ -9,6 +9,7 @@ from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature
 
 __all__ = [
     "Branch",
+    "FileOpener",
     "Layout",
     "Leaf",
     "LoadedFeature",

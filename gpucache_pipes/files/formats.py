@@ -30,22 +30,33 @@ def opener(load_fn: Callable[[str], Any] | None, weights_only: bool) -> Opener:
 
         return by_load_fn
 
-    readers: dict[str, PlanReader] = {suffix: make() for suffix, make in FORMATS.items()}
-    pt = PtReader()
+    return FileOpener(weights_only).open
 
-    def by_suffix(path: str) -> OpenFeature:
-        reader = readers.get(os.path.splitext(path)[1])
+
+class FileOpener:
+    """Opens feature files by the ends of their names, and says how it did."""
+
+    def __init__(self, weights_only: bool) -> None:
+        self._weights_only = weights_only
+        self._readers = {suffix: make() for suffix, make in FORMATS.items()}
+        self._pt = PtReader()
+
+    def open(self, path: str) -> OpenFeature:
+        """See Opener."""
+        return self.probe(path)[0]
+
+    def probe(self, path: str) -> tuple[OpenFeature, str | None]:
+        """The feature, and why `torch.load` had to read it; None if it did not."""
+        reader = self._readers.get(os.path.splitext(path)[1])
         if reader is not None:
             try:
-                return reader.open(path)
+                return reader.open(path), None
             except Unsupported as error:
                 raise ValueError(f"{error}; load_fn reads what this package does not") from error
         try:
-            return pt.open(path)
-        except Unsupported:
-            return by_torch_load(path, weights_only)
-
-    return by_suffix
+            return self._pt.open(path), None
+        except Unsupported as error:
+            return by_torch_load(path, self._weights_only), str(error)
 
 
 def by_torch_load(path: str, weights_only: bool) -> LoadedFeature:

@@ -51,22 +51,22 @@ class PathTable:
             raise TypeError(f"a path must be a non-empty str or an os.PathLike, not {path!r}")
         number = self._numbers.get(path)
         if number is None:
+            whole = path
             if not os.path.isabs(path):
+                # Not normalised: `..` behind a link is for the system to understand.
                 self._cwd = os.getcwd()
-            # Not normalised: `..` behind a link is for the system to understand.
-            number = self._number_of(self._key(path), os.path.join(self._cwd or "", path))
-            self._numbers[path] = number
+                whole = os.path.join(self._cwd, path)
+            number = self._numbers[path] = self._number_of(self._key(whole), whole)
         return number
 
     def _key(self, path: str) -> str:
-        """Costs a few microseconds."""
-        head, name = os.path.split(path)
+        """The key of an absolute path; costs a few microseconds."""
+        head, _, name = path.rpartition("/")
         if name in ("", ".", ".."):
             return os.path.realpath(path)
-        where = head if os.path.isabs(head) else os.path.join(os.getcwd(), head)
-        directory = self._directories.get(where)
+        directory = self._directories.get(head)
         if directory is None:
-            directory = self._directories.setdefault(where, os.path.realpath(where))
-        plain = os.path.join(directory, name)
+            directory = self._directories.setdefault(head, os.path.realpath(head or "/"))
+        plain = f"{directory.rstrip('/')}/{name}"
         # islink answers False for what does not exist: the reader will say so, naming the path.
         return os.path.realpath(plain) if os.path.islink(plain) else plain

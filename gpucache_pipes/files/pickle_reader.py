@@ -71,6 +71,15 @@ _DTYPES = {
     if isinstance(dtype, torch.dtype) and not str(dtype).startswith("torch.q")
 }
 _PLACES = ("cpu", "cuda", "mps", "xpu")
+_MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 _KEYS = (str, int, float, bool, bytes, type(None))
 
 
@@ -78,7 +87,7 @@ def read_pickle(data: bytes) -> Any:
     """The object in `data`, its tensors as SavedTensors. Raises Unsupported."""
     try:
         return _Reader(data).run()
-    except (IndexError, KeyError, TypeError, ValueError, struct.error, RecursionError) as error:
+    except _MALFORMED as error:
         raise Unsupported(f"an unusual pickle: {error!r}") from error
 
 

@@ -1,0 +1,54 @@
+"""`python -m gpucache_pipes inspect`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpucache_pipes.__main__ import main
+
+Files = Callable[..., list[str]]
+
+
+def test_a_file(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    [path] = make_files(1, lambda n: {"x": torch.zeros(2, 3), "n": 1, "s": "t"})
+    assert main(["inspect", path]) == 0
+    said = capsys.readouterr().out
+    assert "['x']: float32 [2, 3], 24 B" in said
+    assert "read by its bytes" in said and "plain values: int, str" in said
+    assert main(["inspect", path, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["feature_bytes"] == 24 and report["fast"]
+
+
+def test_why_torch_load_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"x": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
+    assert main(["inspect", str(path)]) == 0
+    assert "read by torch.load: no plain end of a zip file" in capsys.readouterr().out
+
+
+def test_a_directory(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = make_files(20, lambda n: {"x": torch.zeros(4 + n % 2)})
+    torch.save(torch.nn.Linear(1, 1).state_dict(), paths[3])
+    Path(paths[7]).write_bytes(b"broken")
+    directory = str(Path(paths[0]).parent)
+    assert main(["inspect", directory]) == 0
+    captured = capsys.readouterr()
+    assert "inspecting" in captured.err
+    for part in ("20 files", "18 are read by their bytes", "1 by torch.load", "3 layouts",
+                 "1 cannot be loaded", "0007.pt", "max_cache_bytes="):  # fmt: skip
+        assert part in captured.out, captured.out
+    assert main(["inspect", directory, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["files"] == 20 and len(report["failures"]) == 1
+    assert report["recommended"]["max_cache_bytes"] >= report["feature_bytes"]
+
+
+def test_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "no files in directory" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "no.pt")]) == 1
+    assert "no such file" in capsys.readouterr().err
