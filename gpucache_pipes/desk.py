@@ -102,6 +102,7 @@ class Desk:
 
     def collect(self, tickets: Sequence[Ticket]) -> FeatureBatch:
         """The features of several tickets as one batch; see GPUFeatureStore.collect."""
+        held: list[int] = []
         try:
             with self.changed:
                 self.wait_for(tickets)
@@ -113,16 +114,17 @@ class Desk:
                 if rows is None:
                     rows = list(map(self._cache.rows.__getitem__, numbers))
                 self._gathering += 1
-            try:
-                with trace("gpucache::gather"):
-                    return gather_batch(self._cache, self._backend, numbers, rows)
-            finally:
+                # Ours alone from now on: nobody else can close them during the gather.
+                held += [n for ticket in tickets if (n := ticket.use_up()) is not None]
+            with trace("gpucache::gather"):
+                return gather_batch(self._cache, self._backend, numbers, rows)
+        finally:
+            if held:
                 with self.changed:
                     self._gathering -= 1
-                    if self.refusal is not None:
-                        self.changed.notify_all()
-        finally:
-            self.cancel(tickets)
+                    self._close(held)
+            else:
+                self.cancel(tickets)
 
     def wait_for(self, tickets: Sequence[Ticket]) -> None:
         """Wait until nothing of `tickets` is loading; raise what became of it. Under the lock."""
@@ -153,10 +155,14 @@ class Desk:
         numbers = [number for ticket in tickets if (number := ticket.use_up()) is not None]
         if numbers:
             with self.changed:
-                self._cache.close_tickets(numbers)
-                self.changed.notify_all()
-                if self._clearing:
-                    self._give_memory_back()
+                self._close(numbers)
+
+    def _close(self, numbers: Sequence[int]) -> None:
+        """Under the lock: unpin, and wake who waits for that."""
+        self._cache.close_tickets(numbers)
+        self.changed.notify_all()
+        if self._clearing:
+            self._give_memory_back()
 
     def abandon(self, number: int) -> None:
         """Give up the ticket of that number at some later time. Takes no lock."""
@@ -183,7 +189,7 @@ class Desk:
 
     def _give_memory_back(self) -> None:
         """Under the lock: end what clear() began, if it is time."""
-        if self._cache.idle:
+        if self._cache.idle and not self._gathering:
             self._clearing = False
             if not self._cache.ledger.held_pages:
                 self._cache.forget_pages()

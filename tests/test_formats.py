@@ -115,3 +115,14 @@ def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
     np.save(path, np.array([{}, []], dtype=object), allow_pickle=True)
     with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match=r"\|O"):
         store.get(path)
+
+
+IMPOSSIBLE = "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 1180591620717411303424)}"
+
+
+@pytest.mark.parametrize("text", [IMPOSSIBLE, "-" * 9000 + "1"])
+def test_malicious_npy(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "x.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode())
+    with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match="load_fn"):
+        store.get(path)

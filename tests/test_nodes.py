@@ -419,3 +419,28 @@ def test_many_elements_with_path_fn_are_gathered_at_once(store: GPUFeatureStore)
     store._backend.gather = lambda *a: gathers.append(a) or gather(*a)  # type: ignore
     assert [batch["r"].tolist() for batch in node] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert len(gathers) == 3
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_an_interrupt_while_an_element_is_requested_loses_nothing(
+    store: GPUFeatureStore, batch_size: int | None
+) -> None:
+    interrupts = [KeyboardInterrupt()]
+
+    def path_fn(number: int) -> str:
+        if number == 4 and interrupts:
+            raise interrupts.pop()
+        return PATHS[number]
+
+    features = GPUPrefetcher(range(10), store, path_fn=path_fn, join_fn=lambda f, n: f["n"])
+    node = GPUCollator(features, batch_size=batch_size) if batch_size else features
+    seen: list[Any] = []
+    while True:
+        try:
+            item = next(node)
+        except KeyboardInterrupt:
+            continue
+        except StopIteration:
+            break
+        seen += [item] if batch_size is None else item.tolist()
+    assert seen == list(range(10))

@@ -385,3 +385,47 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
         with pytest.raises(Unsupported):
             reader.open(bad)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_one_record_as_two_storages(tmp_path: Path) -> None:
+    """torch.load goes by the first, whatever the second says."""
+    path = save(tmp_path / "x.pt", [torch.ones(1), torch.ones(1, dtype=torch.int32)])
+    data = Path(path).read_bytes()
+    second = data.replace(b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000")
+    assert second != data
+    Path(path).write_bytes(second)
+    with pytest.raises(Unsupported, match="two storages"):
+        PtReader().open(path)
+
+
+def test_what_torch_load_would_read_as_something_else(tmp_path: Path) -> None:
+    reader = PtReader()
+    plain = save(tmp_path / "plain.pt", torch.tensor([9, 9]))
+    reader.open(plain).close()
+    zipped = Path(plain).read_bytes()
+    old = legacy(tmp_path / "old.pt", torch.tensor([1, 1]))
+    Path(old).write_bytes(Path(old).read_bytes() + zipped)
+    assert_same(read(opener(None, True)(old)), torch.load(old))
+    nameless = tmp_path / "x.pt"
+    nameless.write_bytes(zipped.replace(b"plain/version", b"plain/verzion"))
+    with pytest.raises(Unsupported):
+        reader.open(str(nameless))
+
+
+def test_a_small_pickle_cannot_make_much(tmp_path: Path) -> None:
+    text = b"X" + struct.pack("<I", 10_000) + b"x" * 10_000
+    latin = b"X\x06\x00\x00\x00latin1"
+    call = b"c_codecs\nencode\nh\x00h\x01\x86R"
+    bomb = pickled(b"]q\x02", b"(", text + b"q\x00", latin + b"q\x01", *(call,) * 2000, b"e")
+    with pytest.raises(Unsupported, match="makes much"):
+        read_pickle(bomb)
+
+
+def test_long_values_are_not_remembered(tmp_path: Path) -> None:
+    reader = PtReader()
+    for n in range(5):
+        path = save(tmp_path / f"{n}.pt", {"text": str(n) * 100_000, "x": torch.ones(1)})
+        os.utime(path, (1, 1))
+        reader.open(path).close()
+    assert not reader._plans
+    assert not any(form._plans for forms in reader._forms.values() for form in forms)

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -600,3 +601,55 @@ def test_a_missing_file_that_a_load_fn_needs_is_named() -> None:
         pytest.raises(FileNotFoundError, match=r"/no/index.*needed to load.*/x"),
     ):
         store.get("/x")
+
+
+@pytest.mark.parametrize("page_bytes", [None, 4096])
+def test_a_feature_that_can_never_fit_costs_nothing(
+    make_files: Files, page_bytes: int | None
+) -> None:
+    sizes = {"0005.pt": torch.zeros(1).expand(2**45)}
+    paths = make_files(10, lambda n: sizes.get(f"{n:04d}.pt", torch.full((8,), n)))
+    with GPUFeatureStore("cpu", page_bytes=page_bytes) as store:
+        with pytest.raises(MemoryError):
+            store.get(paths[5])
+        others = paths[:5] + paths[6:]
+        held = store.request(others[:1])
+        store.get_batch(others[:5])
+        with pytest.raises(MemoryError):
+            store.get(paths[5])
+        assert store.stats().evictions == 0
+        store.get_batch(others)
+        assert len(store) == 9
+        held.result()
+
+
+def test_nobody_can_close_a_ticket_during_its_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = {f"/{n}": torch.full((4,), n) for n in range(8)}
+    with GPUFeatureStore("cpu", load_fn=items.__getitem__, max_cache_items=2) as store:
+        ticket = store.request(["/0", "/1"])
+        store.get_batch(["/0", "/1"])
+        gather = store._backend.gather
+
+        def interfere(pages: Any, columns: Any) -> Any:
+            monkeypatch.setattr(store._backend, "gather", gather)
+            ticket.cancel()
+            with pytest.raises(RuntimeError, match="used"):
+                ticket.result()
+            store.clear()
+            store.get_batch(["/4", "/5", "/6", "/7"])
+            return gather(pages, columns)
+
+        monkeypatch.setattr(store._backend, "gather", interfere)
+        assert [int(f[0]) for f in ticket.result()] == [0, 1]
+
+
+def test_a_file_may_hold_long_keys_deep_down() -> None:
+    feature: Any = torch.zeros(1)
+    for _ in range(200):
+        feature = {"k" * 20_000: feature}
+    with GPUFeatureStore("cpu", load_fn=lambda path: feature) as store:
+        tracemalloc.start()
+        store.get("/x")
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 50 << 20

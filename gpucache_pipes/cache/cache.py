@@ -180,16 +180,22 @@ class Cache:
             ledger.add_pages(self._grow(pages - ledger.free_pages, useful))
             if ledger.free_pages >= pages:
                 return True
+        going = [
+            entry
+            for entry in self.entries
+            if entry.cached and entry.state is State.READY and entry.number not in pinned
+        ]
+        if ledger.free_pages + sum(len(entry.pages) for entry in going) < pages:
+            return False
         self.report_accesses()
-        for entry in [e for e in self.entries if e.cached and e.state is State.READY]:
+        for entry in going:
             if ledger.free_pages >= pages:
                 break
-            if entry.number not in pinned:
-                self.evictions += 1
-                self._drop(entry)
+            self.evictions += 1
+            self._drop(entry)
         # In-flight batches need the rest: a cache that took it back would evict for each of them.
         ledger.ceiling = ledger.cached_pages + (pages if cached else 0)
-        return ledger.free_pages >= pages
+        return True
 
     def finish(
         self, entry: Entry, layout: Any, values: tuple[Any, ...], pinned: set[int]

@@ -52,6 +52,7 @@ class AcceleratorBackend:
         self._runtime = runtime
         self._copy_stream = runtime.new_stream()
         self._arena: Arena | None = None
+        self._warned = False
         self._lanes = threading.local()
         self._serial = itertools.count()
         # Guards the two logs, for as long as it takes to look at them.
@@ -89,11 +90,13 @@ class AcceleratorBackend:
                 if pages == needed:
                     break
                 pages = max(needed, pages // 2)
-        _log.warning(
-            "%s has no room for %d more bytes; the cache stops growing at %d bytes and evicts "
-            "from now on. Set max_cache_bytes to leave memory for the model",
-            self.device, needed * self.page_bytes, arena.nbytes,
-        )  # fmt: skip
+        if not self._warned:
+            self._warned = True
+            _log.warning(
+                "%s has no room for %d more bytes; the cache stops growing at %d bytes and evicts "
+                "from now on. Set max_cache_bytes to leave memory for the model",
+                self.device, needed * self.page_bytes, arena.nbytes,
+            )  # fmt: skip
         return 0
 
     def upload(self, placements: Sequence[Sequence[int]]) -> "StagedUpload":

@@ -36,6 +36,7 @@ class HostBackend:
         self._arena: Arena | None = None
         self._memory = memoryview(b"")
         self._opened = 0
+        self._warned = False
 
     @property
     def reserved_bytes(self) -> int:
@@ -49,20 +50,28 @@ class HostBackend:
     def grow(self, needed: int, useful: int | None) -> int:
         """See Backend."""
         if self._arena is None:
-            self._arena = self._map_everything(needed)
+            arena = self._map_everything(needed)
+            if not arena.pages:
+                return self._full(needed)
+            self._arena = arena
         pages = max(needed, self._opened, _FIRST_PAGES // self.page_bytes)
         if useful is not None:
             pages = max(needed, min(pages, useful))
         pages = min(pages, self._arena.pages - self._opened)
         if pages < needed:
+            return self._full(needed)
+        self._opened += pages
+        return pages
+
+    def _full(self, needed: int) -> int:
+        if not self._warned:
+            self._warned = True
             _log.warning(
                 "there is no host memory for %d more bytes; the cache stops growing at %d bytes "
                 "and evicts from now on",
                 needed * self.page_bytes, self.reserved_bytes,
             )  # fmt: skip
-            return 0
-        self._opened += pages
-        return pages
+        return 0
 
     def _map_everything(self, needed: int) -> Arena:
         arena = Arena(self.page_bytes, self.device)

@@ -7,6 +7,7 @@ from gpucache_pipes.files import zip_directory as zips
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, flatten
 from gpucache_pipes.files.pickle_reader import Name, SavedTensor, Storage, read_pickle
+from gpucache_pipes.files.planned import DEAREST as _DEAREST
 from gpucache_pipes.files.planned import Bytes, Move, Plan, View
 
 _MOST_PLANS = 4096
@@ -48,8 +49,10 @@ class Form:
                 contents.append(file.read(start, record.size))
             elif number == name or not number.isdecimal():
                 raise Unsupported(f"the record {name!r}")
-        if "data.pkl" not in directory.records:
-            raise Unsupported("no data.pkl")
+        if "data.pkl" not in directory.records or "version" not in directory.records:
+            raise Unsupported("no data.pkl, or no version")
+        if self._pieces[0][0]:
+            raise Unsupported("something in front of the zip file")
         self.first_plan = self._plan_by(contents)
         self._struct: struct.Struct | None = None
 
@@ -85,7 +88,9 @@ class Form:
         if plan is None:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            plan = self._plans[pickle] = self._make_plan(pickle)
+            plan = self._make_plan(pickle)
+            if plan.cost <= _DEAREST:
+                self._plans[pickle] = plan
         return plan
 
     def _make_plan(self, pickle: bytes) -> Plan:
@@ -111,7 +116,8 @@ class Form:
                 sides = zip(tensor.shape, tensor.strides, strict=True)
                 extent = 1 + sum((side - 1) * stride for side, stride in sides)
                 views.append(View(start, extent * leaf.dtype.itemsize, tensor.strides, leaf))
-        return Plan(layout, tuple(values), tuple(moves), tuple(views))
+        cost = 8 * len(pickle)
+        return Plan(layout, tuple(values), tuple(moves), tuple(views), cost)
 
 
 def _with_gaps(pieces: list[tuple[int, int]]) -> struct.Struct:

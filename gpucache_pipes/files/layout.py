@@ -38,6 +38,8 @@ class Branch(NamedTuple):
 
 
 Tree = Branch | int
+Place = tuple[Any, Any] | None
+"""Where something stands in a feature: (the place of its container, its key there)."""
 
 
 class Layout:
@@ -104,7 +106,7 @@ def flatten(feature: Any, leaf: type = torch.Tensor) -> tuple[Tree, list[Any], l
     values: list[Any] = []
     parts = 0
 
-    def visit(item: Any, place: str) -> Tree:
+    def visit(item: Any, place: Place) -> Tree:
         nonlocal parts
         parts += 1
         if parts > _MOST_PARTS:
@@ -122,12 +124,10 @@ def flatten(feature: Any, leaf: type = torch.Tensor) -> tuple[Tree, list[Any], l
                 kind,
                 keys,
                 tuple(None if type(key) is str else (type(key), repr(key)) for key in keys),
-                tuple(visit(value, f"{place}[{key!r}]") for key, value in item.items()),
+                tuple(visit(value, (place, key)) for key, value in item.items()),
             )
         if kind is list or kind is tuple or (isinstance(item, tuple) and hasattr(kind, "_fields")):
-            return Branch(
-                kind, None, (), tuple(visit(v, f"{place}[{i}]") for i, v in enumerate(item))
-            )
+            return Branch(kind, None, (), tuple(visit(v, (place, i)) for i, v in enumerate(item)))
         holder = isinstance(item, (dict, list, tuple)) and kind is not torch.Size
         if holder or (kind in (set, frozenset) and any(isinstance(i, torch.Tensor) for i in item)):
             raise TypeError(
@@ -142,7 +142,7 @@ def flatten(feature: Any, leaf: type = torch.Tensor) -> tuple[Tree, list[Any], l
         values.append(own(item))
         return ~(len(values) - 1)
 
-    return visit(feature, ""), tensors, values
+    return visit(feature, None), tensors, values
 
 
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size))
@@ -153,11 +153,16 @@ def own(value: Any) -> Any:
     return value if type(value) in _ATOMS else copy.deepcopy(value)
 
 
-def _at(place: str) -> str:
-    return f"feature{place}" if place else "the feature"
+def _at(place: Place) -> str:
+    """What to call a place in messages. Not made before it is needed: keys may be long."""
+    labels = []
+    while place is not None:
+        place, label = place
+        labels.append(f"[{label!r}]")
+    return "feature" + "".join(reversed(labels)) if labels else "the feature"
 
 
-def _require_dense(tensor: torch.Tensor, place: str) -> None:
+def _require_dense(tensor: torch.Tensor, place: Place) -> None:
     problem = None
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         problem = f"a {type(tensor).__qualname__}"

@@ -30,6 +30,7 @@ _DTYPES = {
     "b1": torch.bool,
 }
 _LONGEST_HEADER = 10_000
+_MALFORMED = (LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
 _NATIVE = "<|=" if sys.byteorder == "little" else ">|="
 
 
@@ -50,12 +51,19 @@ class NpyReader(PlanReader):
             header = ast.literal_eval(str(file.read(8 + width, count), "utf-8").strip())
             descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
             dtype = _DTYPES.get(descr[1:]) if descr[0] in _NATIVE else None
-        except (ValueError, SyntaxError, KeyError, TypeError, IndexError, RecursionError) as error:
+        except (
+            ValueError,
+            SyntaxError,
+            LookupError,
+            TypeError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             raise Unsupported(f"an unusual header: {error!r:.200}") from error
         if dtype is None or type(shape) is not tuple or any(type(n) is not int for n in shape):
             raise Unsupported(f"arrays of {descr!r}")
-        if min(shape, default=0) < 0:
-            raise Unsupported("a negative size")
+        if any(not 0 <= side < 1 << 63 for side in shape):
+            raise Unsupported("an impossible size")
         layout = Layout.of(0, [(dtype, shape)])
         [leaf] = layout.leaves
         if start + leaf.nbytes > file.size:

@@ -4,8 +4,8 @@ An interpreter for the few opcodes that torch.save writes for features. It knows
 names (tensors, storages, OrderedDict, bytes, torch.Size) by their spelling, looks up no global,
 imports nothing and calls nothing that the file names. What it does not know is Unsupported.
 
-Memory: every object costs at least one byte of pickle, sharing included, since nothing is
-copied; sizes that the pickle states are only believed where the bytes are there.
+Memory: every object costs at least one byte of pickle, sharing included, and what calls copy is
+counted; sizes that the pickle states are only believed where the bytes are there.
 """
 
 import struct
@@ -98,6 +98,10 @@ class _Reader:
         self.stack: list[Any] = []
         # What lies below each mark.
         self.below: list[list[Any]] = []
+        # One record is one storage; and bytes that calls have made, of which there may be no
+        # more than a multiple of the pickle.
+        self.storages: dict[str, Storage] = {}
+        self.made = 0
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
@@ -176,12 +180,17 @@ class _Reader:
         if type(storage) is not Name:
             raise Unsupported("an unusual storage")
         if storage == Name("torch.storage", "UntypedStorage"):
-            self.stack.append(Storage(key, None, count))
+            self.push_storage(Storage(key, None, count))
             return
         dtype = _STORAGES.get(storage.name) if storage.module == "torch" else None
         if dtype is None:
             raise Unsupported(f"storages of {storage.module}.{storage.name}")
-        self.stack.append(Storage(key, dtype, count * dtype.itemsize))
+        self.push_storage(Storage(key, dtype, count * dtype.itemsize))
+
+    def push_storage(self, storage: Storage) -> None:
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise Unsupported("one record as two storages")
+        self.stack.append(storage)
 
     def reduce(self) -> None:
         arguments = self.stack.pop()
@@ -191,7 +200,12 @@ class _Reader:
         call = _CALLS.get((function.module, function.name))
         if call is None:
             raise Unsupported(f"{function.module}.{function.name}")
-        self.stack.append(call(*arguments))
+        result = call(*arguments)
+        if type(result) in (bytes, torch.Size):
+            self.made += len(result)
+            if self.made > len(self.data):
+                raise Unsupported("a small pickle that makes much")
+        self.stack.append(result)
 
     def global_(self) -> None:
         name = Name(self.line(), self.line())
@@ -244,7 +258,7 @@ def _checked(
         raise Unsupported("a tensor that cannot require gradients")
     extent = 1
     for number in (offset, *shape, *strides):
-        if type(number) is not int or number < 0:
+        if type(number) is not int or not 0 <= number < 1 << 63:
             raise Unsupported("an unusual shape")
     for side, stride in zip(shape, strides, strict=True):
         extent += (side - 1) * stride

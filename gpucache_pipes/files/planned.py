@@ -20,6 +20,12 @@ _WINDOW = 4096
 _MOST_FILES = 1 << 20
 """Files whose plan is remembered, at about 170 bytes each."""
 
+_MOST_BYTES = 1 << 30
+"""What the plans of files may take, each counted in full although most are shared."""
+
+DEAREST = 1 << 17
+"""Plans that cost more, such as those that hold long texts, are not remembered."""
+
 _RACY_NS = 2_000_000_000
 """A file may change without its time changing, if it has just been written: clocks are coarse."""
 
@@ -51,6 +57,8 @@ class Plan(NamedTuple):
     values: tuple[Any, ...]
     moves: tuple[Move, ...]
     views: tuple[View, ...]
+    # About how many bytes it takes to remember it.
+    cost: int = 1000
 
 
 class Bytes:
@@ -98,10 +106,18 @@ class PlanReader:
         # By device, inode, size and modification time of the file. No tuples: millions of
         # objects that the garbage collector must walk would cost more than the reading.
         self._plans: dict[bytes, Plan] = {}
+        self._cost = 0
 
     def plan(self, file: Bytes) -> Plan:
         """How to read this file. Raises Unsupported."""
         raise NotImplementedError
+
+    def _remember(self, signature: bytes, plan: Plan) -> None:
+        self._cost += plan.cost
+        if len(self._plans) >= _MOST_FILES or self._cost > _MOST_BYTES:
+            self._plans.clear()
+            self._cost = plan.cost
+        self._plans[signature] = plan
 
     def open(self, path: str) -> OpenFeature:
         """The feature in the file. Raises Unsupported, OSError."""
@@ -126,10 +142,8 @@ class PlanReader:
                 plan = self.plan(Bytes(data))
             else:
                 plan = self.plan(Windows(fd, size))
-            if time.time_ns() - status.st_mtime_ns > _RACY_NS:
-                if len(self._plans) >= _MOST_FILES:
-                    self._plans.clear()
-                self._plans[signature] = plan
+            if plan.cost <= DEAREST and time.time_ns() - status.st_mtime_ns > _RACY_NS:
+                self._remember(signature, plan)
             return PlannedFeature(path, fd, plan, data)
         except BaseException:
             os.close(fd)

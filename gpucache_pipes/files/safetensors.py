@@ -11,7 +11,7 @@ import torch
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, flatten
-from gpucache_pipes.files.planned import Bytes, Move, Plan, PlanReader
+from gpucache_pipes.files.planned import DEAREST, Bytes, Move, Plan, PlanReader
 
 _DTYPES = {
     "F64": torch.float64,
@@ -48,12 +48,13 @@ class SafetensorsReader(PlanReader):
         plan = self._by_header.get(header)
         if plan is None:
             try:
-                plan = _make_plan(json.loads(header), 8 + count)
+                plan = _make_plan(json.loads(header), 8 + count)._replace(cost=4 * count)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise Unsupported(f"an unusual header: {error!r:.200}") from error
             if len(self._by_header) >= _MOST_PLANS:
                 self._by_header.clear()
-            self._by_header[header] = plan
+            if plan.cost <= DEAREST:
+                self._by_header[header] = plan
         if any(move.start + move.nbytes > file.size for move in plan.moves):
             raise Unsupported("a tensor ends behind the end of the file")
         return plan
@@ -67,7 +68,7 @@ class _Saved:
         self.shape = tuple(description["shape"])
         self.begin, self.end = description["data_offsets"]
         for number in (*self.shape, self.begin, self.end):
-            if type(number) is not int or number < 0:
+            if type(number) is not int or not 0 <= number < 1 << 63:
                 raise ValueError(f"{number!r} is no size")
 
 

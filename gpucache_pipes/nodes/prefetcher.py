@@ -130,6 +130,8 @@ class GPUPrefetcher(BaseNode[Any]):
         self._draw(count)
         heads = [self._ahead[i] for i in range(min(count, len(self._ahead)))]
         for head in heads:
+            if head.error is None:
+                self._ticket_of(head)
             if head.error is None and not head.single:
                 raise TypeError(
                     "batch_size is for a source of single paths, but the source yields "
@@ -170,6 +172,8 @@ class GPUPrefetcher(BaseNode[Any]):
                 head.error = error
                 self._ahead.append(head)
                 return
+            # In the queue first: an interrupt while it is requested must not lose it.
+            self._ahead.append(head)
             head.state = self.source.state_dict()
             try:
                 self._request(head)
@@ -178,7 +182,6 @@ class GPUPrefetcher(BaseNode[Any]):
                 head.error.__cause__ = error
             except Exception as error:
                 head.error = error
-            self._ahead.append(head)
 
     def _request(self, head: _Ahead) -> None:
         element = head.element
@@ -202,15 +205,20 @@ class GPUPrefetcher(BaseNode[Any]):
             for head in heads:
                 if head.error is not None:
                     raise head.error
-                if head.ticket is None or head.ticket.used:  # after an interrupt
-                    head.ticket = self.store.request(head.paths)
-                tickets.append(head.ticket)
+                tickets.append(self._ticket_of(head))
             batch = self.store.collect(tickets)
         except Exception:
             self._pass(heads)
             raise
         self._pass(heads)
         return batch
+
+    def _ticket_of(self, head: _Ahead) -> Ticket:
+        """Its ticket; a new one after an interrupt."""
+        if head.ticket is None or head.ticket.used:
+            self._request(head)
+        assert head.ticket is not None
+        return head.ticket
 
     def _pass(self, heads: Sequence[_Ahead]) -> None:
         for head in heads:
