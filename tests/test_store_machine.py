@@ -155,6 +155,10 @@ class StoreMachine(RuleBasedStateMachine):
     def consistent(self) -> None:
         if hasattr(self, "store"):
             self.store.check()
+            # What is still on its way would come between the readings below.
+            with self.store._desk.changed:
+                while self.store._cache.loading:
+                    self.store._desk.changed.wait()
             stats = self.store.stats()
             assert self.max_bytes is None or stats.cached_bytes <= self.max_bytes
             assert self.max_items is None or stats.items <= self.max_items
