@@ -8,7 +8,7 @@ from typing import Any
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batch import FeatureBatch
-from gpucache_pipes.nodes.sources import as_node, call
+from gpucache_pipes.nodes.sources import as_node, call, guarded
 from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.units import positive_int
@@ -177,15 +177,14 @@ class GPUPrefetcher(BaseNode[Any]):
             head.state = self.source.state_dict()
             try:
                 self._request(head)
-            except StopIteration as error:
-                head.error = RuntimeError("path_fn raised StopIteration")
-                head.error.__cause__ = error
             except Exception as error:
                 head.error = error
 
     def _request(self, head: _Ahead) -> None:
         element = head.element
-        paths = element if self.path_fn is None else self.path_fn(element)
+        paths = element
+        if self.path_fn is not None:
+            paths = guarded(self.path_fn, "path_fn", element)
         if isinstance(paths, (str, os.PathLike)):
             head.single = True
             paths = [paths]

@@ -38,15 +38,17 @@ class _OnePass(IterableWrapper[Any]):
         return super().next()
 
 
-def call(function: Callable[..., Any], name: str, *arguments: Any) -> Any:
-    """`function(*arguments)`, whose result a pipeline can carry.
-
-    A StopIteration would end the epoch in silence, and so would None after a resume.
-    """
+def guarded(function: Callable[..., Any], name: str, *arguments: Any) -> Any:
+    """`function(*arguments)`; its StopIteration would end the epoch in silence."""
     try:
-        result = function(*arguments)
+        return function(*arguments)
     except StopIteration as error:
         raise RuntimeError(f"{name} raised StopIteration, which would end the epoch") from error
+
+
+def call(function: Callable[..., Any], name: str, *arguments: Any) -> Any:
+    """The same where the result is what a pipeline carries: None would end the epoch, too."""
+    result = guarded(function, name, *arguments)
     if result is None:
         raise TypeError(f"{name} returned None, which a torchdata pipeline cannot carry")
     return result
