@@ -83,7 +83,7 @@ class Desk:
                     if entry.state is State.LOADING:
                         entry.keep = True
                         entry.evict |= not warming
-                        entry.waiters.append(ticket)
+                        entry.waiters += (ticket,)
                         ticket.pending += 1
             if not warming:
                 self.misses += len(loading)

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from gpucache_pipes.cache import Cache, Entry
 from gpucache_pipes.device import Backend
@@ -130,20 +131,17 @@ class Loader:
         page_bytes = self._choose_page_bytes(group)
         with self._changed:
             self._require_running()
-            pinned = self._cache.pinned()
             self._fit_pages(page_bytes)
             for entry, feature in group:
                 try:
                     layout = feature.layout
-                    if self._cache.place(entry, layout.span, layout.nbytes, pinned):
+                    if self._cache.place(entry, layout.span, layout.nbytes):
                         placed.append((entry, feature))
                     else:
                         left.pop(entry, None)
-                        for ticket in self._cache.give_up(entry):
-                            ticket.pending -= 1
+                        self._tell(self._cache.give_up(entry))
                 except Exception as error:
                     failed[entry] = error
-            self._changed.notify_all()
         return placed, failed
 
     def _choose_page_bytes(self, group: Sequence[tuple[Entry, OpenFeature]]) -> int:
@@ -180,22 +178,30 @@ class Loader:
         failed = dict(failed or {})
         with self._changed:
             cache = self._cache
-            pinned = cache.pinned()
             for entry, feature in ready:
                 try:
-                    waiters = cache.finish(entry, feature.layout, feature.values, pinned)
+                    waiters = cache.finish(entry, feature.layout, feature.values)
                 except Exception as error:  # of a policy
                     failed[entry] = error
                     continue
                 left.pop(entry, None)
                 self.files_read += 1
                 self.bytes_read += feature.bytes_read
-                for ticket in waiters:
-                    ticket.pending -= 1
+                self._tell(waiters)
             for entry, cause in failed.items():
                 self.failures += 1
                 left.pop(entry, None)
-                for ticket in cache.give_up(entry):
-                    ticket.pending -= 1
+                waiters = cache.give_up(entry)
+                for ticket in waiters:
                     ticket.errors[entry] = cause
-            self._changed.notify_all()
+                self._tell(waiters)
+            if not cache.loading:
+                self._changed.notify_all()
+
+    def _tell(self, waiters: Sequence[Any]) -> None:
+        """Under the lock: an entry that they wait for is no longer LOADING."""
+        for ticket in waiters:
+            ticket.pending -= 1
+            # Not before: a consumer that is woken for nothing takes the interpreter from readers.
+            if not ticket.pending:
+                self._changed.notify_all()

@@ -327,13 +327,15 @@ class GPUFeatureStore:
         return self._paths.numbers(paths)
 
 
-def _numbering(lock: threading.Condition, cache: Cache) -> Callable[[str, str], int]:
+def _numbering(
+    lock: threading.Condition, cache: Cache
+) -> Callable[[Sequence[tuple[str, str]]], list[int]]:
     # No method of the store, which would then refer to itself and outlive its last user.
-    def number_of(key: str, path: str) -> int:
+    def numbers_of(files: Sequence[tuple[str, str]]) -> list[int]:
         with lock:
-            return cache.entry(key, path).number
+            return [cache.entry(key, path).number for key, path in files]
 
-    return number_of
+    return numbers_of
 
 
 def _let_go(pid: int, pool: ReaderPool | None, backend: Backend) -> None:

@@ -100,7 +100,7 @@ class Numbers:
 
     def __init__(self) -> None:
         self.keys: list[str] = []
-        self.table = PathTable(self.number_of)
+        self.table = PathTable(lambda files: [self.number_of(key, path) for key, path in files])
 
     def number_of(self, key: str, path: str) -> int:
         assert os.path.isabs(path) and os.path.realpath(path) == key

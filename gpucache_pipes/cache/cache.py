@@ -58,6 +58,8 @@ class Cache:
         # What open tickets name, as numbers of entries.
         self._tickets: dict[int, Sequence[int]] = {}
         self._next_ticket = 0
+        # What they name together, once somebody has asked.
+        self._pinned: set[int] | None = None
         # READY entries that go with their last ticket.
         self._loose: set[Entry] = set()
         # Accesses that the policy has not been told of.
@@ -84,20 +86,23 @@ class Cache:
         ticket = self._next_ticket
         self._next_ticket = ticket + 1
         self._tickets[ticket] = numbers
+        self._pinned = None
         return ticket
 
     def close_tickets(self, tickets: Iterable[int]) -> None:
         """Unpin; transient entries that nobody needs any more go. Unknown tickets are ignored."""
         closed = [self._tickets.pop(ticket, ()) for ticket in tickets]
+        self._pinned = None
         if self._loose:
-            pinned = self.pinned()
-            for number in set(chain.from_iterable(closed)) - pinned:
+            for number in set(chain.from_iterable(closed)) - self.pinned():
                 if self.entries[number] in self._loose:
                     self._drop(self.entries[number])
 
     def pinned(self) -> set[int]:
         """The numbers of the entries that open tickets name."""
-        return set().union(*self._tickets.values())
+        if self._pinned is None:
+            self._pinned = set().union(*self._tickets.values())
+        return self._pinned
 
     @property
     def idle(self) -> bool:
@@ -119,7 +124,7 @@ class Cache:
         entry.evict = evict
         self.loading += 1
 
-    def place(self, entry: Entry, span: int, nbytes: int, pinned: set[int]) -> bool:
+    def place(self, entry: Entry, span: int, nbytes: int) -> bool:
         """Give pages to a LOADING entry: cached if budget and policy allow, else transient.
 
         False if it may not be cached and nobody needs it otherwise: then it need not be read.
@@ -131,26 +136,27 @@ class Cache:
                 f"{entry.path!r} holds {nbytes} bytes, which is more than "
                 f"max_cache_bytes={ledger.max_bytes}; raise the limit or split the feature"
             )
-        pages = ledger.pages_for(span)
-        cached = entry.keep and self._make_room(entry, pages, ledger.charge(span), pinned)
-        if not cached and (entry.number not in pinned or not entry.evict):
+        pages, charge = ledger.pages_for(span), ledger.charge(span)
+        cached = entry.keep and self._make_room(entry, pages, charge)
+        if not cached and (entry.number not in self.pinned() or not entry.evict):
             return False
-        if ledger.free_pages < pages and not self._find_pages(pages, pinned, cached):
+        if ledger.free_pages < pages and not self._find_pages(pages, cached):
             raise MemoryError(
                 f"no device memory for {entry.path!r}: {pages} pages of {ledger.page_bytes} bytes "
                 f"needed, {ledger.free_pages} of {ledger.pages} free, the device has no more and "
                 "in-flight batches need the rest; lower depth, batch size or max_cache_bytes"
             )
-        ledger.take(entry, span, nbytes, cached=cached)
+        ledger.take(entry, pages, charge, nbytes, cached=cached)
         return True
 
-    def _make_room(self, wanted: Entry, pages: int, charge: int, pinned: set[int]) -> bool:
+    def _make_room(self, wanted: Entry, pages: int, charge: int) -> bool:
         """Evict until the budget has room, or evict nothing and return False."""
         if self.ledger.fits(pages, charge):
             return True
         if not wanted.evict or not self.ledger.could_fit(pages, charge):
             return False
         self.report_accesses()
+        pinned = self.pinned()
         going: list[Entry] = []
         freed_pages = freed = 0
         for victim in self.policy.victims(wanted.key):
@@ -171,7 +177,7 @@ class Cache:
             self._drop(entry)
         return True
 
-    def _find_pages(self, pages: int, pinned: set[int], cached: bool) -> bool:
+    def _find_pages(self, pages: int, cached: bool) -> bool:
         """Have `pages` free ones: from the device, or once that is full, from the cache."""
         ledger = self.ledger
         if ledger.ceiling is None:
@@ -180,6 +186,7 @@ class Cache:
             ledger.add_pages(self._grow(pages - ledger.free_pages, useful))
             if ledger.free_pages >= pages:
                 return True
+        pinned = self.pinned()
         going = [
             entry
             for entry in self.entries
@@ -197,9 +204,7 @@ class Cache:
         ledger.ceiling = ledger.cached_pages + (pages if cached else 0)
         return True
 
-    def finish(
-        self, entry: Entry, layout: Any, values: tuple[Any, ...], pinned: set[int]
-    ) -> list[Any]:
+    def finish(self, entry: Entry, layout: Any, values: tuple[Any, ...]) -> Sequence[Any]:
         """LOADING -> READY. Returns the tickets that waited."""
         assert entry.state is State.LOADING
         if entry.cached:
@@ -214,9 +219,9 @@ class Cache:
             self.rows[entry.number] = self._row(layout, entry.pages[0])
         if not entry.cached:
             self._loose.add(entry)
-            if entry.number not in pinned:
+            if entry.number not in self.pinned():
                 self._drop(entry)
-        waiters, entry.waiters = entry.waiters, []
+        waiters, entry.waiters = entry.waiters, ()
         return waiters
 
     def _row(self, layout: Any, page: int) -> int:
@@ -229,13 +234,13 @@ class Cache:
             self.layouts.append(layout)
         return (number << LAYOUT_SHIFT) + page
 
-    def give_up(self, entry: Entry) -> list[Any]:
+    def give_up(self, entry: Entry) -> Sequence[Any]:
         """LOADING -> ABSENT. Returns the tickets that waited."""
         assert entry.state is State.LOADING
         self.loading -= 1
         self.ledger.give_back(entry)
         entry.state = State.ABSENT
-        waiters, entry.waiters = entry.waiters, []
+        waiters, entry.waiters = entry.waiters, ()
         return waiters
 
     # Going

@@ -64,7 +64,8 @@ class Entry:
         self.charge = 0
         self.layout: Any = None
         self.values: tuple[Any, ...] = ()
-        self.waiters: list[Any] = []
+        # No list of its own: a million of those would cost the garbage collector seconds.
+        self.waiters: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         return f"Entry({self.key!r}, {self.state.name}, pages={self.pages}, cached={self.cached})"

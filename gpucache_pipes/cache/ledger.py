@@ -83,19 +83,18 @@ class Ledger:
         """The arena has grown: pages `pages .. pages + count - 1` exist now, and are free."""
         self.pages += count
 
-    def take(self, entry: Entry, span: int, nbytes: int, *, cached: bool) -> None:
-        """Give `entry` free pages for `span` bytes. The caller has made sure that they exist."""
-        pages = self.pages_for(span)
+    def take(self, entry: Entry, pages: int, charge: int, nbytes: int, *, cached: bool) -> None:
+        """Give `entry` that many free pages. The caller has made sure that they exist."""
         assert not (entry.pages or entry.cached)
         assert self.free_pages >= pages
-        cut = max(0, len(self._freed) - pages)
-        reused = self._freed[cut:]
-        del self._freed[cut:]
-        first = self._fresh
-        self._fresh += pages - len(reused)
-        entry.pages = (*reversed(reused), *range(first, self._fresh))
+        freed = self._freed
+        reused = min(pages, len(freed))
+        fresh = range(self._fresh, self._fresh + pages - reused)
+        entry.pages = (*reversed(freed[len(freed) - reused :]), *fresh) if reused else tuple(fresh)
+        del freed[len(freed) - reused :]
+        self._fresh = fresh.stop
         entry.nbytes = nbytes
-        entry.charge = self.charge(span)
+        entry.charge = charge
         entry.cached = cached
         self._count(entry, +1)
 

@@ -122,13 +122,16 @@ class HostUpload:
 
     def buffers(self, number: int) -> list[memoryview]:
         """See Upload."""
+        size = self._page_bytes
+        pages = self._placements[number]
+        if len(pages) == 1:
+            return [self._memory[pages[0] * size : (pages[0] + 1) * size]]
         runs: list[list[int]] = []
-        for page in self._placements[number]:
+        for page in pages:
             if runs and runs[-1][1] == page:
                 runs[-1][1] = page + 1
             else:
                 runs.append([page, page + 1])
-        size = self._page_bytes
         return [self._memory[first * size : end * size] for first, end in runs]
 
     def finish(self) -> None:

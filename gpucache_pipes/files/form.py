@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Sequence
+from operator import itemgetter
 
 from gpucache_pipes.files import zip_directory as zips
 from gpucache_pipes.files.errors import Unsupported
@@ -10,7 +11,6 @@ from gpucache_pipes.files.pickle_reader import Name, SavedTensor, Storage, read_
 from gpucache_pipes.files.planned import DEAREST as _DEAREST
 from gpucache_pipes.files.planned import Bytes, Move, Plan, View
 
-_MOST_PLANS = 4096
 _LENGTHS = struct.Struct("<HH")
 
 # What the small records say: exactly, or as torch.load would still accept it.
@@ -21,75 +21,89 @@ _DIGITS = (".storage_alignment", ".data/serialization_id")
 class Form:
     """The zip directory of a file, with what its local headers and small records say.
 
-    Files of one data set share their form: it is compared with a file by two precompiled
-    structs, and then all that the plan depends on is the pickle.
+    Files of one data set share their form. `plan` compares it with another file of the same
+    size by two precompiled structs; all that the plan then depends on is the pickle.
+
+    Attributes:
+        cost: about how many bytes it takes to remember it, with its plans.
     """
 
-    def __init__(self, file: Bytes, directory: zips.Directory) -> None:
-        self.directory = directory
+    def __init__(self, file: Bytes) -> None:
+        self._directory = zips.Directory(file)
+        records = self._directory.records
+        if "data.pkl" not in records or "version" not in records:
+            raise Unsupported("no data.pkl, or no version")
         self._plans: dict[bytes, Plan] = {}
         self._starts: dict[str, int] = {}
-        # (offset, count) of what is looked at in a file, what must be there (None: it depends),
-        # and which record those are for which it depends.
+        # (offset, count) of what is looked at in a file, and which of those are constant,
+        # digits, or the pickle.
         self._pieces: list[tuple[int, int]] = []
-        self._expected: list[bytes | None] = []
-        self._looked_at: list[str] = []
-        contents = []
-        for name, record in sorted(directory.records.items(), key=lambda item: item[1].header):
+        constants: list[int] = []
+        self._digits: list[int] = []
+        found: list[bytes] = []
+        for name, record in sorted(records.items(), key=lambda item: item[1].header):
             start = zips.data_offset(record, file)
             self._starts[name] = start
             extra_bytes = start - record.header - zips.LOCAL_BYTES - record.name_bytes
+            constants += [len(found), len(found) + 1]
             self._pieces += [(record.header, 4), (record.header + 26, 4)]
-            self._expected += [zips.LOCAL_SIGNATURE, _LENGTHS.pack(record.name_bytes, extra_bytes)]
+            found += [zips.LOCAL_SIGNATURE, _LENGTHS.pack(record.name_bytes, extra_bytes)]
             number = name.removeprefix("data/")
-            if name in _EXACT or name in _DIGITS or name == "data.pkl":
-                self._pieces.append((start, record.size))
-                self._expected.append(None)
-                self._looked_at.append(name)
-                contents.append(file.read(start, record.size))
-            elif number == name or not number.isdecimal():
+            if name != number and number.isdecimal():
+                continue
+            if name in _EXACT:
+                constants.append(len(found))
+            elif name in _DIGITS:
+                self._digits.append(len(found))
+            elif name == "data.pkl":
+                self._pickle = len(found)
+            else:
                 raise Unsupported(f"the record {name!r}")
-        if "data.pkl" not in directory.records or "version" not in directory.records:
-            raise Unsupported("no data.pkl, or no version")
+            self._pieces.append((start, record.size))
+            found.append(file.read(start, record.size))
+            if found[-1] != _EXACT.get(name, found[-1]):
+                raise Unsupported(f"the record {name!r} says something unusual")
         if self._pieces[0][0]:
             raise Unsupported("something in front of the zip file")
-        self.first_plan = self._plan_by(contents)
+        self._constants = itemgetter(*constants)
+        self._expected = self._constants(found)
+        self.cost = 3 * self._directory.nbytes + 2000
+        plan = self._plan_by(found)
+        if plan is None:
+            raise Unsupported("a record of digits says something else")
+        self.first_plan = plan
         self._struct: struct.Struct | None = None
 
-    def plan(self, file: Bytes, raw: bytes) -> Plan | None:
-        """The plan for a file whose directory is `raw`; None if it has another form.
+    def plan(self, file: Bytes) -> Plan | None:
+        """The plan for a file of the same size; None if it has another form.
 
         Raises Unsupported.
         """
-        if not self.directory.same(raw):
-            return None
+        directory = self._directory
         if file.whole is not None:
+            if not directory.same(file.whole, directory.offset):
+                return None
             if self._struct is None:
                 self._struct = _with_gaps(self._pieces)
             fields: Sequence[bytes] = self._struct.unpack_from(file.whole)
         else:
-            fields = [file.read(at, count) for at, count in self._pieces]
-        contents = []
-        for field, expected in zip(fields, self._expected, strict=True):
-            if expected is None:
-                contents.append(field)
-            elif field != expected:
+            if not directory.same(file.read(directory.offset, directory.nbytes), 0):
                 return None
-        return self._plan_by(contents)
+            fields = [file.read(at, count) for at, count in self._pieces]
+        if self._constants(fields) != self._expected:
+            return None
+        return self._plan_by(fields)
 
-    def _plan_by(self, contents: Sequence[bytes]) -> Plan:
-        pickle = b""
-        for name, content in zip(self._looked_at, contents, strict=True):
-            if name == "data.pkl":
-                pickle = content
-            elif content != _EXACT[name] if name in _EXACT else not content.isdigit():
-                raise Unsupported(f"the record {name!r} says something unusual")
+    def _plan_by(self, fields: Sequence[bytes]) -> Plan | None:
+        for number in self._digits:
+            if not fields[number].isdigit():
+                return None
+        pickle = fields[self._pickle]
         plan = self._plans.get(pickle)
         if plan is None:
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
             plan = self._make_plan(pickle)
             if plan.cost <= _DEAREST:
+                self.cost += plan.cost
                 self._plans[pickle] = plan
         return plan
 
@@ -104,7 +118,7 @@ class Form:
         moves, views = [], []
         for tensor, leaf in zip(tensors, layout.leaves, strict=True):
             name = f"data/{tensor.storage.key}"
-            record = self.directory.records.get(name)
+            record = self._directory.records.get(name)
             if record is None or record.size != tensor.storage.nbytes:
                 raise Unsupported("a storage and its record are of different sizes")
             start = self._starts[name] + tensor.offset * leaf.dtype.itemsize

@@ -39,6 +39,7 @@ class FileOpener:
     def __init__(self, weights_only: bool) -> None:
         self._weights_only = weights_only
         self._readers = {suffix: make() for suffix, make in FORMATS.items()}
+        self._suffixes = tuple(self._readers)
         self._pt = PtReader()
 
     def open(self, path: str) -> OpenFeature:
@@ -47,8 +48,8 @@ class FileOpener:
 
     def probe(self, path: str) -> tuple[OpenFeature, str | None]:
         """The feature, and why `torch.load` had to read it; None if it did not."""
-        reader = self._readers.get(os.path.splitext(path)[1])
-        if reader is not None:
+        if path.endswith(self._suffixes):
+            reader = next(r for suffix, r in self._readers.items() if path.endswith(suffix))
             try:
                 return reader.open(path), None
             except Unsupported as error:

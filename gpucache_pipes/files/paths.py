@@ -1,7 +1,7 @@
 """One number for each file, however its path is spelled."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePath
 
 PathLike = str | os.PathLike[str]
@@ -12,12 +12,12 @@ class PathTable:
 
     A file is known by its key, the absolute path with symbolic links resolved. Directories are
     resolved once and remembered: a link that is changed afterwards is not noticed, as little as
-    a file that changes. `number_of(key, path)` gives the number of a key, whose first spelling,
-    made absolute, is `path`; it must be safe to call from several threads.
+    a file that changes. `numbers_of(files)` gives the numbers of files, each of which is a key
+    and its first spelling, made absolute; it must be safe to call from several threads.
     """
 
-    def __init__(self, number_of: Callable[[str, str], int]) -> None:
-        self._number_of = number_of
+    def __init__(self, numbers_of: Callable[[Sequence[tuple[str, str]]], Sequence[int]]) -> None:
+        self._numbers_of = numbers_of
         self._numbers: dict[PathLike, int] = {}
         self._directories: dict[str, str] = {}
         # What relative spellings in _numbers refer to.
@@ -34,30 +34,23 @@ class PathTable:
         if self._cwd is not None and self._cwd != os.getcwd():
             self._numbers = {p: n for p, n in self._numbers.items() if os.path.isabs(p)}
             self._cwd = None
+        numbers = self._numbers
         try:
-            return list(map(self._numbers.__getitem__, paths))
+            return list(map(numbers.__getitem__, paths))
         except (KeyError, TypeError):
-            return [self._number(path) for path in paths]
+            spellings = list(map(_spelling, paths))
+            new = list(dict.fromkeys(path for path in spellings if path not in numbers))
+            files = [self._file(os.fspath(path)) for path in new]
+            numbers.update(zip(new, self._numbers_of(files), strict=True))
+            return list(map(numbers.__getitem__, spellings))
 
-    def _number(self, path: PathLike) -> int:
-        if isinstance(path, PurePath):
-            number = self._numbers.get(path)
-            if number is None:
-                number = self._numbers[path] = self._number(str(path))
-            return number
-        if isinstance(path, os.PathLike):
-            path = os.fspath(path)
-        if not isinstance(path, str) or not path:
-            raise TypeError(f"a path must be a non-empty str or an os.PathLike, not {path!r}")
-        number = self._numbers.get(path)
-        if number is None:
-            whole = path
-            if not os.path.isabs(path):
-                # Not normalised: `..` behind a link is for the system to understand.
-                self._cwd = os.getcwd()
-                whole = os.path.join(self._cwd, path)
-            number = self._numbers[path] = self._number_of(self._key(whole), whole)
-        return number
+    def _file(self, path: str) -> tuple[str, str]:
+        """The key of a path, and the path made absolute."""
+        if not os.path.isabs(path):
+            # Not normalised: `..` behind a link is for the system to understand.
+            self._cwd = os.getcwd()
+            path = os.path.join(self._cwd, path)
+        return self._key(path), path
 
     def _key(self, path: str) -> str:
         """The key of an absolute path; costs a few microseconds."""
@@ -70,3 +63,14 @@ class PathTable:
         plain = f"{directory.rstrip('/')}/{name}"
         # islink answers False for what does not exist: the reader will say so, naming the path.
         return os.path.realpath(plain) if os.path.islink(plain) else plain
+
+
+def _spelling(path: object) -> str | PurePath:
+    """What a path is remembered by: not by objects of unknown kinds, which may change."""
+    if not isinstance(path, (str, PurePath)):
+        if not isinstance(path, os.PathLike):
+            raise TypeError(f"a path must be a non-empty str or an os.PathLike, not {path!r}")
+        path = os.fspath(path)
+    if not path or not isinstance(path, (str, PurePath)):
+        raise TypeError(f"a path must be a non-empty str or an os.PathLike, not {path!r}")
+    return path

@@ -125,9 +125,9 @@ class PlanReader:
         fd = os.open(path, _FLAGS)
         try:
             status = os.fstat(fd)
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError(f"{path!r} is a directory")
             if not stat.S_ISREG(status.st_mode):
+                if stat.S_ISDIR(status.st_mode):
+                    raise IsADirectoryError(f"{path!r} is a directory")
                 raise OSError(f"{path!r} is not a regular file")
             size = status.st_size
             signature = _SIGNATURE.pack(status.st_dev, status.st_ino, size, status.st_mtime_ns)
@@ -161,8 +161,13 @@ class PlannedFeature:
         self._plan = plan
         # All of the file, if it is small and was read to find the plan.
         self._data = memoryview(data)
-        views = sum(view.nbytes for view in plan.views)
-        self.bytes_read = len(data) or sum(move.nbytes for move in plan.moves) + views
+
+    @property
+    def bytes_read(self) -> int:
+        """See OpenFeature."""
+        plan = self._plan
+        moved = sum(move.nbytes for move in plan.moves)
+        return len(self._data) or moved + sum(view.nbytes for view in plan.views)
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """See OpenFeature."""

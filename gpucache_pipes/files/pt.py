@@ -14,13 +14,13 @@ Files that are anything else are Unsupported here, and torch.load decides.
 
 import sys
 
-from gpucache_pipes.files import zip_directory as zips
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.form import Form
 from gpucache_pipes.files.planned import Bytes, Plan, PlanReader
 
-_MOST_FORMS = 1024
-_FORMS_OF_A_KIND = 7
+_FORMS_OF_A_SIZE = 8
+_MOST_BYTES = 64 << 20
+"""What forms and their plans may take; where files have nothing in common, they are no use."""
 
 
 class PtReader(PlanReader):
@@ -28,21 +28,29 @@ class PtReader(PlanReader):
 
     def __init__(self) -> None:
         super().__init__()
-        self._forms: dict[zips.Tail, list[Form]] = {}
+        # By the size of the file, the newest first.
+        self._forms: dict[int, list[Form]] = {}
+        self._forms_cost = 0
 
     def plan(self, file: Bytes) -> Plan:
         """See PlanReader."""
         if sys.byteorder != "little":
             raise Unsupported("a big-endian machine")
-        tail = zips.find_directory(file)
-        raw = file.read(tail.offset, tail.size)
-        forms = self._forms.get(tail, [])
+        forms = self._forms.get(file.size, [])
         for form in forms:
-            plan = form.plan(file, raw)
+            before = form.cost
+            plan = form.plan(file)
             if plan is not None:
+                if form.cost != before:
+                    self._count(form.cost - before)
                 return plan
-        form = Form(file, zips.Directory(raw, tail.entries))
-        if len(self._forms) >= _MOST_FORMS:
-            self._forms.clear()
-        self._forms[tail] = [form, *forms[:_FORMS_OF_A_KIND]]
+        form = Form(file)
+        self._count(form.cost)
+        self._forms[file.size] = [form, *forms[: _FORMS_OF_A_SIZE - 1]]
         return form.first_plan
+
+    def _count(self, cost: int) -> None:
+        self._forms_cost += cost
+        if self._forms_cost > _MOST_BYTES:
+            self._forms.clear()
+            self._forms_cost = cost

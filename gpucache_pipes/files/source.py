@@ -14,12 +14,14 @@ class OpenFeature(Protocol):
     Attributes:
         layout: how the bytes will lie.
         values: the plain values of the feature, in the order of the layout's tree.
-        bytes_read: bytes that were or will be read from storage for it.
     """
 
     layout: Layout
     values: tuple[Any, ...]
-    bytes_read: int
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that were or will be read from storage for it."""
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers`, which together hold at least `layout.span` writable bytes.
