@@ -333,7 +333,7 @@ def test_malicious_pickles_neither_run_nor_pass(attack: bytes) -> None:
         value = read_pickle(attack)
     except Unsupported:
         return
-    from gpucache_pipes.files.pickle_reader import Name
+    from gpucache_pipes.files.saved_names import Name
 
     # What is left of a name is inert, and stopped where the feature is made.
     assert isinstance(value, Name) or value == {} or value is None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gpucache_pipes.device.backend import Column
+from gpucache_pipes.device.results import LARGE, ResultMemory
 
 _WORDS = (
     (16, torch.complex128),
@@ -21,9 +22,16 @@ Index = Callable[[Sequence[int]], torch.Tensor]
 
 
 class Arena:
-    """Rows of `page_bytes`, numbered through over the segments that hold them."""
+    """Rows of `page_bytes`, numbered through over the segments that hold them.
 
-    def __init__(self, page_bytes: int, device: torch.device) -> None:
+    `results` is where large results of gathers from one segment go; None is wherever torch puts
+    them.
+    """
+
+    def __init__(
+        self, page_bytes: int, device: torch.device, results: ResultMemory | None = None
+    ) -> None:
+        self._results = results
         self.page_bytes = page_bytes
         self.pages = 0
         self._segments: list[torch.Tensor] = []
@@ -53,7 +61,7 @@ class Arena:
         if len(groups) == 1:
             segment, rows, _ = groups[0]
             at = index(rows)
-            return [self._view(segment, column).index_select(0, at) for column in columns]
+            return [self._select(self._view(segment, column), at) for column in columns]
         parts = [(segment, index(rows), index(places)) for segment, rows, places in groups]
         results = []
         for column in columns:
@@ -63,6 +71,15 @@ class Arena:
                 out.index_copy_(0, to, self._view(segment, column).index_select(0, at))
             results.append(out)
         return results
+
+    def _select(self, view: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        if self._results is not None:
+            shape = (len(at), view.shape[1])
+            nbytes = shape[0] * shape[1] * view.element_size()
+            if nbytes >= LARGE:
+                out = self._results.empty(nbytes).view(view.dtype).view(shape)
+                return torch.index_select(view, 0, at, out=out)
+        return view.index_select(0, at)
 
     def scatter(self, pages: Sequence[int], rows: torch.Tensor, index: Index) -> None:
         """Write `rows` (uint8 [len(pages), page_bytes]) into pages."""

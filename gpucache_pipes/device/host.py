@@ -1,9 +1,6 @@
 """The CPU: files are read straight into their pages, and everything happens at once."""
 
-import contextlib
 import logging
-import mmap
-import sys
 from array import array
 from collections.abc import Sequence
 
@@ -11,7 +8,8 @@ import torch
 
 from gpucache_pipes.device.arena import Arena
 from gpucache_pipes.device.backend import Column
-from gpucache_pipes.device.memory import available_host_bytes
+from gpucache_pipes.device.memory import available_host_bytes, map_memory
+from gpucache_pipes.device.results import ResultMemory
 
 _log = logging.getLogger("gpucache_pipes")
 
@@ -35,6 +33,7 @@ class HostBackend:
         self.page_bytes = 0
         self._arena: Arena | None = None
         self._memory = memoryview(b"")
+        self._results = ResultMemory()
         self._opened = 0
         self._warned = False
 
@@ -74,11 +73,11 @@ class HostBackend:
         return 0
 
     def _map_everything(self, needed: int) -> Arena:
-        arena = Arena(self.page_bytes, self.device)
+        arena = Arena(self.page_bytes, self.device, self._results)
         pages = int(available_host_bytes() * _SHARE) // self.page_bytes
         while pages >= needed:
             try:
-                region = _map(pages * self.page_bytes)
+                region = map_memory(pages * self.page_bytes)
             except OSError:
                 # The system counts address space as memory. Ask for less.
                 pages //= 2
@@ -102,6 +101,7 @@ class HostBackend:
         # Whoever still reads or writes holds the mapping; it goes with the last of them.
         self._arena = None
         self._memory = memoryview(b"")
+        self._results.clear()
         self._opened = 0
         self.page_bytes = 0
 
@@ -141,19 +141,3 @@ class HostUpload:
 def _index(numbers: Sequence[int]) -> torch.Tensor:
     # Half the time of torch.tensor(list).
     return torch.frombuffer(array("q", numbers), dtype=torch.int64)
-
-
-def _map(nbytes: int) -> mmap.mmap:
-    """Zeroed memory that takes no room before it is written to. Raises OSError if refused."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    if sys.platform == "linux":
-        # The module names it from Python 3.13 on.
-        flags |= getattr(mmap, "MAP_NORESERVE", 0x4000)
-    region = mmap.mmap(-1, nbytes, flags=flags)
-    # Large kernel pages spare a gather most TLB misses; worker processes need no copy of the
-    # page tables, since a store does not work after a fork anyway.
-    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        if hasattr(mmap, advice):
-            with contextlib.suppress(OSError):
-                region.madvise(getattr(mmap, advice))
-    return region

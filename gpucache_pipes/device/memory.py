@@ -1,6 +1,9 @@
-"""How much memory there is."""
+"""Host memory: how much there is, and ranges of it."""
 
+import contextlib
+import mmap
 import os
+import sys
 from pathlib import Path
 
 
@@ -31,3 +34,19 @@ def _number(path: str) -> int | None:
         return int(Path(path).read_text())
     except (OSError, ValueError):  # no such limit, or "max"
         return None
+
+
+def map_memory(nbytes: int) -> mmap.mmap:
+    """Zeroed memory that takes no room before it is written to. Raises OSError if refused."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if sys.platform == "linux":
+        # The module names it from Python 3.13 on.
+        flags |= getattr(mmap, "MAP_NORESERVE", 0x4000)
+    region = mmap.mmap(-1, nbytes, flags=flags)
+    # Large kernel pages spare a gather most TLB misses; worker processes need no copy of the
+    # page tables, since a store does not work after a fork anyway.
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, advice):
+            with contextlib.suppress(OSError):
+                region.madvise(getattr(mmap, advice))
+    return region

@@ -7,9 +7,10 @@ from operator import itemgetter
 from gpucache_pipes.files import zip_directory as zips
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, flatten
-from gpucache_pipes.files.pickle_reader import Name, SavedTensor, Storage, read_pickle
+from gpucache_pipes.files.pickle_reader import read_pickle
 from gpucache_pipes.files.planned import DEAREST as _DEAREST
 from gpucache_pipes.files.planned import Bytes, Move, Plan, View
+from gpucache_pipes.files.saved_names import Name, SavedTensor, Storage
 
 _LENGTHS = struct.Struct("<HH")
 
@@ -26,53 +27,42 @@ class Form:
 
     Attributes:
         cost: about how many bytes it takes to remember it, with its plans.
+        numbers: what tells its directory from others of the same shape.
+        first_plan: the plan of the file that it was made of.
     """
 
-    def __init__(self, file: Bytes) -> None:
-        self._directory = zips.Directory(file)
-        records = self._directory.records
-        if "data.pkl" not in records or "version" not in records:
-            raise Unsupported("no data.pkl, or no version")
+    def __init__(self, file: Bytes, shapes: dict[tuple[int, int], zips.Shape]) -> None:
+        self._directory = zips.Directory(file, shapes)
+        self.numbers = self._directory.numbers
         self._plans: dict[bytes, Plan] = {}
         self._starts: dict[str, int] = {}
-        # (offset, count) of what is looked at in a file, and which of those are constant,
-        # digits, or the pickle.
-        self._pieces: list[tuple[int, int]] = []
-        constants: list[int] = []
-        self._digits: list[int] = []
-        found: list[bytes] = []
-        for name, record in sorted(records.items(), key=lambda item: item[1].header):
-            start = zips.data_offset(record, file)
-            self._starts[name] = start
-            extra_bytes = start - record.header - zips.LOCAL_BYTES - record.name_bytes
-            constants += [len(found), len(found) + 1]
-            self._pieces += [(record.header, 4), (record.header + 26, 4)]
-            found += [zips.LOCAL_SIGNATURE, _LENGTHS.pack(record.name_bytes, extra_bytes)]
+        self._comparison: _Comparison | None = None
+        at = 0
+        pickle = None
+        for name, record in self._directory.records.items():
+            header, _, size = record
+            if header < at:
+                raise Unsupported("records that overlap, or are in another order")
+            self._starts[name] = start = zips.data_offset(record, file)
             number = name.removeprefix("data/")
             if name != number and number.isdecimal():
+                at = start
                 continue
-            if name in _EXACT:
-                constants.append(len(found))
+            at = start + size
+            content = file.read(start, size)
+            if name == "data.pkl":
+                pickle = content
             elif name in _DIGITS:
-                self._digits.append(len(found))
-            elif name == "data.pkl":
-                self._pickle = len(found)
-            else:
-                raise Unsupported(f"the record {name!r}")
-            self._pieces.append((start, record.size))
-            found.append(file.read(start, record.size))
-            if found[-1] != _EXACT.get(name, found[-1]):
-                raise Unsupported(f"the record {name!r} says something unusual")
-        if self._pieces[0][0]:
+                if not content.isdigit():
+                    raise Unsupported(f"the record {name!r} is no number")
+            elif name not in _EXACT or content != _EXACT[name]:
+                raise Unsupported(f"the record {name!r} is unusual, or says something unusual")
+        if pickle is None or "version" not in self._starts:
+            raise Unsupported("no data.pkl, or no version")
+        if next(iter(self._directory.records.values()))[0]:
             raise Unsupported("something in front of the zip file")
-        self._constants = itemgetter(*constants)
-        self._expected = self._constants(found)
-        self.cost = 3 * self._directory.nbytes + 2000
-        plan = self._plan_by(found)
-        if plan is None:
-            raise Unsupported("a record of digits says something else")
-        self.first_plan = plan
-        self._struct: struct.Struct | None = None
+        self.cost = 5 * self._directory.nbytes + 2000
+        self.first_plan = self._plan_by(pickle)
 
     def plan(self, file: Bytes) -> Plan | None:
         """The plan for a file of the same size; None if it has another form.
@@ -80,25 +70,18 @@ class Form:
         Raises Unsupported.
         """
         directory = self._directory
-        if file.whole is not None:
-            if not directory.same(file.whole, directory.offset):
-                return None
-            if self._struct is None:
-                self._struct = _with_gaps(self._pieces)
-            fields: Sequence[bytes] = self._struct.unpack_from(file.whole)
-        else:
+        whole = file.whole
+        if whole is None:
             if not directory.same(file.read(directory.offset, directory.nbytes), 0):
                 return None
-            fields = [file.read(at, count) for at, count in self._pieces]
-        if self._constants(fields) != self._expected:
+        elif not directory.same(whole, directory.offset):
             return None
-        return self._plan_by(fields)
+        if self._comparison is None:
+            self._comparison = _Comparison(directory.records, self._starts)
+        pickle = self._comparison.pickle(file)
+        return None if pickle is None else self._plan_by(pickle)
 
-    def _plan_by(self, fields: Sequence[bytes]) -> Plan | None:
-        for number in self._digits:
-            if not fields[number].isdigit():
-                return None
-        pickle = fields[self._pickle]
+    def _plan_by(self, pickle: bytes) -> Plan:
         plan = self._plans.get(pickle)
         if plan is None:
             plan = self._make_plan(pickle)
@@ -119,7 +102,7 @@ class Form:
         for tensor, leaf in zip(tensors, layout.leaves, strict=True):
             name = f"data/{tensor.storage.key}"
             record = self._directory.records.get(name)
-            if record is None or record.size != tensor.storage.nbytes:
+            if record is None or record[2] != tensor.storage.nbytes:
                 raise Unsupported("a storage and its record are of different sizes")
             start = self._starts[name] + tensor.offset * leaf.dtype.itemsize
             if not leaf.nbytes:
@@ -134,15 +117,52 @@ class Form:
         return Plan(layout, tuple(values), tuple(moves), tuple(views), cost)
 
 
-def _with_gaps(pieces: list[tuple[int, int]]) -> struct.Struct:
-    """One struct for all the pieces of a file, which are in order."""
-    codes, at = ["<"], 0
-    for start, count in pieces:
-        if start < at:
-            raise Unsupported("records that overlap")
-        codes.append(f"{start - at}x{count}s")
-        at = start + count
-    return struct.Struct("".join(codes))
+class _Comparison:
+    """Tells whether a file with the same directory has the same headers and small records.
+
+    Made for the second file of a form: where each file is of its own, there is none.
+    """
+
+    def __init__(self, records: dict[str, zips.Record], starts: dict[str, int]) -> None:
+        # (offset, count) of what is looked at, and which of those are constant or digits.
+        self._pieces: list[tuple[int, int]] = []
+        self._digits: list[int] = []
+        expected = {}
+        for name, (header, name_bytes, size) in records.items():
+            start = starts[name]
+            lengths = _LENGTHS.pack(name_bytes, start - header - zips.LOCAL_BYTES - name_bytes)
+            for at, content in ((header, zips.LOCAL_SIGNATURE), (header + 26, lengths)):
+                expected[len(self._pieces)] = content
+                self._pieces.append((at, len(content)))
+            if name in _EXACT:
+                expected[len(self._pieces)] = _EXACT[name]
+            elif name in _DIGITS:
+                self._digits.append(len(self._pieces))
+            elif name == "data.pkl":
+                self._pickle = len(self._pieces)
+            else:
+                continue
+            self._pieces.append((start, size))
+        self._constants = itemgetter(*expected)
+        self._expected = tuple(expected.values())
+        codes, at = ["<"], 0
+        for start, count in self._pieces:
+            codes.append(f"{start - at}x{count}s")
+            at = start + count
+        self._struct = struct.Struct("".join(codes))
+
+    def pickle(self, file: Bytes) -> bytes | None:
+        """The pickle of a file that is the same but for that; else None. Raises Unsupported."""
+        if file.whole is not None:
+            fields: Sequence[bytes] = self._struct.unpack_from(file.whole)
+        else:
+            fields = [file.read(at, count) for at, count in self._pieces]
+        if self._constants(fields) != self._expected:
+            return None
+        for number in self._digits:
+            if not fields[number].isdigit():
+                return None
+        return fields[self._pickle]
 
 
 def _contiguous(tensor: SavedTensor) -> bool:

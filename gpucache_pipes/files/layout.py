@@ -102,47 +102,56 @@ def flatten(feature: Any, leaf: type = torch.Tensor) -> tuple[Tree, list[Any], l
     tensor that has no dense bytes (sparse, quantized, nested, meta), for a tensor subclass, and
     for other kinds of containers; and ValueError for a feature of more than a million parts.
     """
-    tensors: list[Any] = []
-    values: list[Any] = []
-    parts = 0
+    visitor = _Visitor(leaf)
+    return visitor.visit(feature, None), visitor.tensors, visitor.values
 
-    def visit(item: Any, place: Place) -> Tree:
-        nonlocal parts
-        parts += 1
-        if parts > _MOST_PARTS:
+
+class _Visitor:
+    # No function that calls itself from within another: each call would leave a cycle behind, and
+    # the garbage collector would take longer than the reading.
+
+    def __init__(self, leaf: type) -> None:
+        self.leaf = leaf
+        self.parts = 0
+        self.tensors: list[Any] = []
+        self.values: list[Any] = []
+
+    def visit(self, item: Any, place: Place) -> Tree:
+        self.parts += 1
+        if self.parts > _MOST_PARTS:
             # A few bytes can describe 2**n parts by naming one part twice, n times over.
             raise ValueError(f"a feature of more than {_MOST_PARTS} parts; make it tensors")
         kind = type(item)
-        if isinstance(item, leaf):
+        if isinstance(item, self.leaf):
             if isinstance(item, torch.Tensor):
                 _require_dense(item, place)
-            tensors.append(item)
-            return len(tensors) - 1
+            self.tensors.append(item)
+            return len(self.tensors) - 1
         if kind is dict or kind is OrderedDict:
             keys = tuple(item)
-            return Branch(
-                kind,
-                keys,
-                tuple(None if type(key) is str else (type(key), repr(key)) for key in keys),
-                tuple(visit(value, (place, key)) for key, value in item.items()),
-            )
+            marks = [None if type(key) is str else (type(key), repr(key)) for key in keys]
+            children = [self.visit(value, (place, key)) for key, value in item.items()]
+            return Branch(kind, keys, tuple(marks), tuple(children))
         if kind is list or kind is tuple or (isinstance(item, tuple) and hasattr(kind, "_fields")):
-            return Branch(kind, None, (), tuple(visit(v, (place, i)) for i, v in enumerate(item)))
-        holder = isinstance(item, (dict, list, tuple)) and kind is not torch.Size
-        if holder or (kind in (set, frozenset) and any(isinstance(i, torch.Tensor) for i in item)):
-            raise TypeError(
-                f"{_at(place)} is a {kind.__qualname__}; features are made of dict, OrderedDict, "
-                "list, tuple and NamedTuple. Convert it with load_fn"
-            )
-        if hasattr(item, "__array_interface__") and getattr(item, "ndim", None):
-            raise TypeError(
-                f"{_at(place)} is a {kind.__module__}.{kind.__qualname__}; a cache holds tensors: "
-                "convert it with load_fn (torch.from_numpy)"
-            )
-        values.append(own(item))
-        return ~(len(values) - 1)
+            children = [self.visit(value, (place, number)) for number, value in enumerate(item)]
+            return Branch(kind, None, (), tuple(children))
+        _require_plain(item, kind, place)
+        self.values.append(own(item))
+        return ~(len(self.values) - 1)
 
-    return visit(feature, None), tensors, values
+
+def _require_plain(item: Any, kind: type, place: Place) -> None:
+    holder = isinstance(item, (dict, list, tuple)) and kind is not torch.Size
+    if holder or (kind in (set, frozenset) and any(isinstance(i, torch.Tensor) for i in item)):
+        raise TypeError(
+            f"{_at(place)} is a {kind.__qualname__}; features are made of dict, OrderedDict, "
+            "list, tuple and NamedTuple. Convert it with load_fn"
+        )
+    if hasattr(item, "__array_interface__") and getattr(item, "ndim", None):
+        raise TypeError(
+            f"{_at(place)} is a {kind.__module__}.{kind.__qualname__}; a cache holds tensors: "
+            "convert it with load_fn (torch.from_numpy)"
+        )
 
 
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size))

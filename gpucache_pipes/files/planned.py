@@ -75,6 +75,12 @@ class Bytes:
             raise Unsupported("a record that is not in the file")
         return self.whole[start : start + count]
 
+    def unpack(self, layout: struct.Struct, start: int) -> tuple[Any, ...]:
+        """What is there, or Unsupported."""
+        if self.whole is None or start + layout.size > self.size:
+            return layout.unpack(self.read(start, layout.size))
+        return layout.unpack_from(self.whole, start)
+
 
 class Windows(Bytes):
     """A large file: its first and last 4 KiB are kept, which is where small records lie."""

@@ -17,8 +17,10 @@ import sys
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.form import Form
 from gpucache_pipes.files.planned import Bytes, Plan, PlanReader
+from gpucache_pipes.files.zip_directory import Shape
 
 _FORMS_OF_A_SIZE = 8
+_MOST_MET = 1 << 16
 _MOST_BYTES = 64 << 20
 """What forms and their plans may take; where files have nothing in common, they are no use."""
 
@@ -31,6 +33,8 @@ class PtReader(PlanReader):
         # By the size of the file, the newest first.
         self._forms: dict[int, list[Form]] = {}
         self._forms_cost = 0
+        self._met: set[int] = set()
+        self._shapes: dict[tuple[int, int], Shape] = {}
 
     def plan(self, file: Bytes) -> Plan:
         """See PlanReader."""
@@ -44,9 +48,16 @@ class PtReader(PlanReader):
                 if form.cost != before:
                     self._count(form.cost - before)
                 return plan
-        form = Form(file)
-        self._count(form.cost)
-        self._forms[file.size] = [form, *forms[: _FORMS_OF_A_SIZE - 1]]
+        form = Form(file, self._shapes)
+        # Remembered when it is met again: where each file has a form of its own, none is.
+        kind = hash((file.size, form.numbers))
+        if kind in self._met:
+            self._count(form.cost)
+            self._forms[file.size] = [form, *forms[: _FORMS_OF_A_SIZE - 1]]
+        else:
+            if len(self._met) >= _MOST_MET:
+                self._met.clear()
+            self._met.add(kind)
         return form.first_plan
 
     def _count(self, cost: int) -> None:

@@ -7,7 +7,6 @@ The format is described in PKWARE's APPNOTE.TXT, sections 4.3 and 4.4.
 
 import struct
 from operator import itemgetter
-from typing import NamedTuple
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.planned import Bytes
@@ -19,108 +18,173 @@ _END = struct.Struct("<4s4H2LH")
 _ZIP64_LOCATOR = struct.Struct("<4sLQL")
 _ZIP64_END = struct.Struct("<4sQ2H2L4Q")
 _HEADER = struct.Struct("<4s6H3L5H2L")
+_NUMBERS = struct.Struct("<2L14sL")
+_WIDE = 0xFFFFFFFF
+_MOST_SHAPES = 64
+_LARGEST_SHAPE = 64 << 10
 _LOCAL = struct.Struct("<4s22x2H")
 LOCAL_BYTES = 30
 LOCAL_SIGNATURE = b"PK\x03\x04"
 
 
-class Record(NamedTuple):
-    """A record: its bytes lie `LOCAL_BYTES + name + extra` behind its local header."""
-
-    header: int
-    name_bytes: int
-    size: int
+Record = tuple[int, int, int]
+"""Offset of the local header, length of the name, size: the bytes of a record lie `LOCAL_BYTES`,
+name and extra field behind its local header. No class of its own: a file has many."""
 
 
-class Directory:
-    """The records of one file by their names without the prefix, and a pattern of the bytes.
+class Shape:
+    """What the directories of a data set have in common: all but prefix, checksums and numbers.
 
-    Files of one data set have the same directory but for the prefix and the checksums. `same`
-    tells that of another file's bytes in about a microsecond, by one precompiled struct.
+    The numbers of a record are its size, twice, and the offset of its header. By one precompiled
+    struct a directory is told to be of this shape in about a microsecond.
 
-    Attributes:
-        offset, nbytes: where it lies, up to the end of the file.
-        records: by their names without the prefix.
+    Raises Unsupported for what torch.save does not write.
     """
 
-    def __init__(self, file: Bytes) -> None:
-        count, size, self.offset = _find(file)
-        self.nbytes = file.size - self.offset
-        self._raw = file.read(self.offset, self.nbytes)
-        raw = self._raw[:size]
-        self.records: dict[str, Record] = {}
+    def __init__(self, raw: bytes, count: int) -> None:
+        self._names: list[str] = []
+        self._name_bytes: list[int] = []
+        self._starts: list[int] = []
+        codes = ["<16s"]
         at, prefix = 0, None
-        # Bytes of the prefix, and of all that follows it, for each record.
-        self._lengths: list[tuple[int, int]] = []
         for _ in range(count):
             if at + 46 > len(raw):
                 raise Unsupported("the zip directory is cut short")
-            (signature, _, _, flags, method, _, _, _, packed, size, name_bytes, extra_bytes,
-             comment_bytes, disk, _, attributes, header) = _HEADER.unpack_from(raw, at)  # fmt: skip
+            (signature, _, _, flags, method, _, _, _, _, _, name_bytes, extra_bytes,
+             comment_bytes, disk, _, attributes, _) = _HEADER.unpack_from(raw, at)  # fmt: skip
             end = at + 46 + name_bytes + extra_bytes + comment_bytes
             if signature != b"PK\x01\x02" or end > len(raw):
                 raise Unsupported("the zip directory is damaged")
-            if method or packed != size or flags & ~0x808 or disk or comment_bytes or attributes:
+            if method or flags & ~0x808 or disk or comment_bytes or attributes:
                 raise Unsupported("compressed, encrypted, split or other unusual records")
             name = raw[at + 46 : at + 46 + name_bytes]
             first, slash, rest = name.partition(b"/")
             if not slash or (prefix is not None and first != prefix):
                 raise Unsupported("records without a common prefix")
             prefix = first
-            size, header = _wide(size, header, raw[at + 46 + name_bytes : end])
-            key = rest.decode("ascii", "replace")
-            if key in self.records:
-                raise Unsupported("two records of one name")
-            self.records[key] = Record(header, name_bytes, size)
-            self._lengths.append((len(first), len(rest) + 1 + extra_bytes))
+            self._names.append(rest.decode("ascii", "replace"))
+            self._name_bytes.append(name_bytes)
+            self._starts.append(at)
+            # Checksum, numbers, prefix; what follows is constant into the next header.
+            rest_bytes = end - at - 46 - len(first)
+            codes.append(f"4x26s{len(first)}s{rest_bytes + 16 * (len(codes) < count)}s")
             at = end
         if at != len(raw) or not count:
             raise Unsupported("the zip directory is not as long as it says")
-        # Made for the first file that is compared: where each file is of its own kind, none is.
-        self._pattern: struct.Struct | None = None
+        if len(set(self._names)) != count:
+            raise Unsupported("two records of one name")
+        self._pattern = struct.Struct("".join(codes))
+        fields = self._pattern.unpack(raw)
+        self._constants = itemgetter(*range(0, len(fields), 3))
+        self._expected = self._constants(fields)
+        # Of the 26 bytes of numbers, those in the middle are lengths: constant.
+        self._lengths = [numbers[8:22] for numbers in fields[1::3]]
+
+    def numbers(self, data: bytes, at: int = 0) -> tuple[bytes, ...] | None:
+        """What tells one directory of this shape from others; None if it is of another."""
+        fields = self._pattern.unpack_from(data, at)
+        prefixes = fields[2::3]
+        prefix = prefixes[0]
+        if (
+            self._constants(fields) != self._expected
+            or prefixes.count(prefix) != len(prefixes)
+            or b"/" in prefix
+        ):
+            return None
+        numbers: tuple[bytes, ...] = fields[1::3]
+        return numbers
+
+    def parse(self, raw: bytes) -> tuple[tuple[bytes, ...], dict[str, Record]] | None:
+        """The numbers of a directory, and its records by their names; None if of another shape."""
+        found = self.numbers(raw)
+        if found is None:
+            return None
+        records: dict[str, Record] = {}
+        for name, name_bytes, lengths, numbers in zip(
+            self._names, self._name_bytes, self._lengths, found, strict=True
+        ):
+            packed, size, middle, header = _NUMBERS.unpack(numbers)
+            if middle != lengths:
+                return None
+            if packed != size:
+                raise Unsupported("compressed records")
+            if size == _WIDE or header == _WIDE:
+                size, header = _wide(size, header, self._extra(len(records), raw))
+            records[name] = (header, name_bytes, size)
+        return found, records
+
+    def _extra(self, number: int, raw: bytes) -> bytes:
+        """The extra field of a record."""
+        start = self._starts[number] + 46 + self._name_bytes[number]
+        [extra_bytes] = struct.unpack_from("<H", self._lengths[number], 2)
+        return raw[start : start + extra_bytes]
+
+    def sizes_of(self, number: int) -> slice:
+        """Where in a directory the sizes of a record are."""
+        start = self._starts[number] + 20
+        return slice(start, start + 8)
+
+
+class Directory:
+    """Where the records of one file lie.
+
+    `shapes` are those of other files, by number of records and size; a new one is added.
+
+    Attributes:
+        offset, nbytes: where the directory lies, up to the end of the file.
+        numbers: see Shape.
+        records: by their names without the prefix.
+    """
+
+    def __init__(self, file: Bytes, shapes: dict[tuple[int, int], Shape]) -> None:
+        count, size, self.offset = _find(file)
+        self.nbytes = file.size - self.offset
+        data = file.read(self.offset, self.nbytes)
+        raw = data[:size]
+        shape = shapes.get((count, size))
+        parsed = shape.parse(raw) if shape is not None else None
+        if shape is None or parsed is None:
+            shape = Shape(raw, count)
+            parsed = shape.parse(raw)
+            assert parsed is not None
+            if size <= _LARGEST_SHAPE:
+                if len(shapes) >= _MOST_SHAPES:
+                    shapes.clear()
+                shapes[count, size] = shape
+        self.numbers, self.records = parsed
+        self._shape = shape
+        self._end = data[size:]
+        # Where files differ at all, they differ in the sizes of their largest record.
+        self._probe: slice | None = None
 
     def same(self, data: bytes, at: int) -> bool:
         """Whether this directory is what ends `data`, from `at`, but for prefix and checksums."""
-        if self._pattern is None:
-            self._make_pattern()
-            assert self._pattern is not None
-        fields = self._pattern.unpack_from(data, at)
-        prefixes: tuple[bytes, ...] = fields[2::3]
-        prefix = prefixes[0]
+        if self._probe is None:
+            sizes = [size for _, _, size in self.records.values()]
+            number = sizes.index(max(sizes))
+            self._probe = self._shape.sizes_of(number)
+            self._probed = self.numbers[number][:8]
+        if data[at + self._probe.start : at + self._probe.stop] != self._probed:
+            return False
         return (
-            self._constants(fields) == self._expected
-            and prefixes.count(prefix) == len(prefixes)
-            and b"/" not in prefix
+            self._shape.numbers(data, at) == self.numbers
+            and data[at + self.nbytes - len(self._end) :] == self._end
         )
-
-    def _make_pattern(self) -> None:
-        """For each record: what is constant, twice, around the checksum, and the prefix."""
-        codes = ["<16s"]
-        for prefix_bytes, rest_bytes in self._lengths:
-            codes.append(f"4x26s{prefix_bytes}s{rest_bytes + 16}s")
-        ends = self.nbytes - sum(46 + sum(lengths) for lengths in self._lengths)
-        codes[-1] = f"4x26s{prefix_bytes}s{rest_bytes + ends}s"
-        self._pattern = struct.Struct("".join(codes))
-        fields = self._pattern.unpack(self._raw)
-        self._constants = itemgetter(*(n for n in range(len(fields)) if n % 3 != 2))
-        self._expected = self._constants(fields)
 
 
 def _wide(size: int, header: int, extra: bytes) -> tuple[int, int]:
     """Size and offset, taken from the zip64 field where the short ones have no room."""
-    if size != 0xFFFFFFFF and header != 0xFFFFFFFF:
-        return size, header
     at = 0
     while at + 4 <= len(extra):
         tag, length = struct.unpack_from("<HH", extra, at)
         if tag == 1 and at + 4 + length <= len(extra):
             wide = list(struct.unpack_from(f"<{length // 8}Q", extra, at + 4))
             try:
-                if size == 0xFFFFFFFF:
+                if size == _WIDE:
                     size = wide.pop(0)
                     if wide.pop(0) != size:  # the compressed size
                         raise Unsupported("compressed records")
-                if header == 0xFFFFFFFF:
+                if header == _WIDE:
                     header = wide.pop(0)
             except IndexError:
                 break
@@ -163,10 +227,11 @@ TAIL_BYTES = END_BYTES + ZIP64_LOCATOR_BYTES + ZIP64_END_BYTES
 
 def data_offset(record: Record, file: Bytes) -> int:
     """Where the bytes of a record begin, by its local header."""
-    signature, name_bytes, extra_bytes = _LOCAL.unpack(file.read(record.header, LOCAL_BYTES))
-    start: int = record.header + LOCAL_BYTES + name_bytes + extra_bytes
-    if signature != LOCAL_SIGNATURE or name_bytes != record.name_bytes:
+    header, expected, size = record
+    signature, name_bytes, extra_bytes = file.unpack(_LOCAL, header)
+    start: int = header + LOCAL_BYTES + name_bytes + extra_bytes
+    if signature != LOCAL_SIGNATURE or name_bytes != expected:
         raise Unsupported("a local header does not agree with the directory")
-    if start + record.size > file.size:
+    if start + size > file.size:
         raise Unsupported("a record ends behind the end of the file")
     return start
