@@ -23,7 +23,12 @@ class Desk:
     """
 
     def __init__(
-        self, cache: Cache, backend: Backend, loader: Loader, changed: threading.Condition
+        self,
+        cache: Cache,
+        backend: Backend,
+        loader: Loader,
+        version_of: Callable[[str], bytes | None] | None,
+        changed: threading.Condition,
     ) -> None:
         self.changed = changed
         self.hits = 0
@@ -34,6 +39,8 @@ class Desk:
         self._cache = cache
         self._backend = backend
         self._loader = loader
+        # What a file is now; None if nobody wants to know.
+        self._version_of = version_of
         # Gathers being issued: closing lets them end before it takes the memory away.
         self._gathering = 0
         # clear() was called, and memory is to be given back when no batch is in flight.
@@ -44,10 +51,11 @@ class Desk:
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Start to load what is absent, for nobody in particular."""
         loading: list[Entry] = []
+        stale = self._find_stale(numbers)
         try:
             with self.changed:
                 self.require_open()
-                self._start_loading(numbers, loading)
+                self._start_loading(self._renew(numbers, stale), loading)
             self._loader.submit(loading)
         except BaseException as error:
             self._loader.give_up(loading, error)
@@ -69,9 +77,11 @@ class Desk:
         return ticket
 
     def _open_ticket(self, numbers: Sequence[int], loading: list[Entry], warming: bool) -> Ticket:
+        stale = self._find_stale(numbers)
         with self.changed:
             self.require_open()
             cache = self._cache
+            numbers = self._renew(numbers, stale)
             rows = list(map(cache.rows.__getitem__, numbers))
             ticket = Ticket(self, cache.open_ticket(numbers, report=not warming), numbers)
             if rows and min(rows) >= 0:
@@ -89,6 +99,28 @@ class Desk:
                 self.misses += len(loading)
                 self.hits += len(numbers) - len(loading)
         return ticket
+
+    def _find_stale(self, numbers: Sequence[int]) -> list[tuple[Entry, bytes | None]]:
+        """What is READY but no longer as in its file, with its version. Without the lock."""
+        if self._version_of is None:
+            return []
+        numbers = self._cache.current(list(dict.fromkeys(numbers)))
+        entries = map(self._cache.entries.__getitem__, numbers)
+        ready = ((entry, entry.version) for entry in entries if entry.state is State.READY)
+        return [
+            (entry, version)
+            for entry, version in ready
+            if version is None or version != self._version_of(entry.path)
+        ]
+
+    def _renew(
+        self, numbers: Sequence[int], stale: Sequence[tuple[Entry, bytes | None]]
+    ) -> Sequence[int]:
+        """Under the lock: drop what is stale; the numbers of what takes its place."""
+        for entry, version in stale:
+            if entry.version is version:  # and nobody has read it anew since
+                self._cache.renew(entry)
+        return self._cache.current(numbers)
 
     def _start_loading(
         self, numbers: Sequence[int], loading: list[Entry], *, evict: bool = True

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpucache_pipes.cache import Cache, Entry
@@ -35,6 +35,7 @@ class Loader:
         open_file: Opener,
         pool: ReaderPool | None,
         page_bytes: int | None,
+        version_of: Callable[[str], bytes | None] | None,
         changed: threading.Condition,
     ) -> None:
         self._cache = cache
@@ -42,6 +43,7 @@ class Loader:
         self._open_file = open_file
         self._pool = pool
         self._page_bytes = page_bytes
+        self._version_of = version_of
         self._changed = changed
         # Counters; under the lock.
         self.files_read = 0
@@ -85,6 +87,9 @@ class Loader:
             for entry in entries:
                 self._require_running()
                 try:
+                    if self._version_of is not None:
+                        # First: if it changes now, what is read is taken for older than it is.
+                        entry.version = self._version_of(entry.path)
                     with trace("gpucache::read"):
                         feature = self._open_file(entry.path)
                 except Exception as error:

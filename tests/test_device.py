@@ -51,6 +51,44 @@ def test_several_segments_are_as_one(data: st.DataObject, page_bytes: int) -> No
             assert torch.equal(column.view(torch.uint8), expected), round_
 
 
+def test_large_results_use_memory_again_but_not_while_it_is_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpucache_pipes.device.arena.LARGE", 1)
+    host = HostBackend()
+    host.configure(64)
+    host.grow(4, None)
+    upload = host.upload([[0], [1], [2], [3]])
+    for n in range(4):
+        upload.buffers(n)[0][:] = bytes([n]) * 64
+    upload.finish()
+
+    def gather(*pages: int) -> torch.Tensor:
+        [result] = host.gather(pages, [(0, 64)])
+        assert result.view(torch.uint8)[:, 0].tolist() == list(pages)
+        return result
+
+    first = gather(0, 1)
+    place = first.data_ptr()
+    view = first[1].view(torch.uint8)[3:5].numpy()
+    del first
+    second = gather(2, 3)
+    assert second.data_ptr() != place and view.tolist() == [1, 1]
+    del view
+    third = gather(3, 2)
+    assert third.data_ptr() == place and second.view(torch.uint8)[:, 9].tolist() == [2, 3]
+    # A much smaller result takes none that is larger, and only so many are kept.
+    large = gather(0, 1, 2, 3)
+    place = large.data_ptr()
+    del large
+    assert gather(1).data_ptr() != place
+    several = [gather(n % 4, 0) for n in range(20)]
+    del several
+    assert len(host._results._free) <= 4
+    host.close()
+    assert second.view(torch.uint8)[:, 9].tolist() == [2, 3]
+
+
 @pytest.fixture(params=["host", "staged"])
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "host":

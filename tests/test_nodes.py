@@ -1,7 +1,7 @@
 """GPUPrefetcher and GPUCollator: order, state, errors, and company."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,15 @@ from gpucache_pipes.testing import assert_same
 Files = Callable[..., list[str]]
 FEATURES = {f"/f/{n:02d}.pt": {**sample(n), "n": n} for n in range(10)}
 PATHS = list(FEATURES)
+
+
+@pytest.fixture(autouse=True)
+def collect_in_the_main_thread() -> Iterator[None]:
+    """torchdata's Prefetcher, when it is collected, joins its threads: no such thread may do it."""
+    gc.disable()
+    yield
+    gc.collect()
+    gc.enable()
 
 
 @pytest.fixture(params=["host", "staged"])

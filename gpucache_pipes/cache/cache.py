@@ -41,6 +41,8 @@ class Cache:
             all there, and all alike, is told from any other by its least and largest row,
             without looking at 256 objects.
         layouts: the layouts by their number.
+        newer: the numbers of entries whose file has changed while a ticket needed what it had
+            been, and of those that took their place.
     """
 
     def __init__(self, ledger: Ledger, policy: Policy, grow: Grow) -> None:
@@ -49,6 +51,7 @@ class Cache:
         self.entries: list[Entry] = []
         self.rows: list[int] = []
         self.layouts: list[Any] = []
+        self.newer: dict[int, int] = {}
         self.evictions = 0
         self._by_key: dict[str, Entry] = {}
         self._layout_numbers: dict[Any, int] = {}
@@ -68,11 +71,18 @@ class Cache:
     def entry(self, key: str, path: str | None = None) -> Entry:
         """The entry of a file, made if it is new."""
         entry = self._by_key.get(key)
-        if entry is None:
-            entry = self._by_key[key] = Entry(key, len(self.entries), path or key)
-            self.entries.append(entry)
-            self.rows.append(-1)
+        return self._new_entry(key, path or key) if entry is None else entry
+
+    def _new_entry(self, key: str, path: str) -> Entry:
+        entry = self._by_key[key] = Entry(key, len(self.entries), path)
+        self.entries.append(entry)
+        self.rows.append(-1)
         return entry
+
+    def current(self, numbers: Sequence[int]) -> Sequence[int]:
+        """The same, but for entries that others have taken the place of."""
+        newer = self.newer
+        return [newer.get(number, number) for number in numbers] if newer else numbers
 
     # Tickets
 
@@ -259,6 +269,18 @@ class Cache:
                     self._loose.add(entry)
                 self.ledger.make_transient(entry)
 
+    def renew(self, entry: Entry) -> None:
+        """The file has changed: what is READY of it is for open tickets only, and for no other."""
+        if entry.state is not State.READY or entry.number in self.newer:
+            return
+        self.release([entry])
+        if entry.state is State.READY:
+            number = self._new_entry(entry.key, entry.path).number
+            for older, newest in self.newer.items():
+                if newest == entry.number:
+                    self.newer[older] = number
+            self.newer[entry.number] = number
+
     def forget_pages(self) -> None:
         """The arena is gone. Only while no entry holds a page."""
         self.ledger.forget_pages()
@@ -322,6 +344,7 @@ class Cache:
                 not ok
                 or (entry.waiters and entry.state is not State.LOADING)
                 or entry.number != number
+                or (self._by_key[entry.key] is not entry) != (number in self.newer)
                 or self.rows[number] != row
             ):
                 raise AssertionError(f"cache: inconsistent {entry!r}")

@@ -32,6 +32,7 @@ class Entry:
         nbytes: bytes of its tensors, while it has pages.
         charge: what it counts against the budget in bytes; see Ledger.
         layout, values: how to read the pages and the plain values; opaque to the cache.
+        version: what the file was when it was read, if the store looks whether it changes.
         waiters: the tickets to tell when LOADING ends.
     """
 
@@ -48,6 +49,7 @@ class Entry:
         "path",
         "state",
         "values",
+        "version",
         "waiters",
     )  # fmt: skip
 
@@ -64,6 +66,7 @@ class Entry:
         self.charge = 0
         self.layout: Any = None
         self.values: tuple[Any, ...] = ()
+        self.version: bytes | None = None
         # No list of its own: a million of those would cost the garbage collector seconds.
         self.waiters: tuple[Any, ...] = ()
 

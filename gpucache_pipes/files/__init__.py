@@ -6,6 +6,7 @@ from gpucache_pipes.files.paths import PathLike, PathTable
 from gpucache_pipes.files.pool import ReaderPool
 from gpucache_pipes.files.sampling import sample_file_sizes
 from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature
+from gpucache_pipes.files.versions import file_version
 
 __all__ = [
     "Branch",
@@ -20,6 +21,7 @@ __all__ = [
     "ReaderPool",
     "Tree",
     "build",
+    "file_version",
     "flatten",
     "leaf_names",
     "opener",

@@ -3,7 +3,6 @@
 import os
 import stat
 import struct
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, Leaf
 from gpucache_pipes.files.source import OpenFeature, spread
+from gpucache_pipes.files.versions import is_racy, version_of
 
 SMALL = 64 << 10
 """Files up to this size are read whole, by one system call."""
@@ -26,10 +26,6 @@ _MOST_BYTES = 1 << 30
 DEAREST = 1 << 17
 """Plans that cost more, such as those that hold long texts, are not remembered."""
 
-_RACY_NS = 2_000_000_000
-"""A file may change without its time changing, if it has just been written: clocks are coarse."""
-
-_SIGNATURE = struct.Struct("=QQQq")
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
@@ -109,7 +105,7 @@ class PlanReader:
     """Opens files of one format; subclasses say how to plan one. For any number of threads."""
 
     def __init__(self) -> None:
-        # By device, inode, size and modification time of the file. No tuples: millions of
+        # By the version of the file. No tuples: millions of
         # objects that the garbage collector must walk would cost more than the reading.
         self._plans: dict[bytes, Plan] = {}
         self._cost = 0
@@ -118,12 +114,12 @@ class PlanReader:
         """How to read this file. Raises Unsupported."""
         raise NotImplementedError
 
-    def _remember(self, signature: bytes, plan: Plan) -> None:
+    def _remember(self, version: bytes, plan: Plan) -> None:
         self._cost += plan.cost
         if len(self._plans) >= _MOST_FILES or self._cost > _MOST_BYTES:
             self._plans.clear()
             self._cost = plan.cost
-        self._plans[signature] = plan
+        self._plans[version] = plan
 
     def open(self, path: str) -> OpenFeature:
         """The feature in the file. Raises Unsupported, OSError."""
@@ -136,8 +132,8 @@ class PlanReader:
                     raise IsADirectoryError(f"{path!r} is a directory")
                 raise OSError(f"{path!r} is not a regular file")
             size = status.st_size
-            signature = _SIGNATURE.pack(status.st_dev, status.st_ino, size, status.st_mtime_ns)
-            plan = self._plans.get(signature)
+            version = version_of(status)
+            plan = self._plans.get(version)
             if plan is not None:
                 return PlannedFeature(path, fd, plan, b"")
             data = b""
@@ -148,8 +144,8 @@ class PlanReader:
                 plan = self.plan(Bytes(data))
             else:
                 plan = self.plan(Windows(fd, size))
-            if plan.cost <= DEAREST and time.time_ns() - status.st_mtime_ns > _RACY_NS:
-                self._remember(signature, plan)
+            if plan.cost <= DEAREST and not is_racy(status):
+                self._remember(version, plan)
             return PlannedFeature(path, fd, plan, data)
         except BaseException:
             os.close(fd)
