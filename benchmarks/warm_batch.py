@@ -7,6 +7,7 @@ an order that changes; each has lists of paths and data of its own.
 - index_select: two resident tensors, the list of paths looked up in a dict. The limit.
 - stack: a dict of features by path, torch.stack over each leaf. What people write by hand.
 - store: `store.get_batch(paths).collate()`.
+- store, revalidate: the same with `revalidate=True`: a stat for each file of each batch.
 - pipeline: PathLister -> GPUPrefetcher -> GPUCollator. Its time includes listing: the others
   are given their lists of paths.
 
@@ -14,6 +15,7 @@ an order that changes; each has lists of paths and data of its own.
 """
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -69,12 +71,17 @@ def main() -> None:
                 "label": torch.stack([item["label"] for item in items]),
             }
 
-        def new_store() -> GPUFeatureStore:
-            store = GPUFeatureStore("cpu", max_cache_bytes=args.max_cache_bytes)
+        for path in paths:
+            os.utime(path, (1, 1))  # or it would be read again, since it has just been written
+
+        def new_store(revalidate: bool = False) -> GPUFeatureStore:
+            store = GPUFeatureStore(
+                "cpu", max_cache_bytes=args.max_cache_bytes, revalidate=revalidate
+            )
             store.warm(new_lister().paths, progress=False)
             return store
 
-        store = new_store()
+        store, wary = new_store(), new_store(revalidate=True)
         pipeline = GPUCollator(GPUPrefetcher(new_lister(), new_store()))
 
         def pipeline_epoch() -> Iterator[Batch]:
@@ -85,6 +92,7 @@ def main() -> None:
             "index_select": over_lists(index_select),
             "stack": over_lists(stack),
             "store": over_lists(lambda batch: store.get_batch(batch).collate()),
+            "store, revalidate": over_lists(lambda batch: wary.get_batch(batch).collate()),
             "pipeline": pipeline_epoch,
         }
         # All give the same batches: the first epoch of the same seed.

@@ -27,7 +27,6 @@ class Desk:
         cache: Cache,
         backend: Backend,
         loader: Loader,
-        version_of: Callable[[str], bytes | None] | None,
         changed: threading.Condition,
     ) -> None:
         self.changed = changed
@@ -39,8 +38,6 @@ class Desk:
         self._cache = cache
         self._backend = backend
         self._loader = loader
-        # What a file is now; None if nobody wants to know.
-        self._version_of = version_of
         # Gathers being issued: closing lets them end before it takes the memory away.
         self._gathering = 0
         # clear() was called, and memory is to be given back when no batch is in flight.
@@ -102,7 +99,7 @@ class Desk:
 
     def _find_stale(self, numbers: Sequence[int]) -> list[tuple[Entry, bytes | None]]:
         """What is READY but no longer as in its file, with its version. Without the lock."""
-        if self._version_of is None:
+        if not self._loader.revalidate:
             return []
         numbers = self._cache.current(list(dict.fromkeys(numbers)))
         entries = map(self._cache.entries.__getitem__, numbers)
@@ -110,7 +107,7 @@ class Desk:
         return [
             (entry, version)
             for entry, version in ready
-            if version is None or version != self._version_of(entry.path)
+            if not self._loader.is_current(entry.path, version)
         ]
 
     def _renew(

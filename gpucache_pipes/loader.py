@@ -2,12 +2,19 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from gpucache_pipes.cache import Cache, Entry
 from gpucache_pipes.device import Backend
-from gpucache_pipes.files import Opener, OpenFeature, ReaderPool, sample_file_sizes
+from gpucache_pipes.files import (
+    Opener,
+    OpenFeature,
+    ReaderPool,
+    file_version,
+    has_version,
+    sample_file_sizes,
+)
 from gpucache_pipes.pages import choose_page_bytes
 from gpucache_pipes.tracing import trace
 
@@ -35,7 +42,7 @@ class Loader:
         open_file: Opener,
         pool: ReaderPool | None,
         page_bytes: int | None,
-        version_of: Callable[[str], bytes | None] | None,
+        revalidate: bool,
         changed: threading.Condition,
     ) -> None:
         self._cache = cache
@@ -43,7 +50,8 @@ class Loader:
         self._open_file = open_file
         self._pool = pool
         self._page_bytes = page_bytes
-        self._version_of = version_of
+        # Whether to note, for each file that is read, what it was then.
+        self.revalidate = revalidate
         self._changed = changed
         # Counters; under the lock.
         self.files_read = 0
@@ -68,6 +76,10 @@ class Loader:
                 del entries[:size]
                 self._load(task)
 
+    def is_current(self, path: str, version: bytes | None) -> bool:
+        """Whether the file is certainly still what it was in that version."""
+        return has_version(path, version)
+
     def give_up(self, entries: Sequence[Entry], error: BaseException) -> None:
         """Tell all who wait for `entries`, which nobody reads, that they will not come."""
         self._end({}, failed=dict.fromkeys(entries, error))
@@ -87,9 +99,9 @@ class Loader:
             for entry in entries:
                 self._require_running()
                 try:
-                    if self._version_of is not None:
+                    if self.revalidate:
                         # First: if it changes now, what is read is taken for older than it is.
-                        entry.version = self._version_of(entry.path)
+                        entry.version = file_version(entry.path)
                     with trace("gpucache::read"):
                         feature = self._open_file(entry.path)
                 except Exception as error:

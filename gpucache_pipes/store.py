@@ -17,7 +17,7 @@ from gpucache_pipes.batch import FeatureBatch
 from gpucache_pipes.cache import Cache, Ledger, Policy, make_policy
 from gpucache_pipes.desk import Desk
 from gpucache_pipes.device import Backend, open_backend, resolve_device
-from gpucache_pipes.files import PathLike, PathTable, ReaderPool, file_version, opener
+from gpucache_pipes.files import PathLike, PathTable, ReaderPool, opener
 from gpucache_pipes.lifetime import watch
 from gpucache_pipes.loader import Loader
 from gpucache_pipes.stats import StoreStats
@@ -57,7 +57,7 @@ class GPUFeatureStore:
         reader_threads: number of background threads; None chooses.
         page_bytes: size of a page, a multiple of 16; None fits it to the first features.
         revalidate: look at each hit whether the file has changed (device, inode, size or time
-            of modification), and read it again if so. Takes a stat, about 2 us on a local
+            of modification), and read it again if so. Takes a stat, about 3 us on a local
             disk, for each file of a batch, in the thread that asks. A file that was written
             less than two seconds before it was read is read again at its next hit, since
             clocks are too coarse to tell.
@@ -95,7 +95,6 @@ class GPUFeatureStore:
         self._backend = (
             device if isinstance(device, Backend) else open_backend(resolve_device(device))
         )
-        version_of = file_version if revalidate else None
         changed = threading.Condition(threading.Lock())
         self._cache = Cache(ledger, policy, self._backend.grow)
         self._pool = ReaderPool(threads, "gpucache-reader") if asynchronous else None
@@ -105,10 +104,10 @@ class GPUFeatureStore:
             opener(load_fn, weights_only),
             self._pool,
             page_bytes,
-            version_of,
+            revalidate,
             changed,
         )
-        self._desk = Desk(self._cache, self._backend, self._loader, version_of, changed)
+        self._desk = Desk(self._cache, self._backend, self._loader, changed)
         self._paths = PathTable(_numbering(changed, self._cache))
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _let_go, self._pid, self._pool, self._backend)

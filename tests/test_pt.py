@@ -1,10 +1,12 @@
 """The fast reader equals torch.load, bit for bit, or leaves the file to it."""
 
+import contextlib
 import io
 import os
 import pickle
 import shutil
 import struct
+import tracemalloc
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -429,6 +431,45 @@ def test_a_small_pickle_cannot_make_much(tmp_path: Path) -> None:
     bomb = pickled(b"]q\x02", b"(", text + b"q\x00", latin + b"q\x01", *(call,) * 2000, b"e")
     with pytest.raises(Unsupported, match="makes much"):
         read_pickle(bomb)
+
+
+MANY = 20_000
+GREEDY = {
+    "dicts": b"](" + b"}" * MANY + b"e",
+    "lists": b"](" + b"]" * MANY + b"e",
+    "marks": b"(" * MANY,
+    "tuples": b"(" + b")" * MANY + b"t",
+    "tuples in tuples": b")" + b"\x85" * MANY,
+    "one list, many times": b"](]q\x00(" + b"N" * 99 + b"e" + b"h\x00" * MANY + b"e",
+    "ints": b"](" + b"J1234" * MANY + b"e",
+    "memo": b"N" + b"".join(b"r" + struct.pack("<I", n) for n in range(MANY)),
+    "keys": b"}(" + b"".join(b"J" + struct.pack("<I", n) + b"}" for n in range(MANY)) + b"u",
+    "names": b"](" + b"ca\nb\n" * MANY + b"e",
+    "calls": b"](" + b"ccollections\nOrderedDict\n)R" * MANY + b"e",
+}
+
+
+@pytest.mark.parametrize("greed", GREEDY)
+def test_memory_is_in_proportion_to_the_file(tmp_path: Path, greed: str) -> None:
+    path = archive(tmp_path, pickled(GREEDY[greed]))
+    reader = PtReader()
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(Unsupported):
+            reader.open(path).close()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 256 * os.path.getsize(path)
+
+
+def test_parts_beyond_measure_in_what_torch_loads(tmp_path: Path) -> None:
+    part: Any = {1}
+    for _ in range(25):
+        part = [part, part]
+    path = save(tmp_path / "x.pt", part)
+    with pytest.raises(ValueError, match=r"a feature of more than \d+ parts"):
+        opener(None, False)(path)
 
 
 def test_long_values_are_not_remembered(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from gpucache_pipes.files.paths import PathLike, PathTable
 from gpucache_pipes.files.pool import ReaderPool
 from gpucache_pipes.files.sampling import sample_file_sizes
 from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature
-from gpucache_pipes.files.versions import file_version
+from gpucache_pipes.files.versions import file_version, has_version
 
 __all__ = [
     "Branch",
@@ -23,6 +23,7 @@ __all__ = [
     "build",
     "file_version",
     "flatten",
+    "has_version",
     "leaf_names",
     "opener",
     "own",

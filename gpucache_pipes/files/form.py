@@ -92,7 +92,7 @@ class Form:
 
     def _make_plan(self, pickle: bytes) -> Plan:
         try:
-            tree, tensors, values = flatten(read_pickle(pickle), SavedTensor)
+            tree, tensors, values = flatten(read_pickle(pickle), SavedTensor, len(pickle))
         except (TypeError, ValueError, RecursionError) as error:
             raise Unsupported(str(error)) from error
         if any(isinstance(value, (Name, Storage)) for value in values):

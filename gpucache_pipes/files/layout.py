@@ -13,6 +13,7 @@ ALIGNMENT = 16
 
 
 _MOST_PARTS = 1_000_000
+"""Of a feature. A few bytes can describe 2**n parts by naming one part twice, n times over."""
 
 
 class Leaf(NamedTuple):
@@ -94,15 +95,18 @@ def _count_plain(tree: Tree) -> int:
     return int(tree < 0) if isinstance(tree, int) else sum(map(_count_plain, tree.children))
 
 
-def flatten(feature: Any, leaf: type = torch.Tensor) -> tuple[Tree, list[Any], list[Any]]:
+def flatten(
+    feature: Any, leaf: type = torch.Tensor, most_parts: int = _MOST_PARTS
+) -> tuple[Tree, list[Any], list[Any]]:
     """The tree of a feature, its leaves, and its plain values, each in the order of the tree.
 
     dict, OrderedDict, list, tuple and NamedTuple are containers, objects of the type `leaf` are
     leaves, and everything else is a plain value. Raises TypeError, naming the place, for a
     tensor that has no dense bytes (sparse, quantized, nested, meta), for a tensor subclass, and
-    for other kinds of containers; and ValueError for a feature of more than a million parts.
+    for other kinds of containers; and ValueError for a feature of more parts than `most_parts`,
+    or than a million.
     """
-    visitor = _Visitor(leaf)
+    visitor = _Visitor(leaf, min(most_parts, _MOST_PARTS))
     return visitor.visit(feature, None), visitor.tensors, visitor.values
 
 
@@ -110,17 +114,20 @@ class _Visitor:
     # No function that calls itself from within another: each call would leave a cycle behind, and
     # the garbage collector would take longer than the reading.
 
-    def __init__(self, leaf: type) -> None:
+    def __init__(self, leaf: type, most_parts: int) -> None:
         self.leaf = leaf
+        self.most_parts = most_parts
         self.parts = 0
         self.tensors: list[Any] = []
         self.values: list[Any] = []
 
     def visit(self, item: Any, place: Place) -> Tree:
         self.parts += 1
-        if self.parts > _MOST_PARTS:
-            # A few bytes can describe 2**n parts by naming one part twice, n times over.
-            raise ValueError(f"a feature of more than {_MOST_PARTS} parts; make it tensors")
+        if self.parts > self.most_parts:
+            raise ValueError(
+                f"a feature of more than {self.most_parts} parts: too many, or more than its file "
+                "has bytes; make it tensors, and name no container more than once"
+            )
         kind = type(item)
         if isinstance(item, self.leaf):
             if isinstance(item, torch.Tensor):

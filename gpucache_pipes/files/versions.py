@@ -20,6 +20,14 @@ def is_racy(status: os.stat_result) -> bool:
     return time.time_ns() - status.st_mtime_ns <= RACY_NS
 
 
+def has_version(path: str, version: bytes | None) -> bool:
+    """Whether the file at `path` is certainly still the one that had this version."""
+    try:
+        return version is not None and version_of(os.stat(path)) == version
+    except OSError:
+        return False
+
+
 def file_version(path: str) -> bytes | None:
     """The version of the file at `path`; None where it has none that could be relied on."""
     try:
