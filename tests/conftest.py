@@ -25,6 +25,13 @@ settings.register_profile("long", parent=settings.get_profile("default"), max_ex
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def do_not_look_at_modules() -> None:
+    """What imports have made is not looked at by the thousands of collections to come."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def check_every_store() -> Iterator[None]:
     """After each test every store is consistent, and closing it leaves no reader behind."""

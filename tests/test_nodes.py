@@ -22,7 +22,7 @@ from gpucache_pipes import (
     PathLister,
 )
 from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
-from gpucache_pipes.testing import assert_same
+from gpucache_pipes.testing import SimulatedRuntime, assert_same
 
 Files = Callable[..., list[str]]
 FEATURES = {f"/f/{n:02d}.pt": {**sample(n), "n": n} for n in range(10)}
@@ -38,13 +38,13 @@ def collect_in_the_main_thread() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.fixture(params=["host", "staged"])
+@pytest.fixture(params=["host", "staged", "simulated"])
 def store(request: pytest.FixtureRequest) -> GPUFeatureStore:
-    device = (
-        "cpu"
-        if request.param == "host"
-        else AcceleratorBackend(InOrderRuntime(torch.device("cpu")))
-    )
+    device: Any = "cpu"
+    if request.param == "staged":
+        device = AcceleratorBackend(InOrderRuntime(torch.device("cpu")))
+    if request.param == "simulated":
+        device = AcceleratorBackend(SimulatedRuntime(3))
     # Room for half of the files: evictions happen all the time.
     return GPUFeatureStore(device, load_fn=FEATURES.__getitem__, max_cache_items=5)
 

@@ -42,6 +42,12 @@ class Runtime(Protocol):
         """An int64 tensor on the device, filled in stream order without waiting for it."""
 
 
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor on the host, writable. The tensor must outlive it."""
+    memory = (ctypes.c_char * tensor.numel()).from_address(tensor.data_ptr())
+    return memoryview(memory).cast("B")
+
+
 class TorchRuntime:
     """Runtime of a real device; `device` has an index."""
 
@@ -85,8 +91,7 @@ class TorchRuntime:
 
     def bytes_of(self, pinned: torch.Tensor) -> memoryview:
         """See Runtime."""
-        memory = (ctypes.c_char * pinned.numel()).from_address(pinned.data_ptr())
-        return memoryview(memory).cast("B")
+        return host_bytes(pinned)
 
     def index(self, numbers: Sequence[int]) -> torch.Tensor:
         """See Runtime."""
@@ -129,7 +134,9 @@ class InOrderRuntime:
         """See Runtime."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    bytes_of = TorchRuntime.bytes_of
+    def bytes_of(self, pinned: torch.Tensor) -> memoryview:
+        """See Runtime."""
+        return host_bytes(pinned)
 
     def index(self, numbers: Sequence[int]) -> torch.Tensor:
         """See Runtime."""

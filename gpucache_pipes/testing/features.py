@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from gpucache_pipes.testing.simulated_tensor import SimulatedTensor
+
 DTYPES = (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64,
     torch.complex128, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
@@ -76,6 +78,7 @@ def features(
 
 def assert_same(a: Any, b: Any) -> None:
     """Raise AssertionError unless `a` and `b` are equal: types, order of keys, every bit."""
+    a, b = (item.cpu() if isinstance(item, SimulatedTensor) else item for item in (a, b))
     assert type(a) is type(b), f"{type(a)} is not {type(b)}"
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape, f"{a.dtype}{a.shape} {b.dtype}{b.shape}"

@@ -1,0 +1,261 @@
+"""A device that does not exist: operations are queued, and run late and in an order of its choice.
+
+`SimulatedRuntime` takes the place of `device.TorchRuntime`: a store on
+`AcceleratorBackend(SimulatedRuntime(seed))` runs unchanged, on the CPU. What real hardware does
+once in a thousand runs happens here in most: copies wait, streams overtake each other, and nothing
+has happened yet unless somebody has waited for it. An access that nothing brings in order raises
+`UnorderedAccessError` when it is issued, even if the data would have come out right.
+
+A copy from memory that is not page-locked takes its bytes at once, as CUDA does. Not simulated: the
+allocator's reuse of memory across streams.
+"""
+
+import contextlib
+import itertools
+import random
+import threading
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from gpucache_pipes.device.runtime import host_bytes
+from gpucache_pipes.testing.ordering import HOST, Clock, Interval, OrderChecker, join
+from gpucache_pipes.testing.simulated_streams import SimulatedEvent, SimulatedStream
+from gpucache_pipes.testing.simulated_tensor import SimulatedTensor, intervals_of
+
+
+class SimulatedRuntime:
+    """Runtime of a device that is only simulated; see the module.
+
+    Args:
+        seed: of the order in which operations run.
+        haste: how likely an operation is to run when it could: 0 is only when somebody waits.
+    """
+
+    def __init__(self, seed: int = 0, haste: float = 0.3) -> None:
+        self.device = torch.device("cpu")
+        self.lock = threading.RLock()
+        self.checker = OrderChecker()
+        self.operations = 0
+        """Operations issued so far, copies to the device included."""
+        self.waits = 0
+        """How often the host has waited for the device so far."""
+        self._random = random.Random(seed)
+        self._haste = haste
+        self._host: Clock = {}
+        self._streams: list[SimulatedStream] = []
+        self._current = threading.local()
+        self._default = self.new_stream()
+        self._memories = itertools.count()
+        # Page-locked memory: first and last address, and number.
+        self._pinned: list[tuple[int, int, int]] = []
+
+    # As in Runtime
+
+    def new_stream(self) -> SimulatedStream:
+        """See Runtime."""
+        with self.lock:
+            self._streams.append(SimulatedStream(self, len(self._streams)))
+            return self._streams[-1]
+
+    def current_stream(self) -> SimulatedStream:
+        """See Runtime."""
+        return getattr(self._current, "stream", self._default)
+
+    def new_event(self) -> SimulatedEvent:
+        """See Runtime."""
+        return SimulatedEvent(self)
+
+    @contextlib.contextmanager
+    def on(self, stream: SimulatedStream) -> Iterator[None]:
+        """See Runtime."""
+        before = self.current_stream()
+        self._current.stream = stream
+        try:
+            yield
+        finally:
+            self._current.stream = before
+
+    def on_device(self) -> contextlib.AbstractContextManager[None]:
+        """See Runtime."""
+        return contextlib.nullcontext()
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """See Runtime. Filled with rubbish."""
+        return self._allocate(torch.empty(nbytes, dtype=torch.uint8))
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """See Runtime."""
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        first, last = memory.data_ptr(), memory.data_ptr() + nbytes
+        with self.lock:
+            self._pinned = [p for p in self._pinned if p[1] <= first or last <= p[0]]
+            self._pinned.append((first, last, next(self._memories)))
+        return memory
+
+    def bytes_of(self, pinned: torch.Tensor) -> memoryview:
+        """See Runtime. The host is taken to write to all of it now."""
+        with self.lock:
+            self._host[HOST] = self._host.get(HOST, 0) + 1
+            interval = self._pinned_interval(pinned)
+            writes = [] if interval is None else [interval]
+            self.checker.check(HOST, self._host[HOST], self._host, "filling staging", [], writes)
+        return host_bytes(pinned)
+
+    def index(self, numbers: Sequence[int]) -> torch.Tensor:
+        """See Runtime."""
+        with self.lock:
+            values = torch.frombuffer(array("q", numbers), dtype=torch.int64)
+            index = self._allocate(torch.empty_like(values))
+            self._issue("index", [], intervals_of(index), partial(index.content.copy_, values))
+            index.numbers = list(numbers)
+            return index
+
+    # What happens with operations
+
+    def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Issue an operation on simulated tensors. Views are made at once."""
+        with self.lock:
+            self.let_time_pass()
+            arguments = func._schema.arguments
+            written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+            aliased = any(a.alias_info is not None for a in arguments)
+            if aliased and not any(written):
+                real = func(*_reals(args), **_reals(kwargs))
+                return SimulatedTensor(real, self, args[0].memory)
+            named = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+            outputs = [
+                named[a.name] for a, is_written in zip(arguments, written, strict=True)
+                if is_written and a.name in named
+            ]  # fmt: skip
+            if not all(isinstance(output, SimulatedTensor) for output in outputs):
+                return self._on_host(func, args, kwargs)
+            if any(str(r.type) not in ("Tensor", "Tensor[]") for r in func._schema.returns):
+                return self._on_host(func, args, kwargs)
+            return self._queue(func, args, kwargs, outputs)
+
+    def _queue(self, func: Any, args: Any, kwargs: Any, outputs: list[SimulatedTensor]) -> Any:
+        mine = set(map(id, outputs))
+        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if id(leaf) not in mine]
+        rows = next((i.numbers for i in inputs if getattr(i, "numbers", None) is not None), None)
+        by_row = func.name().startswith(("aten::index_select", "aten::index_copy"))
+        reads: list[Interval] = []
+        for tensor in inputs:
+            # Those that ask a tensor for its shape only do not read it.
+            if isinstance(tensor, SimulatedTensor) and not func.name().startswith("aten::new_"):
+                selected = by_row and func.name().startswith("aten::index_select")
+                of_rows = rows if selected and tensor.numbers is None else None
+                reads += intervals_of(tensor, of_rows)
+        late, early = self._host_memory(args, kwargs)
+        reads += early
+        call = partial(func, *late[0], **late[1])
+        if outputs:
+            writes = intervals_of(outputs[0], rows if by_row else None)
+            self._issue(func.name(), reads, writes, call)
+            return outputs[0]
+        shapes = func(*_metas(args), **_metas(kwargs))
+        results = [self._allocate(torch.empty_like(m, device="cpu"))
+                   for m in tree_flatten(shapes)[0]]  # fmt: skip
+
+        def run() -> None:
+            for result, value in zip(results, tree_flatten(call())[0], strict=True):
+                result.content.copy_(value)
+
+        self._issue(func.name(), reads, [i for r in results for i in intervals_of(r)], run)
+        return results[0] if isinstance(shapes, torch.Tensor) else results
+
+    def _host_memory(self, args: Any, kwargs: Any) -> tuple[tuple[Any, Any], list[Interval]]:
+        """The arguments as the device will see them, and which page-locked memory it will read."""
+        reads: list[Interval] = []
+
+        def seen(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, SimulatedTensor):
+                return tensor.content
+            if (interval := self._pinned_interval(tensor)) is not None:
+                reads.append(interval)
+                return tensor
+            return tensor.clone()
+
+        return tree_map_only(torch.Tensor, seen, (args, kwargs)), reads
+
+    def _pinned_interval(self, tensor: torch.Tensor) -> Interval | None:
+        start = tensor.data_ptr()
+        for first, last, memory in self._pinned:
+            if first <= start < last:
+                return memory, start - first, start - first + tensor.numel() * tensor.itemsize
+        return None
+
+    def _on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the host wants to see it waits for."""
+        self.current_stream().synchronize()
+        reads = [i for t in tree_flatten((args, kwargs))[0] if isinstance(t, SimulatedTensor)
+                 for i in intervals_of(t)]  # fmt: skip
+        self.checker.check(HOST, self._host.get(HOST, 0), self._host, func.name(), reads, [])
+        return func(*_reals(args), **_reals(kwargs))
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host, after waiting for the current stream."""
+        with self.lock:
+            real: torch.Tensor = self._on_host(torch.ops.aten.clone.default, (tensor,), {})
+            return real
+
+    def _allocate(self, real: torch.Tensor) -> SimulatedTensor:
+        # Rubbish: what is read before it is written must not happen to be right.
+        if real.numel():
+            real.view(torch.uint8).fill_(0xA5) if real.ndim else real.fill_(1)
+        return SimulatedTensor(real, self, next(self._memories))
+
+    def _issue(
+        self, what: str, reads: list[Interval], writes: list[Interval], run: Callable[[], Any]
+    ) -> None:
+        stream = self.current_stream()
+        join(stream.clock, self._host)
+        count = stream.clock.get(stream.number, 0) + 1
+        self.checker.check(stream.number, count, stream.clock, what, reads, writes)
+        stream.clock[stream.number] = count
+        stream.queue.append((run, None))
+        self.operations += 1
+
+    # Time
+
+    def let_time_pass(self) -> None:
+        """Run some of what could run."""
+        while self._random.random() < self._haste and self._run_any():
+            pass
+
+    def run_one(self) -> None:
+        """Run one operation, because somebody waits for it or for one behind it."""
+        if not self._run_any():
+            raise RuntimeError("every stream waits for another, or for an event never recorded")
+
+    def _run_any(self) -> bool:
+        able = [stream for stream in self._streams if stream.ready]
+        if not able:
+            return False
+        run, _ = self._random.choice(able).queue.popleft()
+        run()
+        return True
+
+    def host_knows(self, clock: Clock) -> None:
+        """The host has seen that so much is finished."""
+        join(self._host, clock)
+        self.checker.forget(self._host)
+
+
+def _reals(arguments: Any) -> Any:
+    return tree_map_only(SimulatedTensor, lambda tensor: tensor.content, arguments)
+
+
+def _metas(arguments: Any) -> Any:
+    """The arguments with shapes instead of tensors."""
+
+    def meta(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta"
+        )
+
+    return tree_map_only(torch.Tensor, meta, arguments)

@@ -1,0 +1,192 @@
+"""The three edges, on a device that runs things late and in an order of its own."""
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
+from gpucache_pipes.device import AcceleratorBackend, accelerator
+from gpucache_pipes.testing import SimulatedRuntime, UnorderedAccessError, assert_same
+
+FILES = {
+    f"/f/{n}.pt": {"feature": torch.full((40,), float(n)), "label": torch.tensor([n])}
+    for n in range(12)
+}
+PATHS = list(FILES)
+
+
+def work(runtime: SimulatedRuntime, seed: int, steps: int = 80) -> None:
+    """Two consumer streams over one small cache; what they hold is looked at much later."""
+    choose = random.Random(seed)
+    streams = [runtime.new_stream() for _ in range(2)]
+    held: list[tuple[Any, list[int], Any]] = []
+    with GPUFeatureStore(
+        AcceleratorBackend(runtime),
+        load_fn=FILES.__getitem__,
+        max_cache_items=4,
+        policy="lru",
+        asynchronous=False,
+    ) as store:
+        for _ in range(steps):
+            wanted = [choose.randrange(8) for _ in range(3)]
+            for stream in choose.sample(streams, choose.randint(1, 2)):
+                with runtime.on(stream):
+                    batch = store.get_batch([PATHS[n] for n in wanted]).collate()
+                held.append((batch, wanted, stream))
+            while len(held) > 12:
+                look_at(runtime, *held.pop(0))
+        store.check()
+
+
+def look_at(runtime: SimulatedRuntime, batch: Any, wanted: list[int], stream: Any) -> None:
+    with runtime.on(stream):
+        assert batch["label"].flatten().tolist() == wanted
+        assert batch["feature"].cpu()[:, 7].tolist() == wanted
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_access_is_in_order(seed: int) -> None:
+    work(SimulatedRuntime(seed, haste=(0, 0.3, 0.7)[seed % 3]), seed)
+
+
+def forget_uploads(backend: AcceleratorBackend, note: Any, wait_for: Any, lane: Any) -> None:
+    backend._wait_for = lambda log, *rest: (  # type: ignore[method-assign]
+        None if log is backend._uploads else wait_for(log, *rest)
+    )
+
+
+def forget_gathers(backend: AcceleratorBackend, note: Any, wait_for: Any, lane: Any) -> None:
+    backend._wait_for = lambda log, *rest: (  # type: ignore[method-assign]
+        None if log is backend._gathers else wait_for(log, *rest)
+    )
+
+
+def forget_that_staging_is_read(
+    backend: AcceleratorBackend, note: Any, wait_for: Any, lane: pytest.MonkeyPatch
+) -> None:
+    lane.setattr(accelerator._Lane, "busy_until", lambda self, event: None)
+
+
+def one_event_for_each_page(
+    backend: AcceleratorBackend, note: Any, wait_for: Any, lane: Any
+) -> None:
+    """The reader before the last one is forgotten."""
+
+    def note_last(log: Any, event: Any, pages: Any) -> None:
+        if log is backend._gathers:
+            for serial, (earlier, theirs) in list(log.items()):
+                log[serial] = (earlier, [page for page in theirs if page not in pages])
+        note(log, event, pages)
+
+    backend._note = note_last  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "drop",
+    [forget_uploads, forget_gathers, forget_that_staging_is_read, one_event_for_each_page],
+)
+def test_no_edge_can_be_left_out(
+    drop: Callable[..., None], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = AcceleratorBackend.__init__
+
+    def without(backend: AcceleratorBackend, runtime: Any) -> None:
+        original(backend, runtime)
+        drop(backend, backend._note, backend._wait_for, monkeypatch)
+
+    monkeypatch.setattr(AcceleratorBackend, "__init__", without)
+    with pytest.raises((UnorderedAccessError, RuntimeError)) as caught:
+        work(SimulatedRuntime(seed, haste=(0, 0.02, 0.05)[seed % 3]), seed, steps=200)
+    error: BaseException | None = caught.value
+    while error is not None and not isinstance(error, UnorderedAccessError):
+        error = error.__cause__
+    assert error is not None, caught.value
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 1 << 20),
+    haste=st.sampled_from([0.0, 0.2, 0.6, 0.9]),
+    items=st.sampled_from([None, 1, 3, 6]),
+    depth=st.integers(1, 5),
+    batch_size=st.integers(1, 6),
+    page_bytes=st.sampled_from([None, 16, 48, 1024]),
+    policy=st.sampled_from(["clairvoyant", "lru", "fifo", "keep"]),
+    reader_threads=st.sampled_from([0, 1, 3]),
+    consumers=st.integers(1, 3),
+    small_segments=st.booleans(),
+)
+def test_pipelines_on_several_streams(
+    seed: int,
+    haste: float,
+    items: int | None,
+    depth: int,
+    batch_size: int,
+    page_bytes: int | None,
+    policy: str,
+    reader_threads: int,
+    consumers: int,
+    small_segments: bool,
+) -> None:
+    runtime = SimulatedRuntime(seed, haste)
+    errors = []
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        GPUFeatureStore(
+            AcceleratorBackend(runtime),
+            load_fn=FILES.__getitem__,
+            max_cache_items=items,
+            page_bytes=page_bytes,
+            policy=policy,
+            asynchronous=reader_threads > 0,
+            reader_threads=reader_threads or None,
+        ) as store,
+    ):
+        if small_segments:
+            patch.setattr(accelerator, "_FIRST_SEGMENT", 512)
+            patch.setattr(accelerator, "_STEP", 512)
+
+        def consume(number: int) -> None:
+            try:
+                with runtime.on(runtime.new_stream()):
+                    lister = PathLister(PATHS, batch_size=batch_size, shuffle=True, seed=number)
+                    for _ in range(2):
+                        features = GPUCollator(GPUPrefetcher(lister, store, depth=depth))
+                        batches = list(features)
+                        labels = [n for b in batches for n in b["label"].flatten().tolist()]
+                        assert sorted(labels) == list(range(len(PATHS)))
+                        for batch in batches:
+                            expected = batch["label"].cpu().expand(-1, 40).float()
+                            assert_same(batch["feature"].cpu(), expected.contiguous())
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=consume, args=(n,)) for n in range(consumers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        store.check()
+    assert not errors, errors[0]
+
+
+def test_a_warm_batch_takes_few_operations_and_no_waiting() -> None:
+    runtime = SimulatedRuntime(0)
+    with GPUFeatureStore(AcceleratorBackend(runtime), load_fn=FILES.__getitem__) as store:
+        store.warm(PATHS, progress=False)
+        store.get_batch(PATHS).collate()
+        runtime.waits = 0
+        before = runtime.operations
+        batch = store.get_batch(PATHS).collate()
+        # The index, and one gather for each of two leaves.
+        assert runtime.operations - before == 3
+        assert runtime.waits == 0
+        assert batch["label"].flatten().tolist() == list(range(12))
+        assert runtime.waits == 1
