@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gpucache_pipes.cache import Cache, Entry
@@ -24,9 +24,6 @@ _FILES_PER_TASK = 32
 _LOOKED_AT = 100_000
 """Known files of which some are looked at to choose a size of pages."""
 
-_BYTES_PER_UPLOAD = 32 << 20
-"""What is read before it is sent up; staging memory is in proportion."""
-
 
 class Loader:
     """Reads LOADING entries, in the threads of `pool` or, without one, in the caller's.
@@ -42,6 +39,7 @@ class Loader:
         open_file: Opener,
         pool: ReaderPool | None,
         page_bytes: int | None,
+        upload_bytes: int,
         revalidate: bool,
         changed: threading.Condition,
     ) -> None:
@@ -50,6 +48,8 @@ class Loader:
         self._open_file = open_file
         self._pool = pool
         self._page_bytes = page_bytes
+        # What goes up at once at most, unless one file is larger: staging is in proportion.
+        self._upload_bytes = upload_bytes
         # Whether to note, for each file that is read, what it was then.
         self.revalidate = revalidate
         self._changed = changed
@@ -109,7 +109,7 @@ class Loader:
                     continue
                 group.append((entry, feature))
                 size += feature.layout.span
-                if size >= _BYTES_PER_UPLOAD:
+                if size >= self._upload_bytes:
                     self._upload(group, left)
                     group, size = [], 0
             if group:
@@ -127,17 +127,32 @@ class Loader:
         try:
             placed, failed = self._place(group, left)
             with trace("gpucache::upload"):
-                upload = self._backend.upload([entry.pages for entry, _ in placed])
-                for number, (entry, feature) in enumerate(placed):
-                    try:
-                        feature.read_into(upload.buffers(number))
-                    except Exception as error:
-                        failed[entry] = error
-                upload.finish()
+                for part in self._parts(placed):
+                    upload = self._backend.upload([entry.pages for entry, _ in part])
+                    for number, (entry, feature) in enumerate(part):
+                        try:
+                            feature.read_into(upload.buffers(number))
+                        except Exception as error:
+                            failed[entry] = error
+                    upload.finish()
         finally:
             for _, feature in group:
                 feature.close()
         self._end(left, [item for item in placed if item[0] not in failed], failed)
+
+    def _parts(self, placed: list[tuple[Entry, OpenFeature]]) -> Iterator[list[Any]]:
+        """What to upload at once."""
+        most = self._upload_bytes // (self._backend.page_bytes or 1)
+        part: list[tuple[Entry, OpenFeature]] = []
+        pages = 0
+        for entry, feature in placed:
+            if part and pages + len(entry.pages) > most:
+                yield part
+                part, pages = [], 0
+            part.append((entry, feature))
+            pages += len(entry.pages)
+        if part:
+            yield part
 
     def _place(
         self, group: Sequence[tuple[Entry, OpenFeature]], left: dict[Entry, None]

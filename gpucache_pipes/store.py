@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ from gpucache_pipes.units import parse_bytes, positive_int
 _log = logging.getLogger("gpucache_pipes")
 
 _DEFAULT_THREADS = 1
+_STAGING_BYTES = 64 << 20
 _CLOSE_SECONDS = 5.0
 _WARM_FILES = 256
 
@@ -56,6 +58,9 @@ class GPUFeatureStore:
         asynchronous: read in background threads; False reads in the caller's.
         reader_threads: number of background threads; None chooses.
         page_bytes: size of a page, a multiple of 16; None fits it to the first features.
+        staging_bytes: page-locked host memory for uploads to an accelerator, a number or a
+            string; None is 64 MiB for each reader thread. Each has two buffers, which are
+            powers of two. A file that does not fit into one makes it larger.
         revalidate: look at each hit whether the file has changed (device, inode, size or time
             of modification), and read it again if so. Takes a stat, about 3 us on a local
             disk, for each file of a batch, in the thread that asks. A file that was written
@@ -78,6 +83,7 @@ class GPUFeatureStore:
         asynchronous: bool = True,
         reader_threads: int | None = None,
         page_bytes: int | None = None,
+        staging_bytes: int | str | None = None,
         revalidate: bool = False,
     ) -> None:
         if load_fn is not None and not callable(load_fn):
@@ -87,6 +93,9 @@ class GPUFeatureStore:
         threads = positive_int(
             "reader_threads", _DEFAULT_THREADS if reader_threads is None else reader_threads
         )
+        staging = _STAGING_BYTES * threads
+        if staging_bytes is not None:
+            staging = parse_bytes("staging_bytes", staging_bytes)
         ledger = Ledger(
             None if max_cache_bytes is None else parse_bytes("max_cache_bytes", max_cache_bytes),
             None if max_cache_items is None else positive_int("max_cache_items", max_cache_items),
@@ -104,6 +113,7 @@ class GPUFeatureStore:
             opener(load_fn, weights_only),
             self._pool,
             page_bytes,
+            _power_of_two_below(staging // (2 * threads)),
             revalidate,
             changed,
         )
@@ -244,6 +254,14 @@ class GPUFeatureStore:
         """Take back, at some later time, what `owner` foresaw. Takes no lock."""
         self._desk.defer(partial(self._cache.forget_owner, owner))
 
+    def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
+        """A function whose contexts make any thread work on the stream that is current here.
+
+        For code that gathers in a thread of its own and hands results to this one. Pipelines do
+        this themselves.
+        """
+        return self._backend.bind_stream()
+
     def __contains__(self, path: object) -> bool:
         if not isinstance(path, (str, os.PathLike)):
             return False
@@ -335,6 +353,10 @@ class GPUFeatureStore:
         if self._desk.refusal is not None:
             raise RuntimeError(self._desk.refusal)
         return self._paths.numbers(paths)
+
+
+def _power_of_two_below(number: int) -> int:
+    return 1 << max(0, number.bit_length() - 1)
 
 
 def _numbering(

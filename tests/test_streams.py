@@ -1,5 +1,6 @@
 """The three edges, on a device that runs things late and in an order of its own."""
 
+import gc
 import random
 import threading
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchdata.nodes as tn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -190,3 +192,59 @@ def test_a_warm_batch_takes_few_operations_and_no_waiting() -> None:
         assert runtime.waits == 0
         assert batch["label"].flatten().tolist() == list(range(12))
         assert runtime.waits == 1
+
+
+@pytest.mark.parametrize("haste", [0, 0.5])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda node: tn.Prefetcher(GPUCollator(node), prefetch_factor=2),
+        lambda node: GPUCollator(tn.Prefetcher(node, prefetch_factor=2)),
+        lambda node: GPUCollator(tn.Prefetcher(node, prefetch_factor=2), collate_fn=stack_labels),
+        lambda node: tn.Prefetcher(GPUCollator(node, collate_fn=stack_labels), prefetch_factor=2),
+        lambda node: tn.ParallelMapper(GPUCollator(node), lambda batch: batch, num_workers=2),
+    ],
+)
+def test_threads_behind_the_nodes(wrap: Callable[[Any], Any], haste: float) -> None:
+    """They gather on the stream of the thread that trains, although it is not theirs."""
+    runtime = SimulatedRuntime(5, haste)
+    backend = AcceleratorBackend(runtime)
+    with GPUFeatureStore(backend, load_fn=FILES.__getitem__, max_cache_items=4) as store:
+        lister = PathLister(PATHS, batch_size=3, shuffle=True)
+        node = wrap(GPUPrefetcher(lister, store))
+        with runtime.on(runtime.new_stream()):
+            loader = tn.Loader(node)
+            for _ in range(2):
+                labels = [n for batch in loader for n in batch["label"].flatten().tolist()]
+                assert sorted(labels) == list(range(len(PATHS)))
+        del node, loader
+        gc.collect()
+
+
+def stack_labels(features: list[Any]) -> Any:
+    return {"label": torch.stack([feature["label"] for feature in features])}
+
+
+def test_staging_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SimulatedRuntime(1)
+    sizes = []
+
+    def pinned(nbytes: int) -> torch.Tensor:
+        sizes.append(nbytes)
+        return SimulatedRuntime.pinned(runtime, nbytes)
+
+    monkeypatch.setattr(runtime, "pinned", pinned)
+    files = {f"/g/{n}": torch.full((100,), n) for n in range(64)}
+    with GPUFeatureStore(
+        AcceleratorBackend(runtime),
+        load_fn=files.__getitem__,
+        reader_threads=2,
+        staging_bytes="16KiB",
+    ) as store:
+        batch = store.get_batch(list(files)).collate()
+        assert batch[:, 0].tolist() == list(range(64))
+        assert max(sizes) == 4096 and len(sizes) <= 4
+        # A file that is larger than a buffer is read all the same.
+        files["/g/large"] = torch.full((1000,), 7)
+        assert store.get("/g/large").tolist() == [7] * 1000
+        store.check()

@@ -17,7 +17,9 @@ nothing.
 import itertools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,6 +141,10 @@ class AcceleratorBackend:
             done.record(stream)
         self._note(self._gathers, done, pages)
         return results
+
+    def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
+        """See Backend."""
+        return partial(self._runtime.on, self._runtime.current_stream())
 
     def _note(
         self, log: dict[int, tuple[Any, Sequence[int]]], event: Any, pages: Sequence[int]

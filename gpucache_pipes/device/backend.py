@@ -1,7 +1,8 @@
 """What the store asks of a device."""
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -61,6 +62,9 @@ class Backend(Protocol):
 
         The dtype is whatever moves fastest. On the caller's current stream; no lock held.
         """
+
+    def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
+        """What enters, in any thread, the stream that is current in this one now."""
 
     def reset(self) -> None:
         """Give all memory back. No upload or gather is being issued; lock held."""

@@ -2,7 +2,9 @@
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -95,6 +97,10 @@ class HostBackend:
         """See Backend."""
         assert self._arena is not None
         return self._arena.gather(pages, columns, _index)
+
+    def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
+        """See Backend."""
+        return nullcontext
 
     def reset(self) -> None:
         """See Backend."""

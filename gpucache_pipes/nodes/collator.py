@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import default_collate
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batch import FeatureBatch, first_device, to_device
+from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher, upstream
 from gpucache_pipes.nodes.sources import as_node, call
 from gpucache_pipes.units import positive_int
@@ -51,10 +53,13 @@ class GPUCollator(BaseNode[Any]):
         self.collate_fn = collate_fn
         self.batch_size = batch_size
         self.drop_last = drop_last
+        self._stream: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """See BaseNode."""
         super().reset(initial_state)
+        prefetcher = self._prefetcher()
+        self._stream = nullcontext if prefetcher is None else ConsumerStream(prefetcher.store)
         self.source.reset(None if initial_state is None else initial_state["source"])
 
     def get_state(self) -> dict[str, Any]:
@@ -63,12 +68,13 @@ class GPUCollator(BaseNode[Any]):
 
     def next(self) -> Any:
         """See BaseNode."""
-        if self.batch_size is None:
-            return self._collate(next(self.source))
-        features = self._take(self.batch_size)
-        if not features or (self.drop_last and len(features) < self.batch_size):
-            raise StopIteration
-        return self._collate(features)
+        with self._stream():
+            if self.batch_size is None:
+                return self._collate(next(self.source))
+            features = self._take(self.batch_size)
+            if not features or (self.drop_last and len(features) < self.batch_size):
+                raise StopIteration
+            return self._collate(features)
 
     def _take(self, count: int) -> Sequence[Any]:
         source = self.source
@@ -111,13 +117,17 @@ class GPUCollator(BaseNode[Any]):
 
     def shutdown(self) -> None:
         """Let the nodes in front let go of what is on its way, if they can."""
-        for node in upstream(self.source):
-            if isinstance(node, GPUPrefetcher):
-                node.shutdown()
+        prefetcher = self._prefetcher()
+        if prefetcher is not None:
+            prefetcher.shutdown()
+
+    def _prefetcher(self) -> GPUPrefetcher | None:
+        """The nearest one upstream, if there is one."""
+        return next((n for n in upstream(self.source) if isinstance(n, GPUPrefetcher)), None)
 
     def _device(self, features: Any) -> torch.device:
         """Where the store upstream keeps features; if there is none, where these are."""
-        for node in upstream(self.source):
-            if isinstance(node, GPUPrefetcher):
-                return node.store.device
+        prefetcher = self._prefetcher()
+        if prefetcher is not None:
+            return prefetcher.store.device
         return first_device(features) or torch.device("cpu")

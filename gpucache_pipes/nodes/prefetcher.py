@@ -8,6 +8,7 @@ from typing import Any
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batch import FeatureBatch
+from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.sources import as_node, call, guarded
 from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.ticket import Ticket
@@ -40,10 +41,10 @@ class GPUPrefetcher(BaseNode[Any]):
     - anything else, with path_fn: join_fn(features, element), where features is one of the
       above for `path_fn(element)`; without join_fn the tuple of both.
 
-    The gather is issued in `next()`, on the stream that is current in the thread that calls it:
-    that must be the one that uses the result. So put nothing with a thread of its own
-    (torchdata's Prefetcher, ParallelMapper) behind this node where streams other than the
-    default one are used; in front of it they are welcome.
+    The gather is issued in `next()`, on the stream that is current in the thread that calls it.
+    If that is not the thread that has reset the node, as with torchdata's Prefetcher behind it,
+    the stream that was current at the reset is used: that of the thread that trains. (What a
+    ParallelMapper behind the node calls in its threads runs on the streams of these threads.)
 
     The state is that of the source behind the last element that was consumed: resuming after k
     elements gives elements k + 1, k + 2, ...
@@ -88,10 +89,12 @@ class GPUPrefetcher(BaseNode[Any]):
         # are pipelines over the same source, of which some make a new one in each epoch.
         self._owner = object()
         self._epochs_of = id(source)
+        self._stream = ConsumerStream(store)
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """See BaseNode. Nothing is read before the first `next()`."""
         super().reset(initial_state)
+        self._stream = ConsumerStream(self.store)
         self._let_go()
         self.source.reset(None if initial_state is None else initial_state["source"])
         self._state = self.source.state_dict()
@@ -103,12 +106,13 @@ class GPUPrefetcher(BaseNode[Any]):
 
     def next(self) -> Any:
         """See BaseNode."""
-        self._draw(1)
-        if not self._ahead:
-            raise StopIteration
-        head = self._ahead[0]
-        batch = self._use([head])
-        return self._join(batch[0] if head.single else batch, head)
+        with self._stream():
+            self._draw(1)
+            if not self._ahead:
+                raise StopIteration
+            head = self._ahead[0]
+            batch = self._use([head])
+            return self._join(batch[0] if head.single else batch, head)
 
     def _join(self, features: Any, head: "_Ahead") -> Any:
         if self.path_fn is not None:
@@ -125,7 +129,7 @@ class GPUPrefetcher(BaseNode[Any]):
     def take(self, count: int) -> Sequence[Any]:
         """The next `count` elements, fewer at the end, gathered at once.
 
-        For elements of one path each. Without path_fn a FeatureBatch.
+        For elements of one path each. Without path_fn a FeatureBatch. On the current stream.
         """
         self._draw(count)
         heads = [self._ahead[i] for i in range(min(count, len(self._ahead)))]
