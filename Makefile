@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test lint types tests bench gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
@@ -22,6 +22,10 @@ tests: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/warm_batch.py --json benchmarks/results/warm_batch.json
+
+# With the Python at hand, which has a torch for its device, and not in .venv.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

@@ -12,9 +12,32 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from gpucache_pipes import lifetime
+from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
 from gpucache_pipes.store import GPUFeatureStore
+from gpucache_pipes.testing import SimulatedRuntime
 
 torch.set_num_threads(1)
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
+BACKENDS = ["host", "staged", "simulated", pytest.param("accelerator", marks=pytest.mark.gpu)]
+
+
+def device_for(kind: str, seed: int = 0) -> Any:
+    """What to make a store on: one of BACKENDS."""
+    if kind == "staged":
+        return AcceleratorBackend(InOrderRuntime(torch.device("cpu")))
+    if kind == "simulated":
+        return AcceleratorBackend(SimulatedRuntime(seed))
+    return "cpu" if kind == "host" else ACCELERATOR
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need an accelerator say why they are left out."""
+    if ACCELERATOR is None:
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="there is no accelerator"))
+
+
 settings.register_profile(
     "default",
     deadline=None,

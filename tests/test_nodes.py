@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchdata.nodes as tn
-from conftest import Gate, sample
+from conftest import BACKENDS, Gate, device_for, sample
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import RandomSampler
@@ -21,8 +21,7 @@ from gpucache_pipes import (
     GPUPrefetcher,
     PathLister,
 )
-from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
-from gpucache_pipes.testing import SimulatedRuntime, assert_same
+from gpucache_pipes.testing import assert_same
 
 Files = Callable[..., list[str]]
 FEATURES = {f"/f/{n:02d}.pt": {**sample(n), "n": n} for n in range(10)}
@@ -38,13 +37,9 @@ def collect_in_the_main_thread() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.fixture(params=["host", "staged", "simulated"])
+@pytest.fixture(params=BACKENDS)
 def store(request: pytest.FixtureRequest) -> GPUFeatureStore:
-    device: Any = "cpu"
-    if request.param == "staged":
-        device = AcceleratorBackend(InOrderRuntime(torch.device("cpu")))
-    if request.param == "simulated":
-        device = AcceleratorBackend(SimulatedRuntime(3))
+    device = device_for(request.param)
     # Room for half of the files: evictions happen all the time.
     return GPUFeatureStore(device, load_fn=FEATURES.__getitem__, max_cache_items=5)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import device_for
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -16,7 +17,6 @@ from hypothesis.stateful import (
 )
 from torch.utils._pytree import tree_leaves
 
-from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
 from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.testing import assert_same, features
 from gpucache_pipes.ticket import Ticket
@@ -31,6 +31,7 @@ def size_of(feature: Any) -> int:
 
 
 class StoreMachine(RuleBasedStateMachine):
+    kind = "host"
     tickets = Bundle("tickets")
 
     @initialize(
@@ -44,11 +45,11 @@ class StoreMachine(RuleBasedStateMachine):
                 "page_bytes": st.sampled_from([None, None, 16, 48, 4096]),
             }
         ),
-        staged=st.booleans(),
+        seed=st.integers(0, 1000),
         limits=st.data(),
     )
     def start(
-        self, data: list[Any], alike: bool, options: dict[str, Any], staged: bool, limits: Any
+        self, data: list[Any], alike: bool, options: dict[str, Any], seed: int, limits: Any
     ) -> None:
         if alike:
             data = [{"x": torch.full((5,), n), "y": torch.tensor(n), "n": n} for n in range(6)]
@@ -56,16 +57,15 @@ class StoreMachine(RuleBasedStateMachine):
         # Budgets from a single small tensor to more than all of it.
         total = max(1, sum(map(size_of, data)))
         self.options = options
-        self.staged = staged
+        self.seed = seed
         self.max_bytes = limits.draw(st.one_of(st.none(), st.integers(1, total + 1)))
         self.max_items = limits.draw(st.one_of(st.none(), st.integers(1, 7)))
         self.open_store()
 
     def open_store(self) -> None:
-        backend = AcceleratorBackend(InOrderRuntime(torch.device("cpu"))) if self.staged else "cpu"
         self.loads = 0
         self.store = GPUFeatureStore(
-            backend,
+            device_for(self.kind, self.seed),
             max_cache_bytes=self.max_bytes,
             max_cache_items=self.max_items,
             load_fn=self.load,
@@ -169,5 +169,13 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.close()
 
 
-TestStoreMachine = StoreMachine.TestCase
-TestStoreMachine.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+def case(kind: str) -> Any:
+    machine: Any = type(f"StoreMachineOn{kind.title()}", (StoreMachine,), {"kind": kind}).TestCase
+    machine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+    return machine
+
+
+TestOnHost = case("host")
+TestStaged = case("staged")
+TestSimulated = case("simulated")
+TestOnAccelerator = pytest.mark.gpu(case("accelerator"))

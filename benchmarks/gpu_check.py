@@ -1,0 +1,73 @@
+"""Everything that needs an accelerator, by one command: tests, then benchmarks, then one JSON.
+
+Uses the Python that runs it and what is on its path: torch, torchdata, pytest and hypothesis; no
+network. Writes device, versions, command, what became of the tests, and the figures.
+
+    make gpu-check        or        python3 benchmarks/gpu_check.py [--json FILE]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from _common import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ["tests/gpu", "tests/test_nodes.py", "tests/test_store_machine.py"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", default=str(ROOT / "benchmarks/results/gpu_check.json"))
+    parser.add_argument("--scale", type=float, default=1.0, help="of the amounts of data")
+    args = parser.parse_args()
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        print("there is no accelerator here: nothing to check")
+        return 1
+    figures_file = Path(args.json).with_suffix(".figures")
+    tests = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-rA", *TESTS])
+    bench = run(
+        [sys.executable, "benchmarks/accelerator.py", "--scale", str(args.scale),
+         "--json", str(figures_file)]
+    )  # fmt: skip
+    measured = json.loads(figures_file.read_text()) if figures_file.exists() else {}
+    figures_file.unlink(missing_ok=True)
+    result = {
+        **environment(),
+        "device": measured.get("figures", {}).get("device", str(found)),
+        "date": time.strftime("%Y-%m-%d"),
+        "tests": tests,
+        "benchmark": bench,
+        "figures": measured.get("figures", {}),
+    }
+    Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {args.json}")
+    return max(tests["exit"], bench["exit"])
+
+
+def run(command: list[str]) -> dict[str, object]:
+    """Run a command, show what it says, and return how it ended and its last lines."""
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.rstrip())
+    return {
+        "command": " ".join(["python3", *command[1:]]),
+        "exit": process.wait(),
+        "seconds": round(time.monotonic() - start, 1),
+        "last_lines": lines[-15:],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
