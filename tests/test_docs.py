@@ -1,5 +1,6 @@
 """Every Python block of README and docs runs as printed."""
 
+import json
 import os
 import re
 import subprocess
@@ -76,6 +77,22 @@ def test_train_with_gpu_cache(tmp_path: Path) -> None:
     assert "epoch 1" in said and "hit rate 100.0%" in said
     half = ["--max-cache-items", 150, "--max-cache-bytes", "1MiB", "--prefetch-batches", 1]
     assert "epoch 1" in run_example(script, tmp_path / "new", *options, *half)
+
+
+def test_profile_pipeline(tmp_path: Path) -> None:
+    for number in range(50):
+        feature = {"feature": torch.randn(64), "label": torch.tensor(number)}
+        torch.save(feature, tmp_path / f"{number}.pt")
+    trace = tmp_path / "trace.json"
+    said = run_example("examples/profile_pipeline.py", tmp_path, trace, "--batch-size", 10)
+    assert "perfetto" in said
+    events = json.loads(trace.read_text())["traceEvents"]
+    threads = {event["name"]: event["tid"] for event in events if event.get("ph") == "X"}
+    assert threads["gpucache::read"] == threads["gpucache::upload"]
+    assert threads["gpucache::gather"] != threads["gpucache::read"]
+    picture = tmp_path / "trace.svg"
+    run_example("benchmarks/draw_trace.py", trace, picture)
+    assert "gpucache::gather" in picture.read_text()
 
 
 def test_synthetic_overwrites_nothing(tmp_path: Path) -> None:

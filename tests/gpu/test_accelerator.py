@@ -229,7 +229,7 @@ def test_training_under_torch_compile() -> None:
                     optimizer.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
-                yield float(loss)
+                yield float(loss.detach())
 
     series = list(losses())
     assert series[-1] < series[0] / 20
