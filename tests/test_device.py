@@ -152,7 +152,7 @@ def test_host_memory_is_finite(
 
 
 class Small(InOrderRuntime):
-    """A device of a few bytes."""
+    """A device of a few bytes, which are gone once they are given."""
 
     left = 1 << 20
 
@@ -170,10 +170,39 @@ def test_device_memory_is_finite(
     backend = AcceleratorBackend(Small(CPU))
     backend.configure(4096)
     grown = [backend.grow(1, None) for _ in range(3)]
-    assert grown == [64, 64, 128]
+    # At first, moved to a larger place, and a second segment where there is no such place.
+    assert grown == [64, 64, 64]
     with caplog.at_level(logging.WARNING, "gpucache_pipes"):
         assert backend.grow(1, None) == 0
-    assert "stops growing at 1048576 bytes" in caplog.text
+    assert "stops growing at 786432 bytes" in caplog.text
+
+
+def test_without_a_budget_some_memory_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "_FIRST_SEGMENT", 1 << 18)
+    runtime = InOrderRuntime(CPU)
+    monkeypatch.setattr(runtime, "memory", lambda: (1 << 17, 1 << 20))
+    backend = AcceleratorBackend(runtime)
+    backend.configure(4096)
+    assert backend.grow(1, None) == (1 << 17) // 4096 - (1 << 20) // 40960 - 1
+    assert backend.grow(1000, None) == 0
+    # Whoever names a budget has it.
+    assert backend.grow(1, 64) == 64
+
+
+def test_pages_stay_what_they_are_when_the_arena_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "_FIRST_SEGMENT", 1)
+    backend = AcceleratorBackend(InOrderRuntime(CPU))
+    backend.configure(16)
+    pages = 0
+    for n in range(1, 20):
+        pages += backend.grow(1, None if n % 2 else 100)
+        upload = backend.upload([[page] for page in range(n - 1, n)])
+        upload.buffers(0)[0][:] = bytes([n]) * 16
+        upload.finish()
+        [rows] = backend.gather(range(n), [(0, 16)])
+        assert rows.view(torch.uint8)[:, 3].tolist() == list(range(1, n + 1))
+        assert backend.reserved_bytes == 16 * pages
+        assert backend._arena is not None and len(backend._arena._segments) == 1
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=50).filter(any))

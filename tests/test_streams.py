@@ -80,11 +80,12 @@ def one_event_for_each_page(
 ) -> None:
     """The reader before the last one is forgotten."""
 
-    def note_last(log: Any, event: Any, pages: Any) -> None:
+    def note_last(log: Any, event: Any, pages: Any, arena: Any = None) -> None:
         if log is backend._gathers:
-            for serial, (earlier, theirs) in list(log.items()):
-                log[serial] = (earlier, [page for page in theirs if page not in pages])
-        note(log, event, pages)
+            for serial, earlier in list(log.items()):
+                left = [page for page in earlier.pages if page not in pages]
+                log[serial] = earlier._replace(pages=left)
+        note(log, event, pages, arena)
 
     backend._note = note_last  # type: ignore[method-assign]
 

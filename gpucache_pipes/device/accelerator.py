@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,13 +31,29 @@ from gpucache_pipes.device.runtime import Runtime
 _log = logging.getLogger("gpucache_pipes")
 
 _FIRST_SEGMENT = 64 << 20
-"""Bytes of the first segment; each further one doubles what there is."""
+"""Bytes of the arena at first; then it doubles."""
+
+_HEADROOM = 0.1
+"""Part of the device's memory that a store without a budget leaves to others."""
 
 _STEP = 8 << 20
 """Bytes that are added at least when batches in flight need more than the budget."""
 
 _STAGING_BUFFERS = 2
 """Staging buffers for each reader thread: one is filled while the other is copied."""
+
+
+class _Issued(NamedTuple):
+    """An operation that the device may not have finished."""
+
+    event: Any
+    # What it touches; None is every page.
+    pages: Sequence[int] | None
+    # What must not be freed before.
+    arena: Arena | None
+
+
+Log = dict[int, _Issued]
 
 
 class AcceleratorBackend:
@@ -59,8 +75,10 @@ class AcceleratorBackend:
         self._serial = itertools.count()
         # Guards the two logs, for as long as it takes to look at them.
         self._logs = threading.Lock()
-        self._uploads: dict[int, tuple[Any, Sequence[int]]] = {}
-        self._gathers: dict[int, tuple[Any, Sequence[int]]] = {}
+        self._uploads: Log = {}
+        self._gathers: Log = {}
+        # Held while the arena moves, or while somebody issues writes to it.
+        self._writing = threading.Lock()
 
     @property
     def reserved_bytes(self) -> int:
@@ -77,17 +95,17 @@ class AcceleratorBackend:
         arena = self._arena
         assert arena is not None
         pages = max(needed, arena.pages, _FIRST_SEGMENT // self.page_bytes)
-        if useful is not None:
-            # Beyond what the budget can use, what is in flight is held: in steps, too, since
-            # a batch takes an operation for each segment that it touches.
+        if useful is None:
+            pages = min(pages, self._spare_bytes() // self.page_bytes)
+        else:
+            # Beyond what the budget can use, what is in flight is held: in steps, too.
             beyond = max(-useful, _STEP // self.page_bytes)
             pages = max(needed, min(pages, useful if useful > 0 else beyond))
-        while True:
+            if 0 < useful - pages <= 2 * arena.pages:
+                pages = useful  # rather than to move once more
+        while pages >= needed:
             try:
-                # On the copy stream: the allocator ties memory to the stream it was made on.
-                with self._runtime.on(self._copy_stream):
-                    memory = self._runtime.empty(pages * self.page_bytes)
-                return arena.add_segment(memory)
+                return self._extend(arena, pages)
             except torch.OutOfMemoryError:
                 if pages == needed:
                     break
@@ -101,6 +119,38 @@ class AcceleratorBackend:
             )  # fmt: skip
         return 0
 
+    def _spare_bytes(self) -> int:
+        """What could be taken without a budget, so that a model beside the store can live."""
+        memory = self._runtime.memory()
+        if memory is None:
+            return 1 << 62
+        free, total = memory
+        return max(0, free - int(total * _HEADROOM))
+
+    def _extend(self, arena: Arena, pages: int) -> int:
+        """Move the arena to a place that has so many pages more; where there is none, add one.
+
+        One piece of memory is worth a copy: a batch takes operations for each that it touches.
+        """
+        # On the copy stream: the allocator ties memory to the stream it was made on.
+        with self._writing, self._runtime.on(self._copy_stream):
+            if arena.pages:
+                try:
+                    memory = self._runtime.empty((arena.pages + pages) * self.page_bytes)
+                except torch.OutOfMemoryError:
+                    pass
+                else:
+                    larger = Arena(self.page_bytes, self.device)
+                    larger.add_segment(memory)
+                    larger.copy_from(arena)
+                    moved = self._runtime.new_event()
+                    moved.record(self._copy_stream)
+                    self._note(self._uploads, moved, None)
+                    # Gathers of the old one hold it until the device is through with them.
+                    self._arena = larger
+                    return pages
+            return arena.add_segment(self._runtime.empty(pages * self.page_bytes))
+
     def upload(self, placements: Sequence[Sequence[int]]) -> "StagedUpload":
         """See Backend."""
         lane = getattr(self._lanes, "lane", None)
@@ -111,9 +161,9 @@ class AcceleratorBackend:
 
     def submit(self, staging: torch.Tensor, pages: Sequence[int], lane: "_Lane") -> Any:
         """Copy `staging` up and into `pages`; returns the event behind it. Reader threads."""
-        arena = self._arena
-        assert arena is not None
-        with self._runtime.on(self._copy_stream):
+        with self._writing, self._runtime.on(self._copy_stream):
+            arena = self._arena
+            assert arena is not None
             self._wait_for(self._gathers, pages, self._copy_stream)  # edge: read_done
             shape = (len(pages), self.page_bytes)
             try:
@@ -139,7 +189,7 @@ class AcceleratorBackend:
             results = arena.gather(pages, columns, self._runtime.index)
             done = self._runtime.new_event()
             done.record(stream)
-        self._note(self._gathers, done, pages)
+        self._note(self._gathers, done, pages, arena)
         return results
 
     def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
@@ -147,37 +197,35 @@ class AcceleratorBackend:
         return partial(self._runtime.on, self._runtime.current_stream())
 
     def _note(
-        self, log: dict[int, tuple[Any, Sequence[int]]], event: Any, pages: Sequence[int]
+        self, log: Log, event: Any, pages: Sequence[int] | None, arena: Arena | None = None
     ) -> None:
         with self._logs:
             self._forget_finished(log)
-            log[next(self._serial)] = (event, pages)
+            log[next(self._serial)] = _Issued(event, pages, arena)
 
-    def _wait_for(
-        self, log: dict[int, tuple[Any, Sequence[int]]], pages: Sequence[int], stream: Any
-    ) -> None:
+    def _wait_for(self, log: Log, pages: Sequence[int], stream: Any) -> None:
         """Make `stream` wait for the unfinished operations of `log` that touch `pages`."""
         with self._logs:
             self._forget_finished(log)
             unfinished = list(log.values())
         if unfinished:
             mine = frozenset(pages)
-            for event, touched in unfinished:
-                if not mine.isdisjoint(touched):
-                    stream.wait_event(event)
+            for issued in unfinished:
+                if issued.pages is None or not mine.isdisjoint(issued.pages):
+                    stream.wait_event(issued.event)
 
     @staticmethod
-    def _forget_finished(log: dict[int, tuple[Any, Sequence[int]]]) -> None:
+    def _forget_finished(log: Log) -> None:
         """With the lock of the logs held."""
-        for serial in [serial for serial, (event, _) in log.items() if event.query()]:
+        for serial in [serial for serial, issued in log.items() if issued.event.query()]:
             del log[serial]
 
     def reset(self) -> None:
         """See Backend."""
         # Consumers' gathers run on streams of theirs: their memory may not be reused by others
         # before they are through.
-        for event, _ in [*self._gathers.values(), *self._uploads.values()]:
-            event.synchronize()
+        for issued in [*self._gathers.values(), *self._uploads.values()]:
+            issued.event.synchronize()
         self._gathers.clear()
         self._uploads.clear()
         self._arena = None

@@ -53,6 +53,12 @@ class Arena:
         self.pages += rows
         return rows
 
+    def copy_from(self, other: "Arena") -> None:
+        """Write the pages of `other` to the same ones of this, which has one segment."""
+        rows = self._segments[0]
+        for start, segment in zip(other._starts, other._segments, strict=True):
+            rows[start : start + len(segment)].copy_(segment)
+
     def gather(
         self, pages: Sequence[int], columns: Sequence[Column], index: Index
     ) -> list[torch.Tensor]:

@@ -32,6 +32,9 @@ class Runtime(Protocol):
     def empty(self, nbytes: int) -> torch.Tensor:
         """Device memory, uint8. Raises torch.OutOfMemoryError."""
 
+    def memory(self) -> tuple[int, int] | None:
+        """Bytes of the device that are free, and all of them; None if that is not known."""
+
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Page-locked host memory, uint8."""
 
@@ -85,6 +88,15 @@ class TorchRuntime:
         """See Runtime."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
+    def memory(self) -> tuple[int, int] | None:
+        """See Runtime."""
+        module = getattr(torch, self.device.type, None)
+        get = getattr(module, "mem_get_info", None)
+        if get is None:
+            return None
+        free, total = get(self.device)
+        return int(free), int(total)
+
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See Runtime."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -129,6 +141,10 @@ class InOrderRuntime:
     def empty(self, nbytes: int) -> torch.Tensor:
         """See Runtime."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def memory(self) -> tuple[int, int] | None:
+        """See Runtime."""
+        return None
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See Runtime."""

@@ -88,6 +88,10 @@ class SimulatedRuntime:
         """See Runtime. Filled with rubbish."""
         return self._allocate(torch.empty(nbytes, dtype=torch.uint8))
 
+    def memory(self) -> tuple[int, int] | None:
+        """See Runtime."""
+        return None
+
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See Runtime."""
         memory = torch.empty(nbytes, dtype=torch.uint8)
