@@ -1,6 +1,7 @@
 """`python -m gpucache_pipes inspect PATH`: what is in feature files."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -37,8 +38,11 @@ def _inspect(args: argparse.Namespace) -> int:
         paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
         report = inspection.inspect_files(paths, not args.unsafe, progress=not args.json)
         text = inspection.files_as_text(report)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file may have a name that is no text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(json.dumps(report, indent=1) if args.json else text)
-    return 0
+    return 1 if report.get("failures") else 0
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from gpucache_pipes.loader import Loader
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.tracing import trace
 
+_USED = "this ticket has been used or cancelled; request its paths again"
+
 
 class Desk:
     """Serves requests for entries, by their numbers, to any number of consumers.
 
-    `changed` is the condition of the one lock of a store, which guards the cache and all that
+    `lock` is the one lock of a store, and `changed` its condition. It guards the cache and all that
     is here. Nothing is read or copied under it, and nothing waited for but the condition.
     """
 
@@ -27,8 +29,12 @@ class Desk:
         cache: Cache,
         backend: Backend,
         loader: Loader,
+        lock: threading.Lock,
         changed: threading.Condition,
     ) -> None:
+        # Not by way of the condition: an interrupt within its __enter__, which is Python, would
+        # leave the lock held.
+        self.lock = lock
         self.changed = changed
         self.hits = 0
         self.misses = 0
@@ -50,7 +56,7 @@ class Desk:
         loading: list[Entry] = []
         stale = self._find_stale(numbers)
         try:
-            with self.changed:
+            with self.lock:
                 self.require_open()
                 self._start_loading(self._renew(numbers, stale), loading)
             self._loader.submit(loading)
@@ -75,7 +81,7 @@ class Desk:
 
     def _open_ticket(self, numbers: Sequence[int], loading: list[Entry], warming: bool) -> Ticket:
         stale = self._find_stale(numbers)
-        with self.changed:
+        with self.lock:
             self.require_open()
             cache = self._cache
             numbers = self._renew(numbers, stale)
@@ -132,8 +138,9 @@ class Desk:
     def collect(self, tickets: Sequence[Ticket]) -> FeatureBatch:
         """The features of several tickets as one batch; see GPUFeatureStore.collect."""
         held: list[int] = []
+        gathering = False
         try:
-            with self.changed:
+            with self.lock:
                 self.wait_for(tickets)
                 numbers = tickets[0].numbers
                 rows = tickets[0].rows
@@ -142,18 +149,20 @@ class Desk:
                     rows = None
                 if rows is None:
                     rows = list(map(self._cache.rows.__getitem__, numbers))
-                self._gathering += 1
                 # Ours alone from now on: nobody else can close them during the gather.
                 held += [n for ticket in tickets if (n := ticket.use_up()) is not None]
+                if len(held) < len(tickets):
+                    raise RuntimeError(_USED)
+                self._gathering += 1
+                gathering = True
             with trace("gpucache::gather"):
                 return gather_batch(self._cache, self._backend, numbers, rows)
         finally:
             if held:
-                with self.changed:
-                    self._gathering -= 1
+                with self.lock:
+                    self._gathering -= gathering
                     self._close(held)
-            else:
-                self.cancel(tickets)
+            self.cancel(tickets)
 
     def wait_for(self, tickets: Sequence[Ticket]) -> None:
         """Wait until nothing of `tickets` is loading; raise what became of it. Under the lock."""
@@ -177,13 +186,15 @@ class Desk:
     def _require_valid(self, tickets: Sequence[Ticket]) -> None:
         self.require_open()
         if any(ticket.used for ticket in tickets):
-            raise RuntimeError("this ticket has been used or cancelled; request its paths again")
+            raise RuntimeError(_USED)
+        if not all(ticket.is_from(self) for ticket in tickets):
+            raise RuntimeError("this ticket is of another store")
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         """Give tickets up: what they held may go. Harmless for tickets that were used."""
         numbers = [number for ticket in tickets if (number := ticket.use_up()) is not None]
         if numbers:
-            with self.changed:
+            with self.lock:
                 self._close(numbers)
 
     def _close(self, numbers: Sequence[int]) -> None:
@@ -210,7 +221,7 @@ class Desk:
 
     def clear(self) -> None:
         """Stop caching everything, and give memory back as soon as no batch is in flight."""
-        with self.changed:
+        with self.lock:
             self.require_open()
             self._cache.release(self._cache.entries)
             self._clearing = True
@@ -232,7 +243,7 @@ class Desk:
 
     def shut(self) -> None:
         """Serve nobody any more, and wake who waits. Gathers that have begun end first."""
-        with self.changed:
+        with self.lock:
             if self.refusal is None:
                 self.refusal = "this GPUFeatureStore is closed"
             self.changed.notify_all()
@@ -241,7 +252,8 @@ class Desk:
 
     def refuse_after_fork(self) -> None:
         """For the child of a fork, where the lock may be held by a thread that is gone."""
-        self.changed = threading.Condition(threading.Lock())
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
         self._gathering = 0
         self.refusal = (
             "this GPUFeatureStore was made before a fork and does not work in the new process; "

@@ -1,6 +1,7 @@
 """What a consumer sees when a file cannot become a feature."""
 
 import os
+from typing import Any
 
 
 class FeatureLoadError(RuntimeError):
@@ -29,10 +30,15 @@ def load_error(path: str, cause: BaseException) -> Exception:
     """
     if isinstance(cause, FileNotFoundError):
         reason = cause.strerror or "No such file"
-        if cause.filename not in (None, path):  # a load_fn needs more than the path it is given
+        if not _is_same(cause.filename, path):  # a load_fn needs more than the path it is given
             reason = f"{reason} ({cause.filename!r}, needed to load)"
         return FileNotFoundError(cause.errno, reason, path)
     if isinstance(cause, MemoryError):
         text = str(cause) or "out of memory"
         return MemoryError(text if path in text else f"cannot load {os.fspath(path)!r}: {text}")
     return FeatureLoadError(path, f"{type(cause).__name__}: {cause}".removesuffix(": "))
+
+
+def _is_same(missing: Any, path: str) -> bool:
+    """Whether what is missing is the file itself, as it was spelled or with links resolved."""
+    return missing in (None, path) or os.path.realpath(missing) == os.path.realpath(path)

@@ -28,7 +28,7 @@ _LOOKED_AT = 100_000
 class Loader:
     """Reads LOADING entries, in the threads of `pool` or, without one, in the caller's.
 
-    `changed` is the condition of the store's lock. Methods that say so are called with it held;
+    `lock` is the store's, and `changed` its condition. Methods that say so are called with it held;
     while files are opened and read it is not.
     """
 
@@ -37,21 +37,26 @@ class Loader:
         cache: Cache,
         backend: Backend,
         open_file: Opener,
+        as_spelled: bool,
         pool: ReaderPool | None,
         page_bytes: int | None,
         upload_bytes: int,
         revalidate: bool,
+        lock: threading.Lock,
         changed: threading.Condition,
     ) -> None:
         self._cache = cache
         self._backend = backend
         self._open_file = open_file
+        # Whether paths are opened as they were first spelled, or with all links resolved.
+        self._as_spelled = as_spelled
         self._pool = pool
         self._page_bytes = page_bytes
         # What goes up at once at most, unless one file is larger: staging is in proportion.
         self._upload_bytes = upload_bytes
         # Whether to note, for each file that is read, what it was then.
         self.revalidate = revalidate
+        self._lock = lock
         self._changed = changed
         # Counters; under the lock.
         self.files_read = 0
@@ -63,18 +68,22 @@ class Loader:
 
         Whatever happens, those that are left in the list are not being read.
         """
+        if self._pool is None:
+            task = entries.copy()
+            entries.clear()
+            self._load(task)
+            return
         # Fewer files in a task when there are few, so that all readers have work.
-        size = len(entries)
-        if self._pool is not None:
-            size = min(_FILES_PER_TASK, -(-size // len(self._pool.threads)))
-        while entries:
-            task = entries[:size]
-            if self._pool is not None:
-                self._pool.submit(self._load_in_thread, task)
-                del entries[:size]
-            else:
-                del entries[:size]
-                self._load(task)
+        size = min(_FILES_PER_TASK, -(-len(entries) // len(self._pool.threads))) or 1
+        tasks = [[entries[at : at + size]] for at in range(0, len(entries), size)]
+        try:
+            for task_of_one in tasks:
+                self._pool.submit(self._load_in_thread, task_of_one)
+            entries.clear()
+        except BaseException:
+            # An interrupt. A task belongs to who takes it out of its list: a reader, or we.
+            entries[:] = [entry for task_of_one in tasks for entry in _take(task_of_one)]
+            raise
 
     def is_current(self, path: str, version: bytes | None) -> bool:
         """Whether the file is certainly still what it was in that version."""
@@ -84,10 +93,12 @@ class Loader:
         """Tell all who wait for `entries`, which nobody reads, that they will not come."""
         self._end({}, failed=dict.fromkeys(entries, error))
 
-    def _load_in_thread(self, entries: Sequence[Entry]) -> None:
+    def _load_in_thread(self, task: list[list[Entry]]) -> None:
+        entries = _take(task)
         # Whoever waits has been told of any error, and the thread must live on.
         with contextlib.suppress(BaseException):
-            self._load(entries)
+            if entries:
+                self._load(entries)
 
     def _load(self, entries: Sequence[Entry]) -> None:
         """Open, place, read and finish every entry. None is LOADING afterwards."""
@@ -101,9 +112,9 @@ class Loader:
                 try:
                     if self.revalidate:
                         # First: if it changes now, what is read is taken for older than it is.
-                        entry.version = file_version(entry.path)
+                        entry.version = file_version(entry.key)
                     with trace("gpucache::read"):
-                        feature = self._open_file(entry.path)
+                        feature = self._open_file(entry.path if self._as_spelled else entry.key)
                 except Exception as error:
                     self._end(left, failed={entry: error})
                     continue
@@ -161,7 +172,7 @@ class Loader:
         placed: list[tuple[Entry, OpenFeature]] = []
         failed: dict[Entry, BaseException] = {}
         page_bytes = self._choose_page_bytes(group)
-        with self._changed:
+        with self._lock:
             self._require_running()
             self._fit_pages(page_bytes)
             for entry, feature in group:
@@ -208,7 +219,7 @@ class Loader:
     ) -> None:
         """Tell everybody who waits what became of their entries."""
         failed = dict(failed or {})
-        with self._changed:
+        with self._lock:
             cache = self._cache
             for entry, feature in ready:
                 try:
@@ -237,3 +248,11 @@ class Loader:
             # Not before: a consumer that is woken for nothing takes the interpreter from readers.
             if not ticket.pending:
                 self._changed.notify_all()
+
+
+def _take(task: list[list[Entry]]) -> list[Entry]:
+    """The entries of a task for the one who takes them first, none for all others."""
+    try:
+        return task.pop()
+    except IndexError:
+        return []

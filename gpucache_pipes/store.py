@@ -65,7 +65,7 @@ class GPUFeatureStore:
             of modification), and read it again if so. Takes a stat, about 3 us on a local
             disk, for each file of a batch, in the thread that asks. A file that was written
             less than two seconds before it was read is read again at its next hit, since
-            clocks are too coarse to tell.
+            clocks are too coarse to tell; a path that is no file, as load_fn may take it, always.
 
     Raises:
         ValueError: an argument is out of range; the message names it and its value.
@@ -104,21 +104,24 @@ class GPUFeatureStore:
         self._backend = (
             device if isinstance(device, Backend) else open_backend(resolve_device(device))
         )
-        changed = threading.Condition(threading.Lock())
+        lock = threading.Lock()
+        changed = threading.Condition(lock)
         self._cache = Cache(ledger, policy, self._backend.grow)
         self._pool = ReaderPool(threads, "gpucache-reader") if asynchronous else None
         self._loader = Loader(
             self._cache,
             self._backend,
             opener(load_fn, weights_only),
+            load_fn is not None,
             self._pool,
             page_bytes,
             _power_of_two_below(staging // (2 * threads)),
             revalidate,
+            lock,
             changed,
         )
-        self._desk = Desk(self._cache, self._backend, self._loader, changed)
-        self._paths = PathTable(_numbering(changed, self._cache))
+        self._desk = Desk(self._cache, self._backend, self._loader, lock, changed)
+        self._paths = PathTable(_numbering(lock, self._cache), revalidate)
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _let_go, self._pid, self._pool, self._backend)
         self._finalizer.atexit = False
@@ -163,7 +166,10 @@ class GPUFeatureStore:
 
     def request(self, paths: Sequence[PathLike]) -> Ticket:
         """Start to load what is not there yet, and hold all of it until the ticket is used."""
-        return self._desk.request(self._resolve(paths))
+        ticket = self._desk.request(self._resolve(paths))
+        # A store that is dropped while somebody waits for a batch of it would not read it.
+        ticket.holder = self
+        return ticket
 
     def collect(self, tickets: Sequence[Ticket]) -> FeatureBatch:
         """The features of several tickets as one batch, in order. Uses the tickets up.
@@ -180,7 +186,7 @@ class GPUFeatureStore:
     def release(self, paths: Sequence[PathLike]) -> None:
         """Stop caching these. Batches in flight still get theirs; unknown paths are ignored."""
         numbers = self._resolve(paths)
-        with self._desk.changed:
+        with self._desk.lock:
             self._desk.require_open()
             entries = self._cache.entries
             self._cache.release([entries[number] for number in self._cache.current(numbers)])
@@ -214,14 +220,14 @@ class GPUFeatureStore:
             finally:
                 self.cancel(ahead)
         numbers = list(set(self._resolve(paths)))
-        with self._desk.changed:
+        with self._desk.lock:
             self._desk.require_open()
             entries = self._cache.entries
-            return sum(entries[number].cached for number in self._cache.current(numbers))
+            return sum(entries[number].cached for number in set(self._cache.current(numbers)))
 
     def _finish_warming(self, ticket: Ticket, bar: Any) -> bool:
         """Wait for a part; True if not all of it could be kept."""
-        with self._desk.changed:
+        with self._desk.lock:
             self._desk.wait_for([ticket])
             kept = all(self._cache.entries[number].cached for number in ticket.numbers)
         self.cancel([ticket])
@@ -233,7 +239,7 @@ class GPUFeatureStore:
 
         Pipelines do this themselves. Without one, call it before each epoch.
         """
-        with self._desk.changed:
+        with self._desk.lock:
             self._desk.require_open()
             self._cache.begin_epoch(owner)
 
@@ -242,11 +248,11 @@ class GPUFeatureStore:
 
         A hint: whatever it says, results stay right.
         """
-        with self._desk.changed:
+        with self._desk.lock:
             if not self._cache.ledger.bounded:
                 return  # nothing will ever have to go
         numbers = self._resolve(paths)
-        with self._desk.changed:
+        with self._desk.lock:
             self._desk.require_open()
             self._cache.foresee(owner, [self._cache.entries[number].key for number in numbers])
 
@@ -266,7 +272,7 @@ class GPUFeatureStore:
         if not isinstance(path, (str, os.PathLike)):
             return False
         numbers = self._resolve([path])
-        with self._desk.changed:
+        with self._desk.lock:
             [number] = self._cache.current(numbers)
             return self._cache.entries[number].cached
 
@@ -280,7 +286,7 @@ class GPUFeatureStore:
 
     def stats(self) -> StoreStats:
         """Counters and sizes, all of one moment."""
-        with self._desk.changed:
+        with self._desk.lock:
             self._desk.run_deferred()
             ledger = self._cache.ledger
             return StoreStats(
@@ -301,7 +307,7 @@ class GPUFeatureStore:
 
     def check(self) -> None:
         """Recompute every total from the ground truth; raises AssertionError on a difference."""
-        with self._desk.changed:
+        with self._desk.lock:
             self._desk.run_deferred()
             self._cache.check()
 
@@ -360,7 +366,7 @@ def _power_of_two_below(number: int) -> int:
 
 
 def _numbering(
-    lock: threading.Condition, cache: Cache
+    lock: threading.Lock, cache: Cache
 ) -> Callable[[Sequence[tuple[str, str]]], list[int]]:
     # No method of the store, which would then refer to itself and outlive its last user.
     def numbers_of(files: Sequence[tuple[str, str]]) -> list[int]:

@@ -35,8 +35,11 @@ class Ticket:
         # of the store.
         self.pending = 0
         self.errors: dict[Entry, BaseException] = {}
+        # What must live for as long as this: the store.
+        self.holder: object = None
         self._issuer = issuer
-        self._number: int | None = number
+        # A list, since taking the last item out of one happens at once, in whatever thread.
+        self._number = [number]
 
     def result(self) -> FeatureBatch:
         """The features, gathered on the current stream of this thread; waits for files."""
@@ -46,15 +49,21 @@ class Ticket:
         """Let go. Harmless if the ticket was used."""
         self._issuer.cancel([self])
 
+    def is_from(self, issuer: Issuer) -> bool:
+        """Whether that made it."""
+        return self._issuer is issuer
+
     @property
     def used(self) -> bool:
         """Whether there is nothing more to have from it."""
-        return self._number is None
+        return not self._number
 
     def use_up(self) -> int | None:
         """The ticket's number for the one caller who closes it, None for all others."""
-        number, self._number = self._number, None
-        return number
+        try:
+            return self._number.pop()
+        except IndexError:
+            return None
 
     def abandon(self) -> None:
         """Let go at some later time. Takes no lock: finalizers may call this."""

@@ -1,6 +1,7 @@
 """Pages: what is uploaded comes out again, whichever way it is stored."""
 
 import logging
+import os
 from typing import Any
 
 import pytest
@@ -87,6 +88,22 @@ def test_large_results_use_memory_again_but_not_while_it_is_held(
     assert len(host._results._free) <= 4
     host.close()
     assert second.view(torch.uint8)[:, 9].tolist() == [2, 3]
+
+
+def test_results_are_memory_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpucache_pipes.device.arena.LARGE", 1)
+    host = HostBackend()
+    host.configure(64)
+    host.grow(2, None)
+    host.upload([[0], [1]]).finish()
+    [large] = host.gather([0, 1], [(0, 64)])
+    del large
+    [result] = host.gather([0], [(0, 64)])
+    assert result.untyped_storage().nbytes() == 64  # though it lies in the place of the larger one
+    child = os.fork()
+    if not child:
+        os._exit(int(result.view(torch.uint8).sum()))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.fixture(params=["host", "staged"])

@@ -86,6 +86,27 @@ def test_truncated_or_flipped_it_is_an_error_or_a_value(tmp_path: Path, suffix: 
             read(open_file(str(path)))
 
 
+@pytest.mark.parametrize("flip", [0x01, 0x10, 0x1C, 0xFF])
+def test_a_flipped_safetensors_file_is_what_the_library_says(tmp_path: Path, flip: int) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {"w0": torch.arange(4), "w1": torch.arange(3)}
+    safetensors.torch.save_file(tensors, str(path), metadata={"by": "me"})
+    data = path.read_bytes()
+    for at in range(len(data)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :])
+        try:
+            got = read(open_file(str(path)))
+        except ValueError:
+            continue
+        expected = safetensors.torch.load_file(str(path))
+        assert set(got) == set(expected)
+        for name, tensor in got.items():
+            assert_same(tensor, expected[name])
+    path.write_bytes(data + b"more")
+    with pytest.raises(ValueError, match="do not end where the file does"):
+        open_file(str(path))
+
+
 def header(description: dict[str, Any], data: bytes = b"") -> bytes:
     text = json.dumps(description).encode()
     return struct.pack("<Q", len(text)) + text + data

@@ -342,7 +342,7 @@ def pickled(*parts: bytes) -> bytes:
 )
 def test_malicious_pickles_neither_run_nor_pass(attack: bytes) -> None:
     try:
-        value = read_pickle(attack)
+        value, _ = read_pickle(attack)
     except Unsupported:
         return
     from gpucache_pipes.files.saved_names import Name
@@ -463,6 +463,78 @@ def test_memory_is_in_proportion_to_the_file(tmp_path: Path, greed: str) -> None
     assert peak < 256 * os.path.getsize(path)
 
 
+def test_one_key_in_many_dicts(tmp_path: Path) -> None:
+    key = b"X" + struct.pack("<I", 8000) + b"x" * 8000 + b"q\x00"
+    latin = b"X\x06\x00\x00\x00latin1q\x01"
+    body = (
+        key + latin + b"c_codecs\nencode\nh\x00h\x01\x86Rq\x02" + b"](" + b"}h\x02Ns" * 4000 + b"e"
+    )
+    path = archive(tmp_path, pickled(b"](", body, b"e"))
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(Unsupported):
+            PtReader().open(path).close()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 256 * os.path.getsize(path)
+
+
+def test_a_shape_that_no_memory_could_hold(tmp_path: Path) -> None:
+    shape = tuple([1 << 40] * 300)
+    feature = torch.ones(1)
+    path = save(tmp_path / "x.pt", feature)
+    data = zipfile.ZipFile(path).read("x/data.pkl")
+    sides = b"(" + b"\x8a\x06\x00\x00\x00\x00\x00\x01" * len(shape) + b"t"
+    strides = b"(" + b"K\x00" * len(shape) + b"t"
+    vast = data.replace(b"K\x01\x85q\x06K\x01\x85q\x07", sides + b"q\x06" + strides + b"q\x07")
+    assert len(vast) > len(data)
+    with pytest.raises(Unsupported, match="no memory could hold"):
+        read_pickle(vast)
+
+
+HOOKS = b"ccollections\nOrderedDict\nq\x08)Rq\x09"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (HOOKS, b"cos\nsystem\nq\x08q\x09"),
+        (HOOKS, HOOKS + b"K\x01K\x02s"),
+        (b"tq\x05Q", b"lq\x05Q"),
+    ],
+)
+def test_what_torch_load_would_refuse(tmp_path: Path, old: bytes, new: bytes) -> None:
+    path = save(tmp_path / "x.pt", torch.ones(1))
+    data = zipfile.ZipFile(path).read("x/data.pkl")
+    assert old in data
+    with pytest.raises(Unsupported):
+        read_pickle(data.replace(old, new))
+
+
+def test_a_storage_that_nobody_uses_must_be_there(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.pt", {"x": torch.ones(1)})
+    tensor = zipfile.ZipFile(path).read("x/data.pkl")[3:-1]
+    other = tensor.replace(b"X\x01\x00\x00\x000q", b"X\x01\x00\x00\x007q")
+    assert other != tensor
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "y.pt", "w") as new:
+        for item in old.infolist():
+            content = old.read(item)
+            if item.filename == "x/data.pkl":
+                content = (
+                    b"\x80\x02}(K\x01" + b"}" + other[2:] + b"K\x01" + b"}" + tensor[2:] + b"u."
+                )
+            new.writestr(item.filename, content)
+    with pytest.raises(Unsupported):
+        PtReader().open(str(tmp_path / "y.pt"))
+
+
+def test_files_that_name_a_part_more_than_once(tmp_path: Path) -> None:
+    zeros = (0, 0)
+    feature = {"x": torch.ones(3), "pad": [zeros] * 5000}
+    assert_same(read(opener(None, True)(save(tmp_path / "x.pt", feature))), feature)
+
+
 def test_parts_beyond_measure_in_what_torch_loads(tmp_path: Path) -> None:
     part: Any = {1}
     for _ in range(25):
@@ -470,6 +542,33 @@ def test_parts_beyond_measure_in_what_torch_loads(tmp_path: Path) -> None:
     path = save(tmp_path / "x.pt", part)
     with pytest.raises(ValueError, match=r"a feature of more than \d+ parts"):
         opener(None, False)(path)
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        lambda n: [*({} for _ in range(200)), n + 1000],
+        lambda n: list(range(n, n + 500)),
+        lambda n: {f"name {n} {m}": torch.ones(2) for m in range(50)},
+        lambda n: {n * 1000 + m: "x" * 10 for m in range(500)},
+    ],
+)
+def test_plans_cost_what_they_say(tmp_path: Path, feature: Any) -> None:
+    paths = []
+    for n in range(20):
+        paths.append(save(tmp_path / f"{n:03}.pt", feature(n)))
+        os.utime(paths[-1], (1, 1))
+    reader = PtReader()
+    reader.open(paths[0]).close()
+    before = reader._cost
+    tracemalloc.start()
+    try:
+        for path in paths[1:]:
+            reader.open(path).close()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held <= 1.5 * (reader._cost - before)
 
 
 def test_long_values_are_not_remembered(tmp_path: Path) -> None:

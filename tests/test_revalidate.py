@@ -149,6 +149,37 @@ def test_other_spellings_follow(tmp_path: Path) -> None:
         assert path not in store and len(store) == 0
 
 
+def test_a_link_that_is_changed(tmp_path: Path) -> None:
+    files = [str(tmp_path / f"v{n}.pt") for n in (1, 2)]
+    for n, path in enumerate(files, 1):
+        write(path, n, at=5)
+    link = tmp_path / "latest.pt"
+    with GPUFeatureStore("cpu", revalidate=True) as store:
+        for n in (1, 2, 1):
+            link.unlink(missing_ok=True)
+            link.symlink_to(files[n - 1])
+            assert value(store.get(link)) == n
+            assert [value(store.get(path)) for path in files] == [1, 2]
+        link.unlink()
+        assert [value(store.get(path)) for path in files] == [1, 2]
+        assert len(store) == 2
+
+
+def test_versions_are_not_kept_for_ever(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.pt")
+    write(path, 0, at=1)
+    with GPUFeatureStore("cpu", asynchronous=False, revalidate=True) as store:
+        ahead = store.request([path])
+        for n in range(1, 50):
+            write(path, n, at=n + 1)
+            ticket = store.request([path])
+            assert value(ahead.result()[0]) == n - 1
+            ahead = ticket
+            store.check()
+        assert len(store._cache.entries) <= 3
+        assert store.warm([path, Path(path)], progress=False) == 1
+
+
 def test_other_sizes(tmp_path: Path) -> None:
     path = str(tmp_path / "a.pt")
     with GPUFeatureStore("cpu", revalidate=True) as store:

@@ -653,3 +653,79 @@ def test_a_file_may_hold_long_keys_deep_down() -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 50 << 20
+
+
+def test_a_ticket_keeps_its_store(make_files: Files) -> None:
+    def request() -> Any:
+        return GPUFeatureStore("cpu").request(make_files(40))
+
+    batch = request().result()
+    assert [int(feature["label"]) for feature in batch] == list(range(40))
+
+
+def test_a_ticket_is_cancelled_while_it_is_collected(
+    make_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_files(2)
+    with GPUFeatureStore("cpu") as store:
+        ticket = store.request(paths)
+        wait_for = store._desk.wait_for
+
+        def cancelled_behind(tickets: Any) -> None:
+            wait_for(tickets)
+            ticket.use_up()
+
+        monkeypatch.setattr(store._desk, "wait_for", cancelled_behind)
+        with pytest.raises(RuntimeError, match="used or cancelled"):
+            ticket.result()
+        monkeypatch.undo()
+        assert store._desk._gathering == 0
+        store.clear()
+
+
+def test_a_ticket_of_another_store(make_files: Files) -> None:
+    paths = make_files(2)
+    with GPUFeatureStore("cpu") as store, GPUFeatureStore("cpu") as other:
+        ticket = store.request(paths)
+        with pytest.raises(RuntimeError, match="another store"):
+            other.collect([ticket])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_while_files_are_handed_to_readers(
+    make_files: Files, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    paths = make_files(100)
+    with GPUFeatureStore("cpu", reader_threads=2) as store:
+        pool = store._loader._pool
+        assert pool is not None
+        submit, calls = pool.submit, 0
+
+        def interrupted(task: Any, argument: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 2 and when == "before":
+                raise KeyboardInterrupt
+            submit(task, argument)
+            if calls == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(pool, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.request(paths)
+        monkeypatch.undo()
+        for _ in range(2):
+            batch = store.get_batch(paths)
+            assert [int(feature["label"]) for feature in batch] == list(range(100))
+            store.check()
+        assert store.stats().files_read <= 200
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_weights_only_refuses_is_named(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"x": torch.ones(2), "v": frozenset([1])}, path, pickle_protocol=protocol)
+    says = "refuses frozenset" if protocol == 2 else "protocol 2"
+    with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match=says):
+        store.get(path)

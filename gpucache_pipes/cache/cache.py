@@ -52,6 +52,8 @@ class Cache:
         self.rows: list[int] = []
         self.layouts: list[Any] = []
         self.newer: dict[int, int] = {}
+        # All entries of files that have had more than one.
+        self._versions: dict[str, list[Entry]] = {}
         self.evictions = 0
         self._by_key: dict[str, Entry] = {}
         self._layout_numbers: dict[Any, int] = {}
@@ -246,7 +248,8 @@ class Cache:
 
     def give_up(self, entry: Entry) -> Sequence[Any]:
         """LOADING -> ABSENT. Returns the tickets that waited."""
-        assert entry.state is State.LOADING
+        if entry.state is not State.LOADING:  # after an interrupt
+            return ()
         self.loading -= 1
         self.ledger.give_back(entry)
         entry.state = State.ABSENT
@@ -275,11 +278,17 @@ class Cache:
             return
         self.release([entry])
         if entry.state is State.READY:
-            number = self._new_entry(entry.key, entry.path).number
-            for older, newest in self.newer.items():
-                if newest == entry.number:
-                    self.newer[older] = number
-            self.newer[entry.number] = number
+            # One that nobody needs any more serves again: there are as many as there have been
+            # versions in flight at one time.
+            versions = self._versions.setdefault(entry.key, [entry])
+            latest = next((e for e in versions if e.state is State.ABSENT), None)
+            if latest is None:
+                latest = self._new_entry(entry.key, entry.path)
+                versions.append(latest)
+            self._by_key[entry.key] = latest
+            for version in versions:
+                self.newer[version.number] = latest.number
+            del self.newer[latest.number]
 
     def forget_pages(self) -> None:
         """The arena is gone. Only while no entry holds a page."""

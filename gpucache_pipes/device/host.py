@@ -79,7 +79,7 @@ class HostBackend:
         pages = int(available_host_bytes() * _SHARE) // self.page_bytes
         while pages >= needed:
             try:
-                region = map_memory(pages * self.page_bytes)
+                region = map_memory(pages * self.page_bytes, inherited=False)
             except OSError:
                 # The system counts address space as memory. Ask for less.
                 pages //= 2

@@ -36,17 +36,19 @@ def _number(path: str) -> int | None:
         return None
 
 
-def map_memory(nbytes: int) -> mmap.mmap:
-    """Zeroed memory that takes no room before it is written to. Raises OSError if refused."""
+def map_memory(nbytes: int, *, inherited: bool = True) -> mmap.mmap:
+    """Zeroed memory that takes no room before it is written to. Raises OSError if refused.
+
+    Unless it is `inherited`, it does not exist in the child of a fork.
+    """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if sys.platform == "linux":
         # The module names it from Python 3.13 on.
         flags |= getattr(mmap, "MAP_NORESERVE", 0x4000)
     region = mmap.mmap(-1, nbytes, flags=flags)
-    # Large kernel pages spare a gather most TLB misses; worker processes need no copy of the
-    # page tables, since a store does not work after a fork anyway.
+    # Large kernel pages spare a gather most TLB misses.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        if hasattr(mmap, advice):
+        if hasattr(mmap, advice) and not (inherited and advice == "MADV_DONTFORK"):
             with contextlib.suppress(OSError):
                 region.madvise(getattr(mmap, advice))
     return region

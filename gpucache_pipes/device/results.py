@@ -36,7 +36,8 @@ class ResultMemory:
         # The tensor's storage holds the view, and the view dies with it.
         view = memoryview(region)
         weakref.finalize(view, _give_back, self._free, region).atexit = False
-        return torch.frombuffer(view, dtype=torch.uint8)[:nbytes]
+        # No more than the result: whoever saves a tensor saves all of its storage.
+        return torch.frombuffer(view, dtype=torch.uint8, count=nbytes)
 
     def _take(self, nbytes: int) -> mmap | None:
         for region in reversed(self._free.copy()):
@@ -49,8 +50,8 @@ class ResultMemory:
         return None
 
     def clear(self) -> None:
-        """Give back what is not in use."""
-        self._free.clear()
+        """Give back what is not in use, and what is in use when it comes back."""
+        self._free = []
 
 
 def _give_back(free: list[mmap], region: mmap) -> None:

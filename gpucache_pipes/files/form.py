@@ -92,18 +92,20 @@ class Form:
 
     def _make_plan(self, pickle: bytes) -> Plan:
         try:
-            tree, tensors, values = flatten(read_pickle(pickle), SavedTensor, len(pickle))
+            item, storages = read_pickle(pickle)
+            tree, tensors, values = flatten(item, SavedTensor, len(pickle))
         except (TypeError, ValueError, RecursionError) as error:
             raise Unsupported(str(error)) from error
         if any(isinstance(value, (Name, Storage)) for value in values):
             raise Unsupported("a name or a storage stands where a value should")
         layout = Layout.of(tree, [(tensor.dtype, tensor.shape) for tensor in tensors])
+        for storage in storages:
+            record = self._directory.records.get(f"data/{storage.key}")
+            if record is None or record[2] != storage.nbytes:
+                raise Unsupported("a storage and its record are of different sizes")
         moves, views = [], []
         for tensor, leaf in zip(tensors, layout.leaves, strict=True):
             name = f"data/{tensor.storage.key}"
-            record = self._directory.records.get(name)
-            if record is None or record[2] != tensor.storage.nbytes:
-                raise Unsupported("a storage and its record are of different sizes")
             start = self._starts[name] + tensor.offset * leaf.dtype.itemsize
             if not leaf.nbytes:
                 continue
@@ -113,7 +115,8 @@ class Form:
                 sides = zip(tensor.shape, tensor.strides, strict=True)
                 extent = 1 + sum((side - 1) * stride for side, stride in sides)
                 views.append(View(start, extent * leaf.dtype.itemsize, tensor.strides, leaf))
-        cost = 8 * len(pickle)
+        # A plain value is an object of 32 bytes and more; texts are as long as in the pickle.
+        cost = layout.cost + 3 * len(pickle) + 100 * len(values) + 200 * len(tensors)
         return Plan(layout, tuple(values), tuple(moves), tuple(views), cost)
 
 

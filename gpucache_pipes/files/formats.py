@@ -72,25 +72,34 @@ def by_torch_load(path: str, weights_only: bool) -> LoadedFeature:
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        raise ValueError(_reason(size, weights_only, error)) from error
+        raise ValueError(_reason(path, weights_only, error)) from error
     return LoadedFeature(feature, size)
 
 
-def _reason(size: int, weights_only: bool, error: Exception) -> str:
-    if not size:
+def _reason(path: str, weights_only: bool, error: Exception) -> str:
+    with open(path, "rb") as file:  # noqa: PTH123
+        start = file.read(4)
+    if not start:
         return "the file is empty"
     text = str(error)
-    refused = _REFUSED.search(text)
+    refused = _GLOBAL.search(text) or _REFUSED.search(text)
     if weights_only and refused:
         return (
             f"weights_only=True refuses {refused[1]}. If you trust the files: allow it by "
             "torch.serialization.add_safe_globals, or make the store with weights_only=False; "
             "or convert it with load_fn"
         )
+    if weights_only and "Unsupported operand" in text and start == b"PK\x03\x04":
+        return (
+            "weights_only=True reads only pickles of protocol 2, as torch.save writes by default. "
+            "Save it anew; or, if you trust it, make the store with weights_only=False; or read it "
+            "by load_fn"
+        )
     [line, *_] = text.splitlines() or [""]
     return f"not a file of torch.save, or damaged ({type(error).__name__}: {line:.200})"
 
 
+_GLOBAL = re.compile(r"GLOBAL ([A-Za-z_][\w.]*) was not")
 _REFUSED = re.compile(
     r"(?:Unsupported (?:global|class|operand|storage).*?|GLOBAL |Trying to (?:call|instantiate).*?)"
     r"([A-Za-z_][\w.]*\.[\w.]+)"

@@ -52,15 +52,17 @@ class Layout:
         nbytes: bytes of all leaves; this is what a budget counts.
         span: bytes from the first to the last leaf, alignment gaps included; what pages hold.
         plain: number of plain values.
+        cost: about how many bytes it takes to remember it, without its plain values.
     """
 
-    __slots__ = ("__weakref__", "leaves", "nbytes", "plain", "span", "tree")
+    __slots__ = ("__weakref__", "cost", "leaves", "nbytes", "plain", "span", "tree")
 
     tree: Tree
     leaves: tuple[Leaf, ...]
     nbytes: int
     span: int
     plain: int
+    cost: int
 
     @classmethod
     def of(cls, tree: Tree, tensors: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> "Layout":
@@ -83,7 +85,9 @@ class Layout:
         layout.leaves = tuple(leaves)
         layout.nbytes = sum(leaf.nbytes for leaf in leaves)
         layout.span = end
-        layout.plain = _count_plain(tree)
+        layout.plain, branches = _count(tree)
+        sides = sum(len(leaf.shape) for leaf in leaves)
+        layout.cost = 800 + 400 * branches + 600 * len(leaves) + 50 * (sides + layout.plain)
         # setdefault decides between two threads that meet a layout at the same moment.
         return _known.setdefault(key, layout)
 
@@ -91,8 +95,19 @@ class Layout:
 _known: "WeakValueDictionary[Any, Layout]" = WeakValueDictionary()
 
 
-def _count_plain(tree: Tree) -> int:
-    return int(tree < 0) if isinstance(tree, int) else sum(map(_count_plain, tree.children))
+def _count(tree: Tree) -> tuple[int, int]:
+    """How many plain values and how many containers there are."""
+    if isinstance(tree, int):
+        return int(tree < 0), 0
+    plain, branches = 0, 1
+    for child in tree.children:
+        if isinstance(child, int):
+            plain += child < 0
+        else:
+            more = _count(child)
+            plain += more[0]
+            branches += more[1]
+    return plain, branches
 
 
 def flatten(
@@ -136,7 +151,7 @@ class _Visitor:
             return len(self.tensors) - 1
         if kind is dict or kind is OrderedDict:
             keys = tuple(item)
-            marks = [None if type(key) is str else (type(key), repr(key)) for key in keys]
+            marks = [None if type(key) is str else _mark(key) for key in keys]
             children = [self.visit(value, (place, key)) for key, value in item.items()]
             return Branch(kind, keys, tuple(marks), tuple(children))
         if kind is list or kind is tuple or (isinstance(item, tuple) and hasattr(kind, "_fields")):
@@ -145,6 +160,14 @@ class _Visitor:
         _require_plain(item, kind, place)
         self.values.append(own(item))
         return ~(len(self.values) - 1)
+
+
+_BY_VALUE = (bool, int, bytes, type(None))
+
+
+def _mark(key: Hashable) -> Any:
+    """What tells a key from others that are equal to it."""
+    return (type(key), key if type(key) in _BY_VALUE else repr(key))
 
 
 def _require_plain(item: Any, kind: type, place: Place) -> None:

@@ -12,12 +12,20 @@ class PathTable:
 
     A file is known by its key, the absolute path with symbolic links resolved. Directories are
     resolved once and remembered: a link that is changed afterwards is not noticed, as little as
-    a file that changes. `numbers_of(files)` gives the numbers of files, each of which is a key
+    a file that changes; but with `follow_links`, links to files themselves are looked at each time.
+    `numbers_of(files)` gives the numbers of files, each of which is a key
     and its first spelling, made absolute; it must be safe to call from several threads.
     """
 
-    def __init__(self, numbers_of: Callable[[Sequence[tuple[str, str]]], Sequence[int]]) -> None:
+    def __init__(
+        self,
+        numbers_of: Callable[[Sequence[tuple[str, str]]], Sequence[int]],
+        follow_links: bool = False,
+    ) -> None:
         self._numbers_of = numbers_of
+        self._follow_links = follow_links
+        # Spellings whose last part is a link.
+        self._links: set[PathLike] = set()
         self._numbers: dict[PathLike, int] = {}
         self._directories: dict[str, str] = {}
         # What relative spellings in _numbers refer to.
@@ -35,6 +43,9 @@ class PathTable:
             self._numbers = {p: n for p, n in self._numbers.items() if os.path.isabs(p)}
             self._cwd = None
         numbers = self._numbers
+        if self._links and not self._links.isdisjoint(paths):
+            for path in self._links.intersection(paths):
+                numbers.pop(path, None)
         try:
             return list(map(numbers.__getitem__, paths))
         except (KeyError, TypeError):
@@ -42,6 +53,8 @@ class PathTable:
             new = list(dict.fromkeys(path for path in spellings if path not in numbers))
             files = [self._file(os.fspath(path)) for path in new]
             numbers.update(zip(new, self._numbers_of(files), strict=True))
+            if self._follow_links:
+                self._links.update(path for path in new if os.path.islink(path))
             return list(map(numbers.__getitem__, spellings))
 
     def _file(self, path: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ counted; sizes that the pickle states are only believed where the bytes are ther
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -30,10 +30,11 @@ _MALFORMED = (
 _KEYS = (str, int, float, bool, bytes, type(None))
 
 
-def read_pickle(data: bytes) -> Any:
-    """The object in `data`, its tensors as SavedTensors. Raises Unsupported."""
+def read_pickle(data: bytes) -> tuple[Any, Collection[Storage]]:
+    """The object in `data`, its tensors as SavedTensors, and all storages. Raises Unsupported."""
+    reader = _Reader(data)
     try:
-        return _Reader(data).run()
+        return reader.run(), reader.storages.values()
     except _MALFORMED as error:
         raise Unsupported(f"an unusual pickle: {error!r}") from error
 
@@ -86,7 +87,9 @@ class _Reader:
                 at += 1
             elif code == 0x63:  # GLOBAL
                 end = data.index(b"\n", data.index(b"\n", at) + 1)
-                stack.append(NAMES.get(data[at:end]) or _unknown(data[at:end]))
+                if (name := NAMES.get(data[at:end])) is None:
+                    raise Unsupported(data[at:end].decode("ascii").replace("\n", "."))
+                stack.append(name)
                 at = end + 1
             elif code == 0x4D:  # BININT2
                 stack.append(data[at] | data[at + 1] << 8)
@@ -143,7 +146,10 @@ class _Reader:
         stack[len(stack) - count :] = [tuple(stack[len(stack) - count :])]
 
     def persistent(self) -> None:
-        kind, storage, key, place, count = self.stack.pop()
+        identity = self.stack.pop()
+        if type(identity) is not tuple:
+            raise Unsupported("an unusual storage")
+        kind, storage, key, place, count = identity
         if kind != "storage" or type(key) is not str or type(place) is not str:
             raise Unsupported("an unusual storage")
         if place.partition(":")[0] not in PLACES or type(count) is not int or count < 0:
@@ -171,11 +177,6 @@ class _Reader:
             if self.made > len(self.data):
                 raise Unsupported("a small pickle that makes much")
         self.stack.append(result)
-
-
-def _unknown(spelling: bytes) -> Name:
-    module, name = spelling.decode("ascii").split("\n")
-    return Name(module, name)
 
 
 _BYTE, _INT = struct.Struct("<B"), struct.Struct("<i")

@@ -32,6 +32,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _MOST_PLANS = 4096
+_MOST_SIDES = 64
+"""More than torch can do anything with."""
 
 
 class SafetensorsReader(PlanReader):
@@ -48,16 +50,25 @@ class SafetensorsReader(PlanReader):
         plan = self._by_header.get(header)
         if plan is None:
             try:
-                plan = _make_plan(json.loads(header), 8 + count)._replace(cost=4 * count)
+                plan = _make_plan(json.loads(header, object_pairs_hook=_once), 8 + count, count)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise Unsupported(f"an unusual header: {error!r:.200}") from error
             if len(self._by_header) >= _MOST_PLANS:
                 self._by_header.clear()
             if plan.cost <= DEAREST:
                 self._by_header[header] = plan
-        if any(move.start + move.nbytes > file.size for move in plan.moves):
-            raise Unsupported("a tensor ends behind the end of the file")
+        ends = [move.start + move.nbytes for move in plan.moves]
+        if max(ends, default=8 + count) != file.size:
+            raise Unsupported("the tensors do not end where the file does")
         return plan
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict, as json makes it, but of names that are all different."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name that is used twice")
+    return found
 
 
 class _Saved:
@@ -70,10 +81,18 @@ class _Saved:
         for number in (*self.shape, self.begin, self.end):
             if type(number) is not int or not 0 <= number < 1 << 63:
                 raise ValueError(f"{number!r} is no size")
+        if len(self.shape) > _MOST_SIDES:
+            raise ValueError(f"a shape of {len(self.shape)} sides")
 
 
-def _make_plan(header: dict[str, Any], start: int) -> Plan:
+def _make_plan(header: dict[str, Any], start: int, count: int) -> Plan:
     feature = {n: _Saved(d) for n, d in header.items() if n != "__metadata__"}
+    # As the library demands: nothing is left out, and nothing is used twice.
+    end = 0
+    for saved in sorted(feature.values(), key=lambda saved: (saved.begin, saved.end)):
+        if saved.begin != end:
+            raise ValueError("there is a gap between tensors, or they overlap")
+        end = saved.end
     tree, tensors, _ = flatten(feature, _Saved)
     layout = Layout.of(tree, [(tensor.dtype, tensor.shape) for tensor in tensors])
     moves = []
@@ -82,4 +101,4 @@ def _make_plan(header: dict[str, Any], start: int) -> Plan:
             raise ValueError("a shape and the number of bytes do not agree")
         if leaf.nbytes:
             moves.append(Move(start + tensor.begin, leaf.offset, leaf.nbytes))
-    return Plan(layout, (), tuple(moves), ())
+    return Plan(layout, (), tuple(moves), (), layout.cost + 3 * count + 200 * len(moves))

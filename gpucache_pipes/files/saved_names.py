@@ -84,7 +84,8 @@ def _tensor(
     hooks: Any,
     metadata: Any = None,
 ) -> SavedTensor:
-    return _checked(storage, storage.dtype, offset, shape, strides, requires_grad, metadata)
+    dtype = storage.dtype
+    return _checked(storage, dtype, offset, shape, strides, requires_grad, hooks, metadata)
 
 
 def _tensor_with_dtype(
@@ -97,7 +98,7 @@ def _tensor_with_dtype(
     dtype: Any,
     metadata: Any = None,
 ) -> SavedTensor:
-    return _checked(storage, dtype, offset, shape, strides, requires_grad, metadata)
+    return _checked(storage, dtype, offset, shape, strides, requires_grad, hooks, metadata)
 
 
 def _checked(
@@ -107,6 +108,7 @@ def _checked(
     shape: Any,
     strides: Any,
     requires_grad: Any,
+    hooks: Any,
     metadata: Any,
 ) -> SavedTensor:
     """A tensor that lies within its storage, as torch would check it."""
@@ -114,26 +116,35 @@ def _checked(
         raise Unsupported("an unusual tensor")
     if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
         raise Unsupported("an unusual shape")
-    if requires_grad is not False and not (
-        requires_grad is True and (dtype.is_floating_point or dtype.is_complex)
-    ):
-        raise Unsupported("a tensor that cannot require gradients")
-    extent, empty = 1, False
+    _require_data(dtype, requires_grad, hooks)
+    extent, numel = 1, 1
     for side, stride in zip(shape, strides, strict=True):
         if not (type(side) is type(stride) is int and 0 <= side < _MANY and 0 <= stride < _MANY):
             raise Unsupported("an unusual shape")
         extent += (side - 1) * stride
-        empty |= not side
+        numel *= side
+        if numel >= _MANY:
+            raise Unsupported("a tensor that no memory could hold")
     if type(offset) is not int or not 0 <= offset < _MANY:
         raise Unsupported("an unusual offset")
-    if not empty and (offset + extent) * dtype.itemsize > storage.nbytes:
+    if numel and (offset + extent) * dtype.itemsize > storage.nbytes:
         raise Unsupported("a tensor that is larger than its storage")
     return SavedTensor(storage, dtype, offset, shape, strides)
+
+
+def _require_data(dtype: torch.dtype, requires_grad: Any, hooks: Any) -> None:
+    if type(hooks) is not OrderedDict or hooks:
+        raise Unsupported("a tensor with hooks")
+    if requires_grad is not False and not (
+        requires_grad is True and (dtype.is_floating_point or dtype.is_complex)
+    ):
+        raise Unsupported("a tensor that cannot require gradients")
 
 
 def _parameter(data: Any, requires_grad: Any, hooks: Any) -> SavedTensor:
     if type(data) is not SavedTensor:
         raise Unsupported("an unusual parameter")
+    _require_data(data.dtype, requires_grad, hooks)
     return data
 
 

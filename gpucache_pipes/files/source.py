@@ -1,6 +1,5 @@
 """What the store knows of a file: how to open it, and how its bytes reach their place."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -43,9 +42,7 @@ class LoadedFeature:
     """A feature that is already in host memory, as `torch.load` or a `load_fn` returns it."""
 
     def __init__(self, feature: Any, bytes_read: int | None = None) -> None:
-        tree, tensors, values = flatten(
-            feature, most_parts=sys.maxsize if bytes_read is None else bytes_read
-        )
+        tree, tensors, values = flatten(feature)
         self._tensors = tensors
         self.layout = Layout.of(tree, [(t.dtype, tuple(t.shape)) for t in tensors])
         self.values = tuple(values)

@@ -17,7 +17,7 @@ def version_of(status: os.stat_result) -> bytes:
 
 def is_racy(status: os.stat_result) -> bool:
     """Whether the file was written so lately that its version may not change if it changes."""
-    return time.time_ns() - status.st_mtime_ns <= RACY_NS
+    return abs(time.time_ns() - status.st_mtime_ns) <= RACY_NS
 
 
 def has_version(path: str, version: bytes | None) -> bool:

@@ -59,7 +59,7 @@ class Shape:
                 raise Unsupported("compressed, encrypted, split or other unusual records")
             name = raw[at + 46 : at + 46 + name_bytes]
             first, slash, rest = name.partition(b"/")
-            if not slash or (prefix is not None and first != prefix):
+            if not slash or b"\0" in name or (prefix is not None and first != prefix):
                 raise Unsupported("records without a common prefix")
             prefix = first
             self._names.append(rest.decode("ascii", "replace"))
@@ -89,6 +89,7 @@ class Shape:
             self._constants(fields) != self._expected
             or prefixes.count(prefix) != len(prefixes)
             or b"/" in prefix
+            or b"\0" in prefix
         ):
             return None
         numbers: tuple[bytes, ...] = fields[1::3]
@@ -162,8 +163,8 @@ class Directory:
         if self._probe is None:
             sizes = [size for _, _, size in self.records.values()]
             number = sizes.index(max(sizes))
-            self._probe = self._shape.sizes_of(number)
             self._probed = self.numbers[number][:8]
+            self._probe = self._shape.sizes_of(number)  # last: other threads look at it
         if data[at + self._probe.start : at + self._probe.stop] != self._probed:
             return False
         return (
