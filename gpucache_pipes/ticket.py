@@ -27,6 +27,9 @@ class Ticket:
     `collect`; a ticket that is dropped is cancelled.
     """
 
+    # For the finalizer of one whose __init__ was interrupted.
+    _number: list[int] = []  # noqa: RUF012  (nobody adds to it)
+
     def __init__(self, issuer: Issuer, number: int, numbers: Sequence[int]) -> None:
         # The entries, as numbers; and their rows, if all were there when the ticket was opened.
         self.numbers = numbers
