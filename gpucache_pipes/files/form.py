@@ -46,6 +46,7 @@ class Form:
             self._starts[name] = start = zips.data_offset(record, file)
             number = name.removeprefix("data/")
             if name != number and number.isdecimal():
+                # Data may overlap what follows: it is only copied, as torch.load would.
                 at = start
                 continue
             at = start + size
