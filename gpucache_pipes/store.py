@@ -4,7 +4,6 @@ import logging
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -12,7 +11,6 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
-from tqdm.auto import tqdm
 
 from gpucache_pipes.batch import FeatureBatch
 from gpucache_pipes.cache import Cache, Ledger, Policy, make_policy
@@ -24,13 +22,13 @@ from gpucache_pipes.loader import Loader
 from gpucache_pipes.stats import StoreStats
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.units import parse_bytes, positive_int
+from gpucache_pipes.warming import warm
 
 _log = logging.getLogger("gpucache_pipes")
 
 _DEFAULT_THREADS = 1
 _STAGING_BYTES = 64 << 20
 _CLOSE_SECONDS = 5.0
-_WARM_FILES = 256
 
 
 class GPUFeatureStore:
@@ -201,38 +199,7 @@ class GPUFeatureStore:
         Evicts nothing, and does not count as requests in `stats()`. Shows a progress bar on
         stderr. Errors as in `get`; what was loaded before stays.
         """
-        if isinstance(paths, (str, os.PathLike)):
-            raise TypeError(f"a sequence of paths is needed, not the single path {paths!r}")
-        paths = list(paths)
-        ahead: deque[Ticket] = deque()
-        full = False
-        with tqdm(total=len(paths), desc="warming", unit="file", disable=not progress) as bar:
-            try:
-                for start in range(0, len(paths), _WARM_FILES):
-                    if full or not self._cache.ledger.fits(1, 1):
-                        break
-                    part = self._resolve(paths[start : start + _WARM_FILES])
-                    ahead.append(self._desk.request(part, warming=True))
-                    if len(ahead) > 1:
-                        full = self._finish_warming(ahead.popleft(), bar)
-                while ahead:
-                    self._finish_warming(ahead.popleft(), bar)
-            finally:
-                self.cancel(ahead)
-        numbers = list(set(self._resolve(paths)))
-        with self._desk.lock:
-            self._desk.require_open()
-            entries = self._cache.entries
-            return sum(entries[number].cached for number in set(self._cache.current(numbers)))
-
-    def _finish_warming(self, ticket: Ticket, bar: Any) -> bool:
-        """Wait for a part; True if not all of it could be kept."""
-        with self._desk.lock:
-            self._desk.wait_for([ticket])
-            kept = all(self._cache.entries[number].cached for number in ticket.numbers)
-        self.cancel([ticket])
-        bar.update(len(ticket.numbers))
-        return not kept
+        return warm(self._desk, self._cache, self._resolve, paths, progress)
 
     def begin_epoch(self, owner: object = None) -> None:
         """Tell the policy that `owner` begins a new pass over its data.

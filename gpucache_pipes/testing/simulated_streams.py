@@ -2,18 +2,31 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from gpucache_pipes.testing.ordering import Clock, join
 
-if TYPE_CHECKING:
-    from gpucache_pipes.testing.simulated import SimulatedRuntime
+
+class Timeline(Protocol):
+    """Who runs the operations. `lock` is held for all that happens to streams and events."""
+
+    lock: Any
+    waits: int
+
+    def let_time_pass(self) -> None:
+        """Run some of what could run."""
+
+    def run_one(self) -> None:
+        """Run one operation, because somebody waits."""
+
+    def host_knows(self, clock: Clock) -> None:
+        """The host has seen that so much is finished."""
 
 
 class SimulatedStream:
     """A queue of operations. Behaves like a torch.Stream."""
 
-    def __init__(self, runtime: "SimulatedRuntime", number: int) -> None:
+    def __init__(self, runtime: Timeline, number: int) -> None:
         self.number = number
         self.clock: Clock = {}
         self.queue: deque[tuple[Callable[[], None], SimulatedEvent | None]] = deque()
@@ -43,7 +56,7 @@ class SimulatedStream:
 class SimulatedEvent:
     """A mark in a queue. Behaves like a torch.Event."""
 
-    def __init__(self, runtime: "SimulatedRuntime") -> None:
+    def __init__(self, runtime: Timeline) -> None:
         self.clock: Clock = {}
         self.done = True
         self._runtime = runtime

@@ -1,15 +1,22 @@
 """Tensors in the memory of the simulated device; see `testing.simulated`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_flatten
 
 from gpucache_pipes.testing.ordering import Interval
 
-if TYPE_CHECKING:
-    from gpucache_pipes.testing.simulated import SimulatedRuntime
+
+class Dispatcher(Protocol):
+    """Who queues the operations on tensors."""
+
+    def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Issue an operation."""
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the host, after waiting for it."""
 
 
 class SimulatedTensor(torch.Tensor):
@@ -19,7 +26,7 @@ class SimulatedTensor(torch.Tensor):
     """
 
     content: torch.Tensor
-    runtime: "SimulatedRuntime"
+    runtime: Dispatcher
     # The piece of memory that it lies in; a number is never used twice.
     memory: int
     # The numbers in an index, which the host has written: so the rows that it names are known.
@@ -28,9 +35,7 @@ class SimulatedTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(
-        cls, content: torch.Tensor, runtime: "SimulatedRuntime", memory: int
-    ) -> "SimulatedTensor":
+    def __new__(cls, content: torch.Tensor, runtime: Dispatcher, memory: int) -> "SimulatedTensor":
         """A view of `content`, which holds what the device has done so far."""
         tensor: SimulatedTensor = torch.Tensor._make_wrapper_subclass(
             cls, content.shape, content.stride(), content.storage_offset(), dtype=content.dtype,
