@@ -206,6 +206,19 @@ def test_without_a_budget_some_memory_is_left_to_others(monkeypatch: pytest.Monk
     assert backend.grow(1, 64) == 64
 
 
+def test_no_room_at_all_says_what_was_asked_and_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = Small(CPU)
+    monkeypatch.setattr(runtime, "memory", lambda: (1 << 17, 1 << 20))
+    backend = AcceleratorBackend(runtime)
+    backend.configure(4096)
+    with pytest.raises(MemoryError, match=r"the 1310720 bytes .*131072 of 1048576 bytes are free"):
+        backend.grow(320, None)
+    # Less is served, although it takes of what is left to others.
+    assert backend.grow(50, None) == 50
+
+
 def test_pages_stay_what_they_are_when_the_arena_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "_FIRST_SEGMENT", 1)
     backend = AcceleratorBackend(InOrderRuntime(CPU))

@@ -96,7 +96,9 @@ class AcceleratorBackend:
         assert arena is not None
         pages = max(needed, arena.pages, _FIRST_SEGMENT // self.page_bytes)
         if useful is None:
-            pages = min(pages, self._spare_bytes() // self.page_bytes)
+            # What is needed first is needed by a batch, and not only by the cache.
+            least = 0 if arena.pages else needed
+            pages = max(least, min(pages, self._spare_bytes() // self.page_bytes))
         else:
             # Beyond what the budget can use, what is in flight is held: in steps, too.
             beyond = max(-useful, _STEP // self.page_bytes)
@@ -110,12 +112,19 @@ class AcceleratorBackend:
                 if pages == needed:
                     break
                 pages = max(needed, pages // 2)
+        memory = self._runtime.memory()
+        free = "" if memory is None else f" ({memory[0]} of {memory[1]} bytes are free)"
+        if not arena.pages:
+            raise MemoryError(
+                f"{self.device} has no room for the {needed * self.page_bytes} bytes that are "
+                f"needed{free}: free some of it, or lower batch size and depth"
+            )
         if not self._warned:
             self._warned = True
             _log.warning(
-                "%s has no room for %d more bytes; the cache stops growing at %d bytes and evicts "
-                "from now on. Set max_cache_bytes to leave memory for the model",
-                self.device, needed * self.page_bytes, arena.nbytes,
+                "%s has no room for %d more bytes%s; the cache stops growing at %d bytes and "
+                "evicts from now on. Set max_cache_bytes to leave memory for the model",
+                self.device, needed * self.page_bytes, free, arena.nbytes,
             )  # fmt: skip
         return 0
 

@@ -48,7 +48,8 @@ class Backend(Protocol):
 
         If `useful` is not None, so many more could serve the cache; where it is not positive,
         there are already -useful pages more than that, for batches in flight. Page ids go on
-        from the last. Called with the store's lock held. Returns the number added.
+        from the last. Called with the store's lock held. Returns the number added. Raises
+        MemoryError, with what was asked for and what is free, if there is no room for any.
         """
 
     def upload(self, placements: Sequence[Sequence[int]]) -> Upload:
