@@ -30,7 +30,9 @@ def main() -> int:
         print("there is no accelerator here: nothing to check")
         return 1
     figures_file = Path(args.json).with_suffix(".figures")
-    tests = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", "-rA", *TESTS])
+    # Without the options of the project: an older pytest does not know all of them.
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-W", "default", "-q", "-rA"]
+    tests = run([*pytest, "-m", "gpu", *TESTS])
     bench = run(
         [sys.executable, "benchmarks/accelerator.py", "--scale", str(args.scale),
          "--json", str(figures_file)]

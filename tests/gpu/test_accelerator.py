@@ -45,7 +45,7 @@ def read_while_it_is_uploaded(backend: AcceleratorBackend) -> bool:
     with GPUFeatureStore(backend, load_fn=files.__getitem__, asynchronous=False) as store:
         store.warm(list(files)[:4], progress=False)
         torch.accelerator.synchronize()
-        with torch.cuda.stream(backend._copy_stream):
+        with backend._runtime.on(backend._copy_stream):
             torch.cuda._sleep(LONG)
         return first_column(store.get_batch(list(files)[4:]).collate()) == [4, 5, 6, 7]
 
@@ -75,7 +75,7 @@ def write_to_staging_that_is_being_read(backend: AcceleratorBackend) -> bool:
         names = list(files)
         store.get(names[0])
         torch.accelerator.synchronize()
-        with torch.cuda.stream(backend._copy_stream):
+        with backend._runtime.on(backend._copy_stream):
             torch.cuda._sleep(LONG)
         for start in range(1, 29, 4):
             store.prefetch(names[start : start + 4])
