@@ -45,8 +45,8 @@ class GPUFeatureStore:
         device: where to keep features; None is the accelerator if there is one, else the CPU.
             "cuda" means the device that is current now. Also a `device.Backend`.
         max_cache_bytes: budget for the tensors of cached features: a number of bytes or a
-            string such as "8GiB". None is no limit: the cache grows until the device is full.
-            Batches in flight take memory beside it.
+            string such as "8GiB". None is no limit: the cache grows until a tenth of the
+            device's memory is left. Batches in flight take memory beside it.
         max_cache_items: budget for the number of cached features; None is no limit.
         policy: what goes when the budget is used up: "clairvoyant" (default), "lru", "fifo",
             "keep", or an object with the methods of `cache.Policy`.
