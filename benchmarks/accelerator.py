@@ -46,6 +46,11 @@ class Device:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
+    def empty_cache(self) -> None:
+        """Give back what one scenario took, for the next."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).empty_cache()
+
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Page-locked memory; on the CPU, memory."""
         return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
@@ -274,6 +279,7 @@ def main() -> None:
     for name, scenario in SCENARIOS.items():
         if args.only in (None, name):
             figures[name] = scenario(device, args.scale)
+            device.empty_cache()
             print(f"{name}: {figures[name]}", flush=True)
             # After each: a run that is cut short leaves what it has measured.
             save(args.json, figures)

@@ -729,3 +729,16 @@ def test_what_weights_only_refuses_is_named(tmp_path: Path, protocol: int) -> No
     says = "refuses frozenset" if protocol == 2 else "protocol 2"
     with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match=says):
         store.get(path)
+
+
+def test_what_is_left_to_others_does_not_stop_a_batch(
+    make_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_files(40)
+    runtime = InOrderRuntime(torch.device("cpu"))
+    monkeypatch.setattr(runtime, "memory", lambda: (5 << 30, 80 << 30))
+    with GPUFeatureStore(AcceleratorBackend(runtime)) as store:
+        for count in (1, 2, 40, 3):
+            batch = store.get_batch(paths[:count])
+            assert [int(feature["label"]) for feature in batch] == list(range(count))
+            store.check()

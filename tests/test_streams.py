@@ -248,3 +248,78 @@ def test_staging_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         files["/g/large"] = torch.full((1000,), 7)
         assert store.get("/g/large").tolist() == [7] * 1000
         store.check()
+
+
+def after_a_move(haste: float, seed: int) -> None:
+    """Pages that were there before the arena moved, read while it may still move."""
+    runtime = SimulatedRuntime(seed, haste)
+    backend = AcceleratorBackend(runtime)
+    with GPUFeatureStore(
+        backend, load_fn=FILES.__getitem__, asynchronous=False, page_bytes=192
+    ) as store:
+        store.get_batch(PATHS[:2])
+        backend._copy_stream.synchronize()
+        before = backend._arena
+        store.prefetch(PATHS[2:])
+        assert backend._arena is not before
+        with runtime.on(runtime.new_stream()):
+            batch = store.get_batch(PATHS[:2]).collate()
+            assert batch["label"].flatten().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_gather_waits_for_the_arena_to_move(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "_FIRST_SEGMENT", 2 * 192)
+    after_a_move((0, 0.3)[seed % 2], seed)
+    note = AcceleratorBackend._note
+
+    def without_moves(
+        backend: AcceleratorBackend, log: Any, event: Any, pages: Any, *rest: Any
+    ) -> None:
+        if pages is not None:
+            note(backend, log, event, pages, *rest)
+
+    monkeypatch.setattr(AcceleratorBackend, "_note", without_moves)
+    with pytest.raises(UnorderedAccessError):
+        after_a_move(0, seed)
+
+
+def test_an_event_that_is_recorded_twice() -> None:
+    runtime = SimulatedRuntime(0, haste=0)
+    a, b = runtime.new_stream(), runtime.new_stream()
+    event = runtime.new_event()
+    memory = runtime.empty(16)
+    with runtime.on(a):
+        memory.fill_(1)
+        event.record(a)
+        b.wait_event(event)
+        memory.fill_(2)
+        event.record(a)
+    with runtime.on(b), pytest.raises(UnorderedAccessError):
+        memory.fill_(3)
+    assert not event.query()
+    event.synchronize()
+    with runtime.on(b):
+        memory.fill_(3)
+        assert memory.tolist() == [3] * 16
+
+
+def test_a_collator_behind_several_sources() -> None:
+    runtime = SimulatedRuntime(5, 0)
+    with GPUFeatureStore(
+        AcceleratorBackend(runtime), load_fn=FILES.__getitem__, max_cache_items=4
+    ) as store:
+        halves = {
+            name: GPUPrefetcher(PathLister(paths, batch_size=2), store)
+            for name, paths in (("a", PATHS[:6]), ("b", PATHS[6:]))
+        }
+        sampler = tn.MultiNodeWeightedSampler(
+            halves, {"a": 1.0, "b": 1.0}, stop_criteria="ALL_DATASETS_EXHAUSTED"
+        )
+        node = tn.Prefetcher(GPUCollator(sampler, collate_fn=stack_labels), prefetch_factor=2)
+        with runtime.on(runtime.new_stream()):
+            loader = tn.Loader(node)
+            labels = [n for batch in loader for n in batch["label"].flatten().tolist()]
+        assert sorted(labels) == list(range(len(PATHS)))
+        del node, loader
+        gc.collect()

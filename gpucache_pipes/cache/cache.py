@@ -204,8 +204,13 @@ class Cache:
             for entry in self.entries
             if entry.cached and entry.state is State.READY and entry.number not in pinned
         ]
-        if ledger.free_pages + sum(len(entry.pages) for entry in going) < pages:
-            return False
+        shortage = pages - ledger.free_pages - sum(len(entry.pages) for entry in going)
+        if shortage > 0:
+            # Batches in flight hold the rest, and may have what the cache may not.
+            added = self._grow(shortage, 0)
+            ledger.add_pages(added)
+            if added < shortage:
+                return False
         self.report_accesses()
         for entry in going:
             if ledger.free_pages >= pages:

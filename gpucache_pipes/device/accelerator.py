@@ -177,12 +177,11 @@ class AcceleratorBackend:
             shape = (len(pages), self.page_bytes)
             try:
                 rows = lane.device_rows(staging.numel())
+                rows.copy_(staging, non_blocking=True)
+                arena.scatter(pages, rows.view(shape), self._runtime.index)
             except torch.OutOfMemoryError:
                 # The arena has it all. Page by page is slow, and needs nothing.
                 arena.fill(pages, staging.view(shape))
-            else:
-                rows.copy_(staging, non_blocking=True)
-                arena.scatter(pages, rows.view(shape), self._runtime.index)
             done = self._runtime.new_event()
             done.record(self._copy_stream)
         self._note(self._uploads, done, pages)

@@ -90,16 +90,19 @@ class TorchRuntime:
 
     def memory(self) -> tuple[int, int] | None:
         """See Runtime."""
-        module = getattr(torch, self.device.type, None)
+        module: Any = getattr(torch, self.device.type, None)
         get = getattr(module, "mem_get_info", None)
         if get is None:
             return None
         free, total = get(self.device)
-        return int(free), int(total)
+        # What the allocator holds and nobody uses it gives back before it is out of memory.
+        idle = module.memory_reserved(self.device) - module.memory_allocated(self.device)
+        return int(free + idle), int(total)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See Runtime."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        # The device is named, since torch.set_default_device may have named another.
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def bytes_of(self, pinned: torch.Tensor) -> memoryview:
         """See Runtime."""
@@ -109,7 +112,7 @@ class TorchRuntime:
         """See Runtime."""
         # Freed at once, and safe: the pinned allocator waits for the copy before it hands the
         # memory to anybody else.
-        staged = torch.empty(len(numbers), dtype=torch.int64, pin_memory=True)
+        staged = torch.empty(len(numbers), dtype=torch.int64, device="cpu", pin_memory=True)
         staged.copy_(torch.frombuffer(array("q", numbers), dtype=torch.int64))
         return staged.to(self.device, non_blocking=True)
 
@@ -148,7 +151,7 @@ class InOrderRuntime:
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See Runtime."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def bytes_of(self, pinned: torch.Tensor) -> memoryview:
         """See Runtime."""

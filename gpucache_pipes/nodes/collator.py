@@ -1,7 +1,7 @@
 """GPUCollator: features in, tensors [B, ...] out."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batch import FeatureBatch, first_device, to_device
 from gpucache_pipes.nodes.consumer import ConsumerStream
-from gpucache_pipes.nodes.prefetcher import GPUPrefetcher, upstream
+from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
 from gpucache_pipes.nodes.sources import as_node, call
 from gpucache_pipes.units import positive_int
 
@@ -117,13 +117,21 @@ class GPUCollator(BaseNode[Any]):
 
     def shutdown(self) -> None:
         """Let the nodes in front let go of what is on its way, if they can."""
-        prefetcher = self._prefetcher()
-        if prefetcher is not None:
+        for prefetcher in self._prefetchers():
             prefetcher.shutdown()
 
+    def _prefetchers(self) -> Iterator[GPUPrefetcher]:
+        """The nearest ones upstream: several, where a node samples from several sources."""
+        nodes: list[Any] = [self.source]
+        for node in nodes:
+            if isinstance(node, GPUPrefetcher):
+                yield node
+            else:
+                nodes += [s for s in (getattr(node, "source", None),) if s is not None]
+                nodes += (getattr(node, "source_nodes", None) or {}).values()
+
     def _prefetcher(self) -> GPUPrefetcher | None:
-        """The nearest one upstream, if there is one."""
-        return next((n for n in upstream(self.source) if isinstance(n, GPUPrefetcher)), None)
+        return next(self._prefetchers(), None)
 
     def _device(self, features: Any) -> torch.device:
         """Where the store upstream keeps features; if there is none, where these are."""
