@@ -323,3 +323,13 @@ def test_a_collator_behind_several_sources() -> None:
         assert sorted(labels) == list(range(len(PATHS)))
         del node, loader
         gc.collect()
+
+
+def test_operations_on_lists_of_tensors_are_writes() -> None:
+    runtime = SimulatedRuntime(0, haste=0)
+    memory = runtime.empty(16)
+    with runtime.on(runtime.new_stream()):
+        memory.fill_(1)
+        memory.clone()
+    with pytest.raises(UnorderedAccessError):
+        torch._foreach_add_([memory], 1)

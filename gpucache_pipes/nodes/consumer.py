@@ -16,12 +16,12 @@ class ConsumerStream:
     """
 
     def __init__(self, store: GPUFeatureStore) -> None:
-        self._thread = threading.get_ident()
+        self._thread = threading.current_thread()
         self._enter = store.bind_stream()
 
     def __call__(self) -> contextlib.AbstractContextManager[Any]:
         """The context."""
-        return _HERE if threading.get_ident() == self._thread else self._enter()
+        return _HERE if threading.current_thread() is self._thread else self._enter()
 
 
 _HERE = contextlib.nullcontext()

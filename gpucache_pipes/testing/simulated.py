@@ -137,7 +137,7 @@ class SimulatedRuntime:
                 if is_written and a.name in named
             ]  # fmt: skip
             if not all(isinstance(output, SimulatedTensor) for output in outputs):
-                return self._on_host(func, args, kwargs)
+                return self._on_host(func, args, kwargs, outputs)
             if any(str(r.type) not in ("Tensor", "Tensor[]") for r in func._schema.returns):
                 return self._on_host(func, args, kwargs)
             return self._queue(func, args, kwargs, outputs)
@@ -193,12 +193,15 @@ class SimulatedRuntime:
                 return memory, start - first, start - first + tensor.numel() * tensor.itemsize
         return None
 
-    def _on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _on_host(self, func: Any, args: Any, kwargs: Any, outputs: Any = ()) -> Any:
         """What the host wants to see it waits for."""
         self.current_stream().synchronize()
         reads = [i for t in tree_flatten((args, kwargs))[0] if isinstance(t, SimulatedTensor)
                  for i in intervals_of(t)]  # fmt: skip
-        self.checker.check(HOST, self._host.get(HOST, 0), self._host, func.name(), reads, [])
+        written = tree_flatten(list(outputs))[0]
+        writes = [i for t in written if isinstance(t, SimulatedTensor) for i in intervals_of(t)]
+        self._host[HOST] = self._host.get(HOST, 0) + 1
+        self.checker.check(HOST, self._host[HOST], self._host, func.name(), reads, writes)
         return func(*_reals(args), **_reals(kwargs))
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
