@@ -1,5 +1,6 @@
 """What the benchmarks share: sample files, interleaved timing, tables."""
 
+import argparse
 import gc
 import json
 import platform
@@ -8,7 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,20 @@ def report(
     return figures
 
 
-def environment(arguments: Sequence[str] = ()) -> dict[str, Any]:
+def parser_for(doc: str, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The arguments that scripts share: `--json`, and `--rounds` where there is a default."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--json", help="write the figures to this file")
+    return parser
+
+
+def environment() -> dict[str, Any]:
     """What a figure depends on."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return {
-        "command": "python " + " ".join([sys.argv[0], *(arguments or sys.argv[1:])]),
+        "command": "python " + " ".join(sys.argv),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -14,7 +14,6 @@
 With `--device cpu --scale 0.05` it runs anywhere, to see that it runs; that measures nothing.
 """
 
-import argparse
 import os
 import statistics
 import threading
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _common import interleaved, report, save, temporary_directory, write_files
+from _common import interleaved, parser_for, report, save, temporary_directory, write_files
 from torch.utils.data import DataLoader, Dataset
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
@@ -268,11 +267,10 @@ SCENARIOS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_for(__doc__)
     parser.add_argument("--device", default=None)
     parser.add_argument("--scale", type=float, default=1.0, help="of the amounts of data")
     parser.add_argument("--only", choices=SCENARIOS, default=None)
-    parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     device = Device(args.device)
     figures: Figures = {"device": device.name}

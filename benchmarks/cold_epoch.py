@@ -11,13 +11,12 @@ batches of 8, on the CPU, in shuffled order. Everybody gives the same batches, s
     python benchmarks/cold_epoch.py [--json FILE]
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torchdata.nodes as tn
-from _common import interleaved, report, save, temporary_directory, write_files
+from _common import interleaved, parser_for, report, save, temporary_directory, write_files
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
@@ -87,10 +86,7 @@ def _whole(batches: Any) -> Iterator[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", help="write the figures to this file")
-    args = parser.parse_args()
+    args = parser_for(__doc__, rounds=7).parse_args()
     figures = {}
     for count, width, batch_size in ((4000, 1024, 256), (64, 1 << 20, 8)):
         with temporary_directory() as directory:

@@ -7,13 +7,12 @@ in large kernel pages.
     python benchmarks/gather.py [--json FILE]
 """
 
-import argparse
 import mmap
 from array import array
 from collections.abc import Callable, Iterator
 
 import torch
-from _common import interleaved, report, save
+from _common import interleaved, parser_for, report, save
 
 from gpucache_pipes.device import HostBackend
 
@@ -22,10 +21,7 @@ PAGE = WIDTH * 4 + 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--json", help="write the figures to this file")
-    args = parser.parse_args()
+    args = parser_for(__doc__, rounds=60).parse_args()
 
     features, labels = torch.randn(FILES, WIDTH), torch.arange(FILES).unsqueeze(1)
     pages = torch.zeros(FILES, PAGE, dtype=torch.uint8)

@@ -7,13 +7,12 @@ by this reader, but is one of a data set of which others were; "again" is a file
     python benchmarks/reader.py [--json FILE]
 """
 
-import argparse
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from _common import interleaved, report, save, temporary_directory, write_files
+from _common import interleaved, parser_for, report, save, temporary_directory, write_files
 
 from gpucache_pipes.files.pt import PtReader
 
@@ -29,10 +28,7 @@ def write_unlike(directory: str, count: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", help="write the figures to this file")
-    args = parser.parse_args()
+    args = parser_for(__doc__, rounds=7).parse_args()
     figures = {}
     kinds: dict[str, Callable[[str], list[str]]] = {
         "files of 6 KB": lambda directory: write_files(directory, 2000),

@@ -14,12 +14,11 @@ an order that changes; each has lists of paths and data of its own.
     python benchmarks/warm_batch.py [--max-cache-bytes 1GiB] [--json FILE]
 """
 
-import argparse
 import os
 from collections.abc import Callable, Iterator
 
 import torch
-from _common import interleaved, report, save, temporary_directory, write_files
+from _common import interleaved, parser_for, report, save, temporary_directory, write_files
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 
@@ -27,12 +26,11 @@ Batch = dict[str, torch.Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_for(__doc__)
     parser.add_argument("--files", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--max-cache-bytes", default=None, help="a budget that holds everything")
-    parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
 
     with temporary_directory() as directory:

@@ -2,13 +2,13 @@
 
 import gc
 import random
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torchdata.nodes as tn
+from conftest import in_threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -138,7 +138,6 @@ def test_pipelines_on_several_streams(
     small_segments: bool,
 ) -> None:
     runtime = SimulatedRuntime(seed, haste)
-    errors = []
     with (
         pytest.MonkeyPatch.context() as patch,
         GPUFeatureStore(
@@ -156,27 +155,19 @@ def test_pipelines_on_several_streams(
             patch.setattr(accelerator, "_STEP", 512)
 
         def consume(number: int) -> None:
-            try:
-                with runtime.on(runtime.new_stream()):
-                    lister = PathLister(PATHS, batch_size=batch_size, shuffle=True, seed=number)
-                    for _ in range(2):
-                        features = GPUCollator(GPUPrefetcher(lister, store, depth=depth))
-                        batches = list(features)
-                        labels = [n for b in batches for n in b["label"].flatten().tolist()]
-                        assert sorted(labels) == list(range(len(PATHS)))
-                        for batch in batches:
-                            expected = batch["label"].cpu().expand(-1, 40).float()
-                            assert_same(batch["feature"].cpu(), expected.contiguous())
-            except BaseException as error:
-                errors.append(error)
+            with runtime.on(runtime.new_stream()):
+                lister = PathLister(PATHS, batch_size=batch_size, shuffle=True, seed=number)
+                for _ in range(2):
+                    features = GPUCollator(GPUPrefetcher(lister, store, depth=depth))
+                    batches = list(features)
+                    labels = [n for b in batches for n in b["label"].flatten().tolist()]
+                    assert sorted(labels) == list(range(len(PATHS)))
+                    for batch in batches:
+                        expected = batch["label"].cpu().expand(-1, 40).float()
+                        assert_same(batch["feature"].cpu(), expected.contiguous())
 
-        threads = [threading.Thread(target=consume, args=(n,)) for n in range(consumers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(consume, consumers)
         store.check()
-    assert not errors, errors[0]
 
 
 def test_a_warm_batch_takes_few_operations_and_no_waiting() -> None:

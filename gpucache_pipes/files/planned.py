@@ -167,9 +167,10 @@ class PlannedFeature:
     @property
     def bytes_read(self) -> int:
         """See OpenFeature."""
-        plan = self._plan
-        moved = sum(move.nbytes for move in plan.moves)
-        return len(self._data) or moved + sum(view.nbytes for view in plan.views)
+        if self._data:
+            return len(self._data)
+        moved = sum(move.nbytes for move in self._plan.moves)
+        return moved + sum(view.nbytes for view in self._plan.views)
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """See OpenFeature."""

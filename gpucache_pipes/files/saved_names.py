@@ -85,7 +85,9 @@ def _tensor(
     metadata: Any = None,
 ) -> SavedTensor:
     dtype = storage.dtype
-    return _checked(storage, dtype, offset, shape, strides, requires_grad, hooks, metadata)
+    return _tensor_with_dtype(
+        storage, offset, shape, strides, requires_grad, hooks, dtype, metadata
+    )
 
 
 def _tensor_with_dtype(
@@ -97,19 +99,6 @@ def _tensor_with_dtype(
     hooks: Any,
     dtype: Any,
     metadata: Any = None,
-) -> SavedTensor:
-    return _checked(storage, dtype, offset, shape, strides, requires_grad, hooks, metadata)
-
-
-def _checked(
-    storage: Any,
-    dtype: Any,
-    offset: Any,
-    shape: Any,
-    strides: Any,
-    requires_grad: Any,
-    hooks: Any,
-    metadata: Any,
 ) -> SavedTensor:
     """A tensor that lies within its storage, as torch would check it."""
     if type(storage) is not Storage or type(dtype) is not torch.dtype or metadata:

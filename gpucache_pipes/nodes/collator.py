@@ -127,8 +127,9 @@ class GPUCollator(BaseNode[Any]):
             if isinstance(node, GPUPrefetcher):
                 yield node
             else:
-                nodes += [s for s in (getattr(node, "source", None),) if s is not None]
-                nodes += (getattr(node, "source_nodes", None) or {}).values()
+                if getattr(node, "source", None) is not None:
+                    nodes.append(node.source)
+                nodes += getattr(node, "source_nodes", {}).values()
 
     def _prefetcher(self) -> GPUPrefetcher | None:
         return next(self._prefetchers(), None)

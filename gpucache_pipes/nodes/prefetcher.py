@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torchdata.nodes import BaseNode
@@ -239,15 +239,11 @@ class GPUPrefetcher(BaseNode[Any]):
                 head.ticket.abandon()
 
 
-def upstream(node: Any) -> Iterator[Any]:
-    """`node`, the source of `node`, and so on, as far as nodes say `source`."""
-    while node is not None:
-        yield node
-        node = getattr(node, "source", None)
-
-
 def find_upstream(node: Any, name: str) -> Any:
-    """The attribute of that name of the nearest node upstream that has it, or None."""
-    return next(
-        (found for n in upstream(node) if (found := getattr(n, name, None)) is not None), None
-    )
+    """The attribute of that name of `node`, or of the nearest `source` behind it, or None."""
+    while node is not None:
+        found = getattr(node, name, None)
+        if found is not None:
+            return found
+        node = getattr(node, "source", None)
+    return None

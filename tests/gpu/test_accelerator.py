@@ -5,13 +5,12 @@ parameter.
 """
 
 import random
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from conftest import ACCELERATOR
+from conftest import ACCELERATOR, in_threads
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.device import AcceleratorBackend, TorchRuntime, accelerator, resolve_device
@@ -181,29 +180,20 @@ def test_memory_does_not_grow_over_epochs() -> None:
 def test_consumers_on_streams_of_their_own() -> None:
     files = rows(64)
     names = list(files)
-    errors: list[BaseException] = []
     with GPUFeatureStore("cuda", load_fn=files.__getitem__, max_cache_items=16) as store:
 
         def consume(seed: int) -> None:
-            try:
-                choose = random.Random(seed)
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    for _ in range(300):
-                        wanted = [choose.randrange(64) for _ in range(8)]
-                        batch = store.get_batch([names[n] for n in wanted]).collate()
-                        if choose.random() < 0.2:
-                            torch.cuda._sleep(100_000)
-                        assert first_column(batch) == wanted
-            except BaseException as error:
-                errors.append(error)
+            choose = random.Random(seed)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(300):
+                    wanted = [choose.randrange(64) for _ in range(8)]
+                    batch = store.get_batch([names[n] for n in wanted]).collate()
+                    if choose.random() < 0.2:
+                        torch.cuda._sleep(100_000)
+                    assert first_column(batch) == wanted
 
-        threads = [threading.Thread(target=consume, args=(seed,)) for seed in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(consume, 3)
         store.check()
-    assert not errors, errors[0]
 
 
 def test_training_under_torch_compile() -> None:
