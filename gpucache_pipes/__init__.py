@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpucache_pipes.adapters import GPUCachedPathDataLoader
     from gpucache_pipes.batch import FeatureBatch
+    from gpucache_pipes.cache import Trace, simulate
     from gpucache_pipes.errors import FeatureLoadError
     from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher, PathLister
     from gpucache_pipes.stats import StoreStats
@@ -31,6 +32,8 @@ __all__ = [
     "PathLister",
     "StoreStats",
     "Ticket",
+    "Trace",
+    "simulate",
 ]
 
 _MODULES = {
@@ -43,6 +46,8 @@ _MODULES = {
     "PathLister": "nodes",
     "StoreStats": "stats",
     "Ticket": "ticket",
+    "Trace": "cache",
+    "simulate": "cache",
 }
 
 

@@ -1,6 +1,6 @@
 """A batch of features on the device, and what becomes of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, overload
@@ -27,7 +27,7 @@ class FeatureBatch(Sequence[Any]):
     def __init__(
         self,
         device: torch.device,
-        entries: Sequence[Entry],
+        entries: Mapping[int, Entry],
         numbers: Sequence[int],
         layouts: Sequence[Layout],
         values: Sequence[tuple[Any, ...]],

@@ -64,14 +64,17 @@ class Desk:
             self._loader.give_up(loading, error)
             raise
 
-    def request(self, numbers: Sequence[int], *, warming: bool = False) -> Ticket:
+    def request(
+        self, numbers: Sequence[int], owner: object = None, *, warming: bool = False
+    ) -> Ticket:
         """Start to load what is absent, and hold all of it until the ticket is used up.
 
-        `warming` is not counted as a request, and evicts nothing.
+        The policy is told that `owner` asks. `warming` is not counted as a request, and evicts
+        nothing.
         """
         loading: list[Entry] = []
         try:
-            ticket = self._open_ticket(numbers, loading, warming)
+            ticket = self._open_ticket(numbers, owner, loading, warming)
             self._loader.submit(loading)
         except BaseException as error:
             # An interrupt: nobody may wait for what no reader has heard of.
@@ -79,14 +82,16 @@ class Desk:
             raise
         return ticket
 
-    def _open_ticket(self, numbers: Sequence[int], loading: list[Entry], warming: bool) -> Ticket:
+    def _open_ticket(
+        self, numbers: Sequence[int], owner: object, loading: list[Entry], warming: bool
+    ) -> Ticket:
         stale = self._find_stale(numbers)
         with self.lock:
             self.require_open()
             cache = self._cache
             numbers = self._renew(numbers, stale)
             rows = list(map(cache.rows.__getitem__, numbers))
-            ticket = Ticket(self, cache.open_ticket(numbers, report=not warming), numbers)
+            ticket = Ticket(self, cache.open_ticket(numbers, owner, report=not warming), numbers)
             if rows and min(rows) >= 0:
                 ticket.rows = rows
             else:
@@ -107,9 +112,10 @@ class Desk:
         """What is READY but no longer as in its file, with its version. Without the lock."""
         if not self._loader.revalidate:
             return []
-        numbers = self._cache.current(list(dict.fromkeys(numbers)))
-        entries = map(self._cache.entries.__getitem__, numbers)
-        ready = ((entry, entry.version) for entry in entries if entry.state is State.READY)
+        numbers = self._cache.entries.current(list(dict.fromkeys(numbers)))
+        # Not by [], which makes an entry where there is none.
+        entries = filter(None, map(self._cache.entries.get, numbers))
+        ready = [(entry, entry.version) for entry in entries if entry.state is State.READY]
         return [
             (entry, version)
             for entry, version in ready
@@ -123,7 +129,7 @@ class Desk:
         for entry, version in stale:
             if entry.version is version:  # and nobody has read it anew since
                 self._cache.renew(entry)
-        return self._cache.current(numbers)
+        return self._cache.entries.current(numbers)
 
     def _start_loading(
         self, numbers: Sequence[int], loading: list[Entry], *, evict: bool = True
@@ -223,7 +229,7 @@ class Desk:
         """Stop caching everything, and give memory back as soon as no batch is in flight."""
         with self.lock:
             self.require_open()
-            self._cache.release(self._cache.entries)
+            self._cache.release(list(self._cache.entries.values()))
             self._clearing = True
             self._give_memory_back()
 

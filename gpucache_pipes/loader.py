@@ -197,7 +197,7 @@ class Loader:
         spans = [feature.layout.span for feature in fits]
         if self._page_bytes or not any(spans):
             return self._page_bytes or 0
-        known = [entry.path for entry in self._cache.entries[:_LOOKED_AT]]
+        known = self._cache.entries.paths[:_LOOKED_AT]
         overhead = min(feature.bytes_read - feature.layout.span for feature in fits)
         return choose_page_bytes(spans, sample_file_sizes(known), max(0, overhead))
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from gpucache_pipes.batch import FeatureBatch
-from gpucache_pipes.cache import Cache, Ledger, Policy, make_policy
+from gpucache_pipes.cache import Cache, Future, Ledger, Policy, make_policy
 from gpucache_pipes.desk import Desk
 from gpucache_pipes.device import Backend, open_backend, resolve_device
 from gpucache_pipes.files import PathLike, PathTable, ReaderPool, opener
@@ -22,6 +22,7 @@ from gpucache_pipes.loader import Loader
 from gpucache_pipes.stats import StoreStats
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.units import parse_bytes, positive_int
+from gpucache_pipes.upcoming import Upcoming
 from gpucache_pipes.warming import warm
 
 _log = logging.getLogger("gpucache_pipes")
@@ -48,8 +49,9 @@ class GPUFeatureStore:
             string such as "8GiB". None is no limit: the cache grows until a tenth of the
             device's memory is left. Batches in flight take memory beside it.
         max_cache_items: budget for the number of cached features; None is no limit.
-        policy: what goes when the budget is used up: "clairvoyant" (default), "lru", "fifo",
-            "keep", or an object with the methods of `cache.Policy`.
+        policy: what goes when the budget is used up: "clairvoyant" (default), "keep", "lru",
+            "fifo", "lfu", "sieve", "s3fifo", "w-tinylfu", or an object with the methods of
+            `cache.Policy`.
         load_fn: `load_fn(path) -> feature` replaces reading `.pt` files; called from reader
             threads, several at a time.
         weights_only: as in `torch.load`. False lets a file run any code it likes.
@@ -119,7 +121,7 @@ class GPUFeatureStore:
             changed,
         )
         self._desk = Desk(self._cache, self._backend, self._loader, lock, changed)
-        self._paths = PathTable(_numbering(lock, self._cache), revalidate)
+        self._paths = PathTable(self._cache.entries.add, lock, revalidate)
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _let_go, self._pid, self._pool, self._backend)
         self._finalizer.atexit = False
@@ -162,9 +164,12 @@ class GPUFeatureStore:
         """
         self._desk.prefetch(self._resolve(paths))
 
-    def request(self, paths: Sequence[PathLike]) -> Ticket:
-        """Start to load what is not there yet, and hold all of it until the ticket is used."""
-        ticket = self._desk.request(self._resolve(paths))
+    def request(self, paths: Sequence[PathLike], *, owner: object = None) -> Ticket:
+        """Start to load what is not there yet, and hold all of it until the ticket is used.
+
+        `owner` says whose request it is, for the policy: the one of `begin_epoch`.
+        """
+        ticket = self._desk.request(self._resolve(paths), owner)
         # A store that is dropped while somebody waits for a batch of it would not read it.
         ticket.holder = self
         return ticket
@@ -187,7 +192,9 @@ class GPUFeatureStore:
         with self._desk.lock:
             self._desk.require_open()
             entries = self._cache.entries
-            self._cache.release([entries[number] for number in self._cache.current(numbers)])
+            self._cache.release(
+                [entries[number] for number in self._cache.entries.current(numbers)]
+            )
 
     def clear(self) -> None:
         """Stop caching everything, and give memory back as soon as no batch is in flight."""
@@ -210,18 +217,25 @@ class GPUFeatureStore:
             self._desk.require_open()
             self._cache.begin_epoch(owner)
 
-    def foresee(self, owner: object, paths: Iterable[PathLike]) -> None:
+    def foresee(self, owner: object, upcoming: Iterable[PathLike] | Upcoming) -> None:
         """Tell the policy what `owner` will request from now on. Pipelines do this themselves.
 
-        A hint: whatever it says, results stay right.
+        A hint: whatever it says, results stay right. It holds until the next call, or `withdraw`.
         """
         with self._desk.lock:
             if not self._cache.ledger.bounded:
                 return  # nothing will ever have to go
-        numbers = self._resolve(paths)
+        # All that takes long is done without the lock.
+        if isinstance(upcoming, Upcoming):
+            numbers = self._resolve(upcoming.files)
+            in_order = numbers == list(range(len(numbers)))  # as with the first pipeline
+            keys = upcoming.order if in_order else map(numbers.__getitem__, upcoming.order)
+            future = Future(keys, upcoming.left)
+        else:
+            future = Future(self._resolve(upcoming))
         with self._desk.lock:
             self._desk.require_open()
-            self._cache.foresee(owner, [self._cache.entries[number].key for number in numbers])
+            self._cache.foresee(owner, future)
 
     def withdraw(self, owner: object) -> None:
         """Take back, at some later time, what `owner` foresaw. Takes no lock."""
@@ -240,7 +254,7 @@ class GPUFeatureStore:
             return False
         numbers = self._resolve([path])
         with self._desk.lock:
-            [number] = self._cache.current(numbers)
+            [number] = self._cache.entries.current(numbers)
             return self._cache.entries[number].cached
 
     def __bool__(self) -> bool:
@@ -330,17 +344,6 @@ class GPUFeatureStore:
 
 def _power_of_two_below(number: int) -> int:
     return 1 << max(0, number.bit_length() - 1)
-
-
-def _numbering(
-    lock: threading.Lock, cache: Cache
-) -> Callable[[Sequence[tuple[str, str]]], list[int]]:
-    # No method of the store, which would then refer to itself and outlive its last user.
-    def numbers_of(files: Sequence[tuple[str, str]]) -> list[int]:
-        with lock:
-            return [cache.entry(key, path).number for key, path in files]
-
-    return numbers_of
 
 
 def _let_go(pid: int, pool: ReaderPool | None, backend: Backend) -> None:

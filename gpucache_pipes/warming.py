@@ -45,7 +45,7 @@ def warm(
     numbers = resolve(paths)
     with desk.lock:
         desk.require_open()
-        return sum(cache.entries[number].cached for number in set(cache.current(numbers)))
+        return sum(cache.entries[number].cached for number in set(cache.entries.current(numbers)))
 
 
 def _finish(desk: Desk, cache: Cache, ticket: Ticket, bar: Any) -> bool:

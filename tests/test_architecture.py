@@ -14,7 +14,7 @@ import gpucache_pipes
 ROOT = Path(gpucache_pipes.__file__).parent
 
 # What the modules of each room may import of this package; every room may use the leaves.
-LEAVES = {"errors", "stats", "tracing", "units"}
+LEAVES = {"errors", "stats", "tracing", "units", "upcoming"}
 ALLOWED = {
     "cache": {"cache"},
     "device": {"device"},
@@ -42,7 +42,7 @@ ALLOWED = {
     "nodes": {"nodes", "batch", "store", "ticket"},
     "adapters": {"adapters", "nodes", "store"},
     "testing": {"testing", "cache", "device", "files", "nodes", "store"},
-    "__init__": {"adapters", "batch", "nodes", "store", "ticket"},
+    "__init__": {"adapters", "batch", "cache", "nodes", "store", "ticket"},
     **{leaf: set() for leaf in LEAVES},
 }
 
@@ -68,7 +68,7 @@ def test_imports_go_down_only(path: Path) -> None:
 
 
 def test_the_cache_needs_no_torch() -> None:
-    code = "import sys, gpucache_pipes.cache; sys.exit('torch' in sys.modules)"
+    code = "import sys, gpucache_pipes; gpucache_pipes.simulate; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -1,7 +1,9 @@
 """Layouts, sources and path spellings."""
 
 import os
+import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +102,14 @@ class Numbers:
 
     def __init__(self) -> None:
         self.keys: list[str] = []
-        self.table = PathTable(lambda files: [self.number_of(key, path) for key, path in files])
+        self.table = PathTable(self.add, threading.Lock())
 
-    def number_of(self, key: str, path: str) -> int:
-        assert os.path.isabs(path) and os.path.realpath(path) == key
-        if key not in self.keys:
-            self.keys.append(key)
-        return self.keys.index(key)
+    def add(self, keys: Sequence[str], paths: Sequence[str]) -> int:
+        for key, path in zip(keys, paths, strict=True):
+            assert os.path.isabs(path) and os.path.realpath(path) == key
+        self.keys += keys
+        assert len(set(self.keys)) == len(self.keys)
+        return len(self.keys) - len(keys)
 
 
 def test_every_spelling_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

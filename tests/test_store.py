@@ -376,7 +376,7 @@ class Broken(AcceleratorBackend):
 
 def test_a_full_device_evicts_and_says_so_when_nothing_can_go(make_files: Files) -> None:
     paths = make_files(5)
-    with GPUFeatureStore(Broken(InOrderRuntime(torch.device("cpu")))) as store:
+    with GPUFeatureStore(Broken(InOrderRuntime(torch.device("cpu"))), policy="lru") as store:
         for _ in range(2):
             for n, path in enumerate(paths):
                 assert int(store.get(path)["label"]) == n
@@ -390,7 +390,7 @@ def test_a_full_device_evicts_and_says_so_when_nothing_can_go(make_files: Files)
 def test_a_policy_that_names_what_is_not_cached_is_told_so(make_files: Files) -> None:
 
     class Wrong(LRU):
-        def victims(self, key: str) -> Any:
+        def victims(self, key: int) -> Any:
             return iter([key])
 
     paths = make_files(2)
@@ -447,15 +447,15 @@ class Moody(LRU):
 
     mood = ""
 
-    def on_insert(self, key: str) -> None:
+    def on_insert(self, key: int) -> None:
         if self.mood == "insert":
             raise ValueError("not today")
         super().on_insert(key)
 
-    def on_access(self, keys: Any) -> None:
+    def on_access(self, keys: Any, owner: object) -> None:
         if self.mood == "access":
             raise ValueError("not today")
-        super().on_access(keys)
+        super().on_access(keys, owner)
 
 
 @pytest.mark.parametrize("mood", ["insert", "access"])

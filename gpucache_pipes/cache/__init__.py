@@ -2,7 +2,24 @@
 
 from gpucache_pipes.cache.cache import LAYOUT_SHIFT, Cache
 from gpucache_pipes.cache.entry import Entry, State
+from gpucache_pipes.cache.future import Future
 from gpucache_pipes.cache.ledger import Ledger
 from gpucache_pipes.cache.policies import Policy, make_policy, register
+from gpucache_pipes.cache.simulation import Served, Simulation, simulate
+from gpucache_pipes.cache.trace import Trace
 
-__all__ = ["LAYOUT_SHIFT", "Cache", "Entry", "Ledger", "Policy", "State", "make_policy", "register"]
+__all__ = [
+    "LAYOUT_SHIFT",
+    "Cache",
+    "Entry",
+    "Future",
+    "Ledger",
+    "Policy",
+    "Served",
+    "Simulation",
+    "State",
+    "Trace",
+    "make_policy",
+    "register",
+    "simulate",
+]

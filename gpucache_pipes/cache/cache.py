@@ -5,11 +5,13 @@ with its lock held.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+from gpucache_pipes.cache.entries import Entries
 from gpucache_pipes.cache.entry import Entry, State
+from gpucache_pipes.cache.future import Future
 from gpucache_pipes.cache.ledger import Ledger
 from gpucache_pipes.cache.policies import Policy
 
@@ -35,27 +37,21 @@ class Cache:
     set is computed only when something must go.
 
     Attributes:
-        entries: all known files; `entries[entry.number] is entry`.
-        rows: for each entry, what a batch needs to know in the usual case, as one number:
+        entries: of all known files, by number.
+        rows: for each number, what a batch needs to know in the usual case, as one number:
             the layout and the page, if it is READY in one page, else -1. So a batch that is
             all there, and all alike, is told from any other by its least and largest row,
             without looking at 256 objects.
         layouts: the layouts by their number.
-        newer: the numbers of entries whose file has changed while a ticket needed what it had
-            been, and of those that took their place.
     """
 
     def __init__(self, ledger: Ledger, policy: Policy, grow: Grow) -> None:
         self.ledger = ledger
         self.policy = policy
-        self.entries: list[Entry] = []
-        self.rows: list[int] = []
+        self.entries = Entries()
+        self.rows = self.entries.rows
         self.layouts: list[Any] = []
-        self.newer: dict[int, int] = {}
-        # All entries of files that have had more than one.
-        self._versions: dict[str, list[Entry]] = {}
         self.evictions = 0
-        self._by_key: dict[str, Entry] = {}
         self._layout_numbers: dict[Any, int] = {}
         # Entries that are LOADING.
         self.loading = 0
@@ -68,33 +64,20 @@ class Cache:
         # READY entries that go with their last ticket.
         self._loose: set[Entry] = set()
         # Accesses that the policy has not been told of.
-        self._unreported: deque[Sequence[int]] = deque()
-
-    def entry(self, key: str, path: str | None = None) -> Entry:
-        """The entry of a file, made if it is new."""
-        entry = self._by_key.get(key)
-        return self._new_entry(key, path or key) if entry is None else entry
-
-    def _new_entry(self, key: str, path: str) -> Entry:
-        entry = self._by_key[key] = Entry(key, len(self.entries), path)
-        self.entries.append(entry)
-        self.rows.append(-1)
-        return entry
-
-    def current(self, numbers: Sequence[int]) -> Sequence[int]:
-        """The same, but for entries that others have taken the place of."""
-        newer = self.newer
-        return [newer.get(number, number) for number in numbers] if newer else numbers
+        self._unreported: deque[tuple[object, Sequence[int]]] = deque()
 
     # Tickets
 
-    def open_ticket(self, numbers: Sequence[int], *, report: bool = True) -> int:
-        """Pin these entries (repeats allowed) until close_tickets; `report` it to the policy."""
-        if report and self.ledger.bounded:
+    def open_ticket(self, numbers: Sequence[int], owner: object, *, report: bool = True) -> int:
+        """Pin these entries (repeats allowed) until close_tickets.
+
+        `report` to the policy that `owner` requests them.
+        """
+        if report and numbers and self.ledger.bounded:
             # First: a policy may raise.
             if len(self._unreported) >= _BUNDLE:
                 self.report_accesses()
-            self._unreported.append(numbers)
+            self._unreported.append((owner, numbers))
         ticket = self._next_ticket
         self._next_ticket = ticket + 1
         self._tickets[ticket] = numbers
@@ -152,7 +135,7 @@ class Cache:
         cached = entry.keep and self._make_room(entry, pages, charge)
         if not cached and (entry.number not in self.pinned() or not entry.evict):
             return False
-        if ledger.free_pages < pages and not self._find_pages(pages, cached):
+        if ledger.free_pages < pages and not self._find_pages(entry, pages, cached):
             raise MemoryError(
                 f"no device memory for {entry.path!r}: {pages} pages of {ledger.page_bytes} bytes "
                 f"needed, {ledger.free_pages} of {ledger.pages} free, the device has no more and "
@@ -171,10 +154,10 @@ class Cache:
         pinned = self.pinned()
         going: list[Entry] = []
         freed_pages = freed = 0
-        for victim in self.policy.victims(wanted.key):
-            entry = self._by_key[victim]
+        for victim in self.policy.victims(wanted.file):
+            entry = self.entries.latest(victim)
             if not entry.cached:
-                raise RuntimeError(f"policy {self.policy!r} would evict {victim!r}: not cached")
+                raise RuntimeError(f"policy {self.policy!r} would evict {entry.path!r}: not cached")
             if entry.number in pinned:
                 continue
             going.append(entry)
@@ -189,7 +172,7 @@ class Cache:
             self._drop(entry)
         return True
 
-    def _find_pages(self, pages: int, cached: bool) -> bool:
+    def _find_pages(self, wanted: Entry, pages: int, cached: bool) -> bool:
         """Have `pages` free ones: from the device, or once that is full, from the cache."""
         ledger = self.ledger
         if ledger.ceiling is None:
@@ -198,28 +181,35 @@ class Cache:
             ledger.add_pages(self._grow(pages - ledger.free_pages, useful))
             if ledger.free_pages >= pages:
                 return True
-        pinned = self.pinned()
-        going = [
-            entry
-            for entry in self.entries
-            if entry.cached and entry.state is State.READY and entry.number not in pinned
-        ]
-        shortage = pages - ledger.free_pages - sum(len(entry.pages) for entry in going)
+        self.report_accesses()
+        going: dict[Entry, None] = {}
+        shortage = pages - ledger.free_pages
+        for entry in self._evictable(wanted):
+            if shortage <= 0:
+                break
+            if entry not in going:
+                going[entry] = None
+                shortage -= len(entry.pages)
         if shortage > 0:
             # Batches in flight hold the rest, and may have what the cache may not.
             added = self._grow(shortage, 0)
             ledger.add_pages(added)
             if added < shortage:
                 return False
-        self.report_accesses()
         for entry in going:
-            if ledger.free_pages >= pages:
-                break
             self.evictions += 1
             self._drop(entry)
         # In-flight batches need the rest: a cache that took it back would evict for each of them.
         ledger.ceiling = ledger.cached_pages + (pages if cached else 0)
         return True
+
+    def _evictable(self, wanted: Entry) -> Iterator[Entry]:
+        """What may go where something must: in the order of the policy, and then anything."""
+        chosen = map(self.entries.latest, self.policy.victims(wanted.file))
+        pinned = self.pinned()
+        for entry in chain(chosen, self.entries.values()):
+            if entry.cached and entry.state is State.READY and entry.number not in pinned:
+                yield entry
 
     def finish(self, entry: Entry, layout: Any, values: tuple[Any, ...]) -> Sequence[Any]:
         """LOADING -> READY. Returns the tickets that waited."""
@@ -227,7 +217,7 @@ class Cache:
         if entry.cached:
             # First: a policy may raise, and then the entry is still LOADING.
             self.report_accesses()
-            self.policy.on_insert(entry.key)
+            self.policy.on_insert(entry.file)
         self.loading -= 1
         entry.state = State.READY
         entry.layout = layout
@@ -273,27 +263,17 @@ class Cache:
                 self._drop(entry)
             elif entry.cached:
                 if entry.state is State.READY:
-                    self.policy.on_remove(entry.key)
+                    self.policy.on_remove(entry.file)
                     self._loose.add(entry)
                 self.ledger.make_transient(entry)
 
     def renew(self, entry: Entry) -> None:
         """The file has changed: what is READY of it is for open tickets only, and for no other."""
-        if entry.state is not State.READY or entry.number in self.newer:
+        if entry.state is not State.READY or entry.number in self.entries.newer:
             return
         self.release([entry])
         if entry.state is State.READY:
-            # One that nobody needs any more serves again: there are as many as there have been
-            # versions in flight at one time.
-            versions = self._versions.setdefault(entry.key, [entry])
-            latest = next((e for e in versions if e.state is State.ABSENT), None)
-            if latest is None:
-                latest = self._new_entry(entry.key, entry.path)
-                versions.append(latest)
-            self._by_key[entry.key] = latest
-            for version in versions:
-                self.newer[version.number] = latest.number
-            del self.newer[latest.number]
+            self.entries.renew(entry)
 
     def forget_pages(self) -> None:
         """The arena is gone. Only while no entry holds a page."""
@@ -305,7 +285,7 @@ class Cache:
         """READY -> ABSENT."""
         assert entry.state is State.READY
         if entry.cached:
-            self.policy.on_remove(entry.key)
+            self.policy.on_remove(entry.file)
         self._loose.discard(entry)
         self.ledger.give_back(entry)
         entry.state = State.ABSENT
@@ -318,31 +298,33 @@ class Cache:
     def report_accesses(self) -> None:
         """Tell the policy of the requests that it has not heard of."""
         while self._unreported:
-            self.policy.on_access([self.entries[n].key for n in self._unreported.popleft()])
+            owner, numbers = self._unreported.popleft()
+            self.policy.on_access(self.entries.files(numbers), owner)
 
     def begin_epoch(self, owner: object) -> None:
         """`owner` begins a new pass over its data."""
         self.report_accesses()
         self.policy.begin_epoch(owner)
 
-    def foresee(self, owner: object, keys: Sequence[str]) -> None:
-        """`owner` will request these from now on."""
+    def foresee(self, owner: object, future: Future) -> None:
+        """What `owner` will request from now on."""
         self.report_accesses()
-        self.policy.foresee(owner, keys)
+        self.policy.foresee(owner, future)
 
     def forget_owner(self, owner: object) -> None:
-        """`owner` will request nothing more."""
+        """`owner` takes back what it foresaw."""
         self.report_accesses()
         self.policy.forget(owner)
 
     def check(self) -> None:
         """Recompute what can be recomputed; raises AssertionError on a difference."""
-        self.ledger.check(self.entries)
+        entries = list(self.entries.values())
+        self.ledger.check(entries)
         pinned = self.pinned()
-        loading = sum(entry.state is State.LOADING for entry in self.entries)
+        loading = sum(entry.state is State.LOADING for entry in entries)
         if self.loading != loading:
             raise AssertionError(f"cache: {self.loading} != {loading} entries are loading")
-        for number, entry in enumerate(self.entries):
+        for number, entry in self.entries.items():
             ok = {
                 State.ABSENT: not entry.pages and not entry.cached and entry.layout is None,
                 State.LOADING: entry.layout is None and entry not in self._loose,
@@ -358,7 +340,7 @@ class Cache:
                 not ok
                 or (entry.waiters and entry.state is not State.LOADING)
                 or entry.number != number
-                or (self._by_key[entry.key] is not entry) != (number in self.newer)
+                or (self.entries.latest(entry.file) is not entry) != (number in self.entries.newer)
                 or self.rows[number] != row
             ):
                 raise AssertionError(f"cache: inconsistent {entry!r}")

@@ -22,7 +22,8 @@ class Entry:
     Attributes:
         key: the file.
         path: the file as it was first spelled, absolute: for readers and messages.
-        number: its place in the cache's table of entries.
+        number: its name in the tables of the cache.
+        file: what policies know it by: the number of the first version of the file.
         state: see State.
         cached: its pages count against the budget, and stay when no ticket needs them. A READY
             entry that is not cached is transient: it goes with the last ticket that needs it.
@@ -40,6 +41,7 @@ class Entry:
         "cached",
         "charge",
         "evict",
+        "file",
         "keep",
         "key",
         "layout",
@@ -53,10 +55,11 @@ class Entry:
         "waiters",
     )  # fmt: skip
 
-    def __init__(self, key: str, number: int, path: str) -> None:
+    def __init__(self, key: str, path: str, number: int, file: int) -> None:
         self.key = key
         self.path = path
         self.number = number
+        self.file = file
         self.state = State.ABSENT
         self.cached = False
         self.keep = False

@@ -2,9 +2,17 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import PurePath
+from typing import Any
 
 PathLike = str | os.PathLike[str]
+
+_MANY = 250
+"""Files of a directory, from which on it is faster to list it than to look at each of them."""
+
+_NO_NAMES = ("/", "/.", "/..")
+"""Ends of paths whose last part is not the name of a file."""
 
 
 class PathTable:
@@ -13,19 +21,23 @@ class PathTable:
     A file is known by its key, the absolute path with symbolic links resolved. Directories are
     resolved once and remembered: a link that is changed afterwards is not noticed, as little as
     a file that changes; but with `follow_links`, links to files themselves are looked at each time.
-    `numbers_of(files)` gives the numbers of files, each of which is a key
-    and its first spelling, made absolute; it must be safe to call from several threads.
+
+    `add(keys, paths)` is told, under `lock`, of files that are new, each with its key and its first
+    spelling, made absolute; it returns the number of the first of them.
     """
 
     def __init__(
         self,
-        numbers_of: Callable[[Sequence[tuple[str, str]]], Sequence[int]],
+        add: Callable[[Sequence[str], Sequence[str]], int],
+        lock: AbstractContextManager[Any],
         follow_links: bool = False,
     ) -> None:
-        self._numbers_of = numbers_of
+        self._add = add
+        self._lock = lock
         self._follow_links = follow_links
         # Spellings whose last part is a link.
         self._links: set[PathLike] = set()
+        # Of spellings; keys are spellings, too.
         self._numbers: dict[PathLike, int] = {}
         self._directories: dict[str, str] = {}
         # What relative spellings in _numbers refer to.
@@ -49,33 +61,101 @@ class PathTable:
         try:
             return list(map(numbers.__getitem__, paths))
         except (KeyError, TypeError):
+            if (first := self._learn_directory(paths)) is not None:
+                return list(range(first, first + len(paths)))
             spellings = list(map(_spelling, paths))
-            new = list(dict.fromkeys(path for path in spellings if path not in numbers))
-            files = [self._file(os.fspath(path)) for path in new]
-            numbers.update(zip(new, self._numbers_of(files), strict=True))
-            if self._follow_links:
-                self._links.update(path for path in new if os.path.islink(path))
+            self._learn([path for path in dict.fromkeys(spellings) if path not in numbers])
             return list(map(numbers.__getitem__, spellings))
 
-    def _file(self, path: str) -> tuple[str, str]:
-        """The key of a path, and the path made absolute."""
+    def _learn_directory(self, paths: Sequence[PathLike]) -> int | None:
+        """Number many new files of one directory, at 1 us each; None if these are not such.
+
+        Nothing here takes a step of Python for each file: it adds up when a million are announced.
+        """
+        if len(paths) < _MANY or not isinstance(paths[0], str):
+            return None
+        head = paths[0].rpartition("/")[0]
+        try:
+            text = "\0".join(["", *paths, ""])  # type: ignore[list-item]
+        except TypeError:
+            return None
+        count = len(paths)
+        if (
+            not head.startswith("/")
+            or text.count("\0") != count + 1
+            or text.count(f"\0{head}/") != count
+            or text.count("/") != count * (head.count("/") + 1)
+            or any(f"{end}\0" in text for end in _NO_NAMES)
+            or self._directory(head) != head
+            or _has_links(head, count)
+        ):
+            return None
+        files: list[Any] = list(paths)
+        numbers = self._numbers
+        with self._lock:
+            if not numbers.keys().isdisjoint(files):
+                return None
+            known = len(numbers)
+            first = self._add(files, files)
+            numbers.update(zip(files, range(first, first + count), strict=True))
+            # Of a file that is named twice the last number counts, and nobody hears of the others.
+            return first if len(numbers) == known + count else None
+
+    def _learn(self, spellings: Sequence[PathLike]) -> None:
+        """Number these spellings, which are new."""
+        paths = list(map(self._absolute, spellings))
+        keys = list(map(self._key, paths))
+        numbers = self._numbers
+        with self._lock:
+            new: dict[str, str] = {}
+            for key, path in zip(keys, paths, strict=True):
+                if key not in numbers:
+                    new.setdefault(key, path)
+            first = self._add(list(new), list(new.values()))
+            numbers.update(zip(new, range(first, first + len(new)), strict=True))
+        for spelling, key in zip(spellings, keys, strict=True):
+            if spelling is not key:
+                numbers[spelling] = numbers[key]
+        if self._follow_links:
+            self._links.update(path for path in spellings if os.path.islink(path))
+
+    def _absolute(self, path: PathLike) -> str:
+        path = os.fspath(path)
         if not os.path.isabs(path):
             # Not normalised: `..` behind a link is for the system to understand.
             self._cwd = os.getcwd()
             path = os.path.join(self._cwd, path)
-        return self._key(path), path
+        return path
 
     def _key(self, path: str) -> str:
         """The key of an absolute path; costs a few microseconds."""
         head, _, name = path.rpartition("/")
-        if name in ("", ".", ".."):
+        if path.endswith(_NO_NAMES):
             return os.path.realpath(path)
-        directory = self._directories.get(head)
-        if directory is None:
-            directory = self._directories.setdefault(head, os.path.realpath(head or "/"))
-        plain = f"{directory.rstrip('/')}/{name}"
+        directory = self._directory(head)
+        plain = path if directory == head else f"{directory}/{name}"
         # islink answers False for what does not exist: the reader will say so, naming the path.
         return os.path.realpath(plain) if os.path.islink(plain) else plain
+
+    def _directory(self, head: str) -> str:
+        """What a directory is without links; no slash at its end."""
+        directory = self._directories.get(head)
+        if directory is None:
+            found = os.path.realpath(head or "/").rstrip("/")
+            directory = self._directories.setdefault(head, found)
+        return directory
+
+
+def _has_links(directory: str, files: int) -> bool:
+    """Whether there may be symbolic links in a directory of which so many files are of interest."""
+    try:
+        with os.scandir(directory or "/") as entries:
+            for number, entry in enumerate(entries):
+                if entry.is_symlink() or number > 4 * files:  # it takes too long to look further
+                    return True
+    except OSError:
+        return True
+    return False
 
 
 def _spelling(path: object) -> str | PurePath:

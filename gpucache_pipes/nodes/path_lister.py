@@ -3,7 +3,7 @@
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torchdata.nodes import BaseNode
 from gpucache_pipes.nodes.listing import list_files
 from gpucache_pipes.nodes.sources import as_node
 from gpucache_pipes.units import positive_int
+from gpucache_pipes.upcoming import Upcoming
 
 Source = str | os.PathLike[str] | Iterable[Any]
 
@@ -176,31 +177,33 @@ class PathLister(BaseNode[Any]):
             state["fingerprint"] = self._fingerprint_of_order()
         return state
 
-    def upcoming(self) -> Iterator[str]:
+    def upcoming(self) -> Upcoming:
         """The paths still to come in this epoch, and all of the next one's, in order.
 
-        Empty where the order is not known: for a stream.
+        Before the first reset those of two epochs. Empty where the order is not known: for a
+        stream. Takes about 0.1 us a file; the paths themselves are not copied.
         """
         if self._stream is not None:
-            return
-        epoch = self._epoch
+            return Upcoming((), (), 0)
+        begun = self._order is not None
+        following = self._epoch + begun if self._next_epoch is None else self._next_epoch
         if self._order is not None:
-            yield from self._flat(self._order, self._position)
-            epoch += 1
-        epoch = epoch if self._next_epoch is None else self._next_epoch
-        yield from self._flat(self._draw(epoch))
-        if self._order is None:
-            yield from self._flat(self._draw(epoch + 1))
+            rest = self._flat(self._order, self._position)
+        else:
+            rest = self._flat(self._draw(following))
+            following += 1
+        after = self._flat(self._draw(following))
+        return Upcoming(self._paths, [*rest, *after], len(rest))
 
-    def _flat(self, order: Sequence[Any], start: int = 0) -> Iterator[str]:
+    def _flat(self, order: Sequence[Any], start: int = 0) -> Sequence[int]:
+        """The positions from there on, without those that are dropped at the end."""
         end = len(order)
         if self.drop_last and self.batch_size is not None:
             end -= end % self.batch_size
-        for index in order[start:end]:
-            if isinstance(index, int):
-                yield self._paths[index]
-            else:
-                yield from (self._paths[i] for i in index)
+        rest = order[start:end]
+        if rest and not isinstance(rest[0], int):
+            return list(chain.from_iterable(rest))
+        return rest
 
     def __len__(self) -> int:
         """Elements in an epoch. Raises TypeError if the source is a stream."""

@@ -85,10 +85,9 @@ class GPUPrefetcher(BaseNode[Any]):
         self._ahead: deque[_Ahead] = deque()
         self._exhausted = False
         self._state: dict[str, Any] = {}
-        # Name this pipeline to the policy: for as long as it lives, and for as long as there
-        # are pipelines over the same source, of which some make a new one in each epoch.
-        self._owner = object()
-        self._epochs_of = id(source)
+        # Names this pipeline to the policy; the same for all over one source, since some make
+        # a new pipeline in each epoch.
+        self._owner = ("pipeline over", id(source))
         self._stream = ConsumerStream(store)
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
@@ -99,7 +98,7 @@ class GPUPrefetcher(BaseNode[Any]):
         self.source.reset(None if initial_state is None else initial_state["source"])
         self._state = self.source.state_dict()
         self._exhausted = False
-        self.store.begin_epoch(self._epochs_of)
+        self.store.begin_epoch(self._owner)
         upcoming = find_upstream(self.source, "upcoming")
         if upcoming is not None and self.path_fn is None:
             self.store.foresee(self._owner, upcoming())
@@ -199,7 +198,7 @@ class GPUPrefetcher(BaseNode[Any]):
                 "path_fn(element) says which files an element needs"
             )
         head.paths = paths
-        head.ticket = self.store.request(paths)
+        head.ticket = self.store.request(paths, owner=self._owner)
 
     def _use(self, heads: Sequence[_Ahead]) -> FeatureBatch:
         """Gather the first elements in the queue and take them out."""

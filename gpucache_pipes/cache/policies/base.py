@@ -1,10 +1,12 @@
 """What a policy is, and how one is found by its name."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-Key = str
-"""A file, as the store names it. To a policy it is just something hashable."""
+from gpucache_pipes.cache.future import Future
+
+Key = int
+"""A file: the store numbers files from 0 on, as it meets them. So an array may have its place."""
 
 
 @runtime_checkable
@@ -16,8 +18,11 @@ class Policy(Protocol):
     late: in bundles, before the next insertion, removal or choice of victims.
     """
 
-    def on_access(self, keys: Iterable[Key]) -> None:
-        """These were requested, in this order; some may not be in the cache."""
+    def on_access(self, keys: Sequence[Key], owner: object) -> None:
+        """`owner` requested these, in this order; some may not be in the cache.
+
+        An owner is a pipeline, or None for who uses the store directly.
+        """
 
     def on_insert(self, key: Key) -> None:
         """`key` is in the cache now. It was not before."""
@@ -28,34 +33,35 @@ class Policy(Protocol):
     def victims(self, key: Key) -> Iterator[Key]:
         """Cached keys that should rather go than `key` not come in, the first to go first.
 
-        The store walks it until there is room, passing over keys that in-flight batches need;
-        nothing changes during the walk. Where it ends before there is room, nothing is evicted
-        and `key` is served without being kept.
+        The store walks it until there is room, passing over keys that in-flight batches need.
+        Nothing else is called during the walk; what was chosen is removed right after it. Where
+        the walk ends before there is room, nothing is evicted and `key` is served without being
+        kept. No key may be named twice in a walk.
         """
 
     def begin_epoch(self, owner: object) -> None:
-        """`owner`, a pipeline or None, begins a new pass over its data."""
+        """`owner` begins a new pass over its data."""
 
-    def foresee(self, owner: object, keys: Sequence[Key]) -> None:
-        """`owner`, a pipeline, will request exactly these from now on; replaces what it said.
+    def foresee(self, owner: object, future: Future) -> None:
+        """What `owner` will request from now on; replaces what it said before.
 
         A hint: wrong ones cost hits and nothing else.
         """
 
     def forget(self, owner: object) -> None:
-        """`owner` will request nothing more. Unknown owners are ignored."""
+        """`owner` takes back what it foresaw. Unknown owners are ignored."""
 
 
 class BasePolicy:
     """Does nothing where a policy has nothing to do."""
 
-    def on_access(self, keys: Iterable[Key]) -> None:
+    def on_access(self, keys: Sequence[Key], owner: object) -> None:
         """See Policy."""
 
     def begin_epoch(self, owner: object) -> None:
         """See Policy."""
 
-    def foresee(self, owner: object, keys: Sequence[Key]) -> None:
+    def foresee(self, owner: object, future: Future) -> None:
         """See Policy."""
 
     def forget(self, owner: object) -> None:

@@ -1,38 +1,90 @@
 """Belady's algorithm over the future that the pipelines announce."""
 
-import heapq
-from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
+from gpucache_pipes.cache.future import Future
 from gpucache_pipes.cache.policies.base import Key
+from gpucache_pipes.cache.policies.contest import Contest
+from gpucache_pipes.cache.policies.schedule import Schedule
 
-_NEVER = 1 << 62
+_NEVER = float("inf")
+
+_SURPRISES = 64
+"""So many more requests that were not announced than were show that an announcement is wrong."""
 
 
-class _Future:
-    """What one pipeline will request: for each key the position of its next use.
+class _Pipeline:
+    """What is known of one pipeline, and of the cached keys that it used last.
 
-    A pipeline that was announced when `start` requests had been made in all is taken to make
-    one of its requests for each further one, so that position p is due at `start + p`. With
-    one pipeline that is exact; a pipeline that pauses seems overdue, and its features stay.
+    Attributes:
+        schedule: its rhythm.
+        future: what it has announced.
+        trusted: whether what it announced has come true, so far.
+        moved: requested against what it announced, and not looked at since.
+        beyond: cached keys that it is not known to use again, the longest unused first.
+        habits: what it holds while it announces nothing.
+        start, pause: when it makes its next request, and how long it pauses between epochs, in
+            requests of all pipelines.
     """
 
-    def __init__(self, keys: Sequence[Key], start: int) -> None:
-        self.start = start
-        # When it last came true, in requests to the store.
-        self.last = start
-        self.next_use: dict[Key, int] = {}
-        # after[p]: where the key of position p comes next, found by walking backwards.
-        self.after = array("q", bytes(8 * len(keys)))
-        for position in range(len(keys) - 1, -1, -1):
-            key = keys[position]
-            self.after[position] = self.next_use.get(key, _NEVER)
-            self.next_use[key] = position
+    def __init__(self, now: int) -> None:
+        self.schedule = Schedule(now)
+        self.future: Future | None = None
+        self.trusted = True
+        self.moved: set[Key] = set()
+        self.beyond: OrderedDict[Key, None] = OrderedDict()
+        self.habits = Contest()
+        self.start = self.pause = 0.0
 
-    def due(self, key: Key) -> int:
-        """When `key` is next requested by this pipeline, in requests to the store."""
-        position = self.next_use.get(key, _NEVER)
-        return position if position == _NEVER else self.start + position
+    def holds_nothing(self) -> bool:
+        """Whether there is no reason to remember it."""
+        return self.future is None and not len(self.habits.by_epoch)
+
+    def rest(self) -> int:
+        """Requests that are left in this epoch, as far as is known."""
+        if self.future is not None:
+            return max(self.future.left - self.future.position, 0)
+        return max(self.schedule.length - self.schedule.requests, 0)
+
+    def due(self, position: int) -> float:
+        """When it comes to this position of its future, in requests of all pipelines."""
+        future, schedule = self.future, self.schedule
+        assert future is not None
+        ahead = max(position - future.position, 0)
+        pause = self.pause if future.position < future.left <= position else 0
+        return self.start + schedule.lasts(ahead) + pause
+
+    def hold(self, key: Key) -> None:
+        """Take a cached key whose next use is not known."""
+        if self.future is None:
+            self.habits.on_insert(key)
+        else:
+            self.beyond[key] = None
+
+    def drop(self, key: Key) -> None:
+        """The opposite."""
+        if key in self.beyond:
+            del self.beyond[key]
+        else:
+            self.habits.on_remove(key)
+
+    def groups(self, key: Key) -> list[tuple[float, Iterable[Key]]]:
+        """What it holds, each with the time when it is likely needed; that of a new key first."""
+        if self.future is not None:
+            return [(_NEVER, self.beyond)]
+        habits, schedule, rest = self.habits, self.schedule, self.rest()
+        habits.consider()
+        by_epoch = habits.by_epoch
+        if habits.leader is not by_epoch:
+            wait = schedule.lasts(len(by_epoch) / (habits.hit_rate or 1))
+            return [(self.start + wait, habits.victims(key))]
+        following = rest + (schedule.length or schedule.requests) / 2
+        return [
+            (self.start + schedule.lasts(following) + self.pause, by_epoch.used),
+            (self.start + schedule.lasts(rest / 2), by_epoch.waiting),
+            (_NEVER, by_epoch.stale),
+        ]
 
 
 class Clairvoyant:
@@ -42,129 +94,261 @@ class Clairvoyant:
     With the whole future known no policy has fewer misses (Belady, "A study of replacement
     algorithms for a virtual-storage computer", IBM Systems Journal 1966; with bypass since a
     feature can be served without being kept). Pipelines announce the rest of their epoch and,
-    where it is known, the next one. O(log n) for each request, paid when something is evicted.
+    where it is known, the next one; of several pipelines their rhythm tells who comes when.
 
-    Where nothing is announced, epochs stand in for the future: what was not used for a whole
-    epoch of every pipeline goes first, then what was used in this one, the longest ago first;
-    what waits for its use stays. Over epochs that touch each file once this serves
-    capacity/files of the requests, which is the most that is possible. Without epochs it is LRU.
+    Where nothing is announced, epochs stand in for the future, and where these are none, what
+    would have served best of late: see ByEpoch and Contest. All of these are compared by when they
+    are likely needed. O(log n) amortised for each request, with a very small constant where
+    pipelines do as they announced: see Future.
+
+    Sizes play no part. A byte of the cache saves a byte of reading each time it is needed, so that
+    what is needed farthest ahead is worth least for each byte, be it large or small; a policy
+    that prefers small features would have more hits and read more.
     """
 
     def __init__(self) -> None:
-        self._futures: dict[object, _Future] = {}
-        self._requests = 0
-        # Cached keys and the epoch of their last use, oldest first: those of this epoch, and
-        # the others. Each is in exactly one.
-        self._used: dict[Key, int] = {}
-        self._older: dict[Key, int] = {}
-        self._epoch = 0
-        # Who begins epochs, and when last: a key waits for its use for as many epochs as there
-        # are owners.
-        self._owners: dict[object, int] = {}
-        # (-due time, key), the farthest on top. An item counts while it is the one in _live;
-        # the due time of keys in _moved may have changed since.
-        self._heap: list[tuple[int, Key]] = []
-        self._live: dict[Key, tuple[int, Key]] = {}
-        self._moved: dict[Key, None] = {}
+        self._now = self._settled = 0
+        self._pipelines: dict[object, _Pipeline] = {}
+        # If there is just one.
+        self._only: _Pipeline | None = None
+        self._latest: _Pipeline | None = None
+        # Who holds a cached key; None: its next use is marked in a future.
+        self._cached: dict[Key, _Pipeline | None] = {}
 
-    def on_access(self, keys: Iterable[Key]) -> None:
+    def _pipeline(self, owner: object) -> _Pipeline:
+        pipeline = self._pipelines.get(owner)
+        if pipeline is None:
+            pipeline = self._pipelines[owner] = _Pipeline(self._now)
+            self._only = pipeline if len(self._pipelines) == 1 else None
+        return pipeline
+
+    def _forget_the_gone(self) -> None:
+        """Forget pipelines that left nothing behind and have been silent for long."""
+        patience = 4 * max(pipeline.schedule.epoch for pipeline in self._pipelines.values())
+        for owner, pipeline in list(self._pipelines.items()):
+            if pipeline.holds_nothing() and pipeline.schedule.silence(self._now) > patience:
+                del self._pipelines[owner]
+        if len(self._pipelines) == 1:
+            [self._only] = self._pipelines.values()
+
+    # What happens
+
+    def on_access(self, keys: Sequence[Key], owner: object) -> None:
         """See Policy."""
-        for key in keys:
-            self._requests += 1
-            for future in self._futures.values():
-                position = future.next_use.get(key)
-                if position is not None:
-                    future.last = self._requests
-                    self._advance(future, key, position)
-                    break
-            if self._used.pop(key, None) is None and self._older.pop(key, None) is None:
-                continue
-            self._used[key] = self._epoch
-            self._moved[key] = None
-
-    @staticmethod
-    def _advance(future: _Future, key: Key, position: int) -> None:
-        following = future.after[position]
-        if following == _NEVER:
-            del future.next_use[key]
-        else:
-            future.next_use[key] = following
+        pipeline = self._latest = self._pipeline(owner)
+        pipeline.schedule.request(self._now, len(keys))
+        self._now += len(keys)
+        if pipeline.future is not None:
+            if not pipeline.future.follow(keys):
+                pipeline.moved.update(keys)
+                if pipeline.future.surprises > _SURPRISES:
+                    pipeline.trusted = False
+                    self.forget(owner)
+            return
+        if len(self._pipelines) > 1:
+            for key in keys:
+                holder = self._cached.get(key)
+                if holder is not None and holder is not pipeline:
+                    holder.drop(key)
+                    pipeline.hold(key)
+                    self._cached[key] = pipeline
+        pipeline.habits.on_access(keys)
 
     def on_insert(self, key: Key) -> None:
         """See Policy."""
-        self._used[key] = self._epoch
-        self._moved[key] = None
+        self._cached[key] = None
+        future = None if self._only is None else self._only.future
+        if future is not None and (position := future.next_use(key)) < future.end:
+            future.mark(position)
+        else:
+            self._place(key, self._user(key))
 
     def on_remove(self, key: Key) -> None:
         """See Policy."""
-        self._used.pop(key, None)
-        self._older.pop(key, None)
-        self._moved.pop(key, None)
-        self._live.pop(key, None)
-
-    def victims(self, key: Key) -> Iterator[Key]:
-        """See Policy."""
-        if self._futures:
-            return self._farther_than(self._next_use(key))
-        return self._oldest()
-
-    def _oldest(self) -> Iterator[Key]:
-        for key, epoch in self._older.items():
-            if epoch >= self._epoch - max(1, len(self._owners)):
-                break
-            yield key
-        yield from self._used
-
-    def _farther_than(self, limit: int) -> Iterator[Key]:
-        for key in self._moved:
-            item = (-self._next_use(key), key)
-            if self._live.get(key) != item:
-                self._live[key] = item
-                heapq.heappush(self._heap, item)
-        self._moved.clear()
-        if len(self._heap) > 2 * len(self._live) + 64:
-            self._heap = list(self._live.values())
-            heapq.heapify(self._heap)
-        walked = []
-        try:
-            while self._heap and -self._heap[0][0] > limit:
-                item = heapq.heappop(self._heap)
-                if self._live.get(item[1]) is item:
-                    walked.append(item)
-                    yield item[1]
-        finally:
-            # What was passed over stays; what goes now is dropped by on_remove.
-            for item in walked:
-                heapq.heappush(self._heap, item)
-
-    def _next_use(self, key: Key) -> int:
-        return min((future.due(key) for future in self._futures.values()), default=_NEVER)
+        holder = self._cached.pop(key)
+        if holder is not None:
+            holder.drop(key)
 
     def begin_epoch(self, owner: object) -> None:
         """See Policy."""
-        self._epoch += 1
-        self._older.update(self._used)
-        self._used = {}
-        self._owners[owner] = self._epoch
-        # Who has not begun one for several rounds of the others is gone.
-        patience = self._epoch - 3 * len(self._owners)
-        self._owners = {o: epoch for o, epoch in self._owners.items() if epoch >= patience}
+        pipeline = self._pipeline(owner)
+        pipeline.schedule.begin_epoch(self._now)
+        pipeline.habits.begin_epoch()
+        self._forget_the_gone()
 
-    def foresee(self, owner: object, keys: Sequence[Key]) -> None:
+    def foresee(self, owner: object, future: Future) -> None:
         """See Policy."""
-        self._futures[owner] = _Future(keys, self._requests)
-        # A pipeline that stands still while the others go through all they have announced will
-        # hardly go on: what it waits for must not fill the cache.
-        patience = self._requests - max(len(f.after) for f in self._futures.values())
-        self._futures = {o: f for o, f in self._futures.items() if f.last >= patience}
-        self._forget_due_times()
+        pipeline = self._pipeline(owner)
+        if not pipeline.trusted:
+            return
+        self._settle()
+        pipeline.future = future
+        for key, holder in self._cached.items():
+            if holder is not None:
+                self._place(key, holder)
+            elif future.next_use(key) == future.end:
+                self._place(key, pipeline)
 
     def forget(self, owner: object) -> None:
         """See Policy."""
-        if self._futures.pop(owner, None) is not None:
-            self._forget_due_times()
+        pipeline = self._pipelines.get(owner)
+        if pipeline is None or pipeline.future is None:
+            return
+        self._settle()
+        pipeline.future = None
+        for key in pipeline.beyond:
+            pipeline.habits.on_insert(key)
+        pipeline.beyond.clear()
+        for key, holder in self._cached.items():
+            if holder is None:
+                self._place(key, pipeline)
 
-    def _forget_due_times(self) -> None:
-        self._heap.clear()
-        self._live.clear()
-        self._moved = dict.fromkeys((*self._older, *self._used))
+    # What goes
+
+    def victims(self, key: Key) -> Iterator[Key]:
+        """See Policy."""
+        self._settle()
+        # The same in a third of the time, where there is just one pipeline.
+        if self._only is None:
+            return self._victims_of_all(key)
+        if self._only.future is None:
+            return self._only.habits.victims(key)
+        return self._victims_of_one(self._only, self._only.future, key)
+
+    def _victims_of_one(self, pipeline: _Pipeline, future: Future, key: Key) -> Iterator[Key]:
+        limit = future.next_use(key)
+        walked = []
+        try:
+            yield from pipeline.beyond
+            while (position := future.farthest()) > limit:
+                future.unmark(position)
+                candidate = future.keys[position]
+                if candidate in self._cached:
+                    if future.next_use(candidate) == position:
+                        walked.append(position)
+                        yield candidate
+                    else:
+                        self._place(candidate, pipeline)
+        finally:
+            # What was passed over can still be found.
+            for position in walked:
+                future.mark(position)
+
+    def _victims_of_all(self, key: Key) -> Iterator[Key]:
+        self._look_around()
+        limit, pipeline, _ = self._next_use(key)
+        known = pipeline is not None
+        if not known:
+            limit = self._user(key).groups(key)[0][0]
+        groups = [group for p in self._pipelines.values() for group in p.groups(key)]
+        groups.sort(key=lambda group: -group[0])
+        walked: list[tuple[Future, int]] = []
+        try:
+            for due, keys in groups:
+                if due < limit or (known and due == limit):
+                    break
+                yield from self._due_after(due, walked)
+                yield from keys
+            yield from self._due_after(limit, walked)
+        finally:
+            for future, position in walked:
+                future.mark(position)
+
+    def _due_after(self, limit: float, walked: list[tuple[Future, int]]) -> Iterator[Key]:
+        """Cached keys whose next use is known, and farther ahead than `limit`; farthest first."""
+        futures = [p for p in self._pipelines.values() if p.future is not None]
+        while True:
+            tops = [(p.due(at), p.future, at) for p in futures if (at := self._farthest(p)) >= 0]
+            if not tops:
+                return
+            due, future, position = max(tops, key=lambda top: top[0])
+            if due <= limit:
+                return
+            assert future is not None
+            future.unmark(position)
+            walked.append((future, position))
+            yield future.keys[position]
+
+    def _farthest(self, pipeline: _Pipeline) -> int:
+        """The last position at which a cached key is needed next, or -1.
+
+        Marks may be out of date, but none is too near: what is found is looked at again.
+        """
+        future = pipeline.future
+        assert future is not None
+        while (position := future.farthest()) >= 0:
+            key = future.keys[position]
+            if key in self._cached:
+                _, nearest, at = self._next_use(key)
+                if nearest is pipeline and at == position:
+                    return position
+            future.unmark(position)
+            if key in self._cached:
+                self._place(key, pipeline)
+        return -1
+
+    # Where keys belong
+
+    def _settle(self) -> None:
+        """Look at the next uses of what was requested since the last time."""
+        if self._settled == self._now:
+            return
+        self._settled = self._now
+        for pipeline in self._pipelines.values():
+            if pipeline.future is not None:
+                for key in pipeline.future.mark_moved(self._cached):
+                    self._place(key, pipeline)
+                for key in pipeline.moved & self._cached.keys():
+                    self._place(key, pipeline)
+                pipeline.moved.clear()
+
+    def _place(self, key: Key, user: _Pipeline) -> None:
+        """Mark the next use of a cached key, or give it to `user` if none is known."""
+        holder = self._cached[key]
+        if holder is not None:
+            holder.drop(key)
+        _, pipeline, position = self._next_use(key)
+        if pipeline is None:
+            user.hold(key)
+            self._cached[key] = user
+        else:
+            assert pipeline.future is not None
+            pipeline.future.mark(position)
+            self._cached[key] = None
+
+    def _next_use(self, key: Key) -> tuple[float, _Pipeline | None, int]:
+        """When a key is needed next, by whom and at which position; never, where it is unknown."""
+        nearest: tuple[float, _Pipeline | None, int] = (_NEVER, None, -1)
+        for pipeline in self._pipelines.values():
+            future = pipeline.future
+            if future is not None and (position := future.next_use(key)) != future.end:
+                due = pipeline.due(position)
+                if due < nearest[0]:
+                    nearest = (due, pipeline, position)
+        return nearest
+
+    def _user(self, key: Key) -> _Pipeline:
+        """Who has requested a key that nobody is known to request again."""
+        if self._only is not None:
+            return self._only
+        for pipeline in self._pipelines.values():
+            if pipeline.future is None and pipeline.habits.by_epoch.has_seen(key):
+                return pipeline
+        return self._latest or self._pipeline(None)
+
+    def _look_around(self) -> None:
+        """Work out when each pipeline makes its next request, and how long it pauses then."""
+        if len(self._pipelines) == 1:
+            return
+        pipelines = list(self._pipelines.values())
+        rests = [pipeline.rest() for pipeline in pipelines]
+        for pipeline, rest in zip(pipelines, rests, strict=True):
+            schedule = pipeline.schedule
+            others = [
+                (p.schedule, r) for p, r in zip(pipelines, rests, strict=True) if p is not pipeline
+            ]
+            # As long as nobody knows: until those that have ended an epoch have had their turn.
+            turns = (s.epoch for s, r in others if r == 0)
+            pipeline.pause = max(turns, default=0) if schedule.pause is None else schedule.pause
+            busy = max(s.lasts(r) for s, r in others)
+            pipeline.start = schedule.resumes(self._now, pipeline.pause, rest, busy)

@@ -1,7 +1,7 @@
 """Least recently used."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from gpucache_pipes.cache.policies.base import BasePolicy, Key
 
@@ -18,7 +18,7 @@ class LRU(BasePolicy):
     def __init__(self) -> None:
         self._order: OrderedDict[Key, None] = OrderedDict()
 
-    def on_access(self, keys: Iterable[Key]) -> None:
+    def on_access(self, keys: Sequence[Key], owner: object) -> None:
         """See Policy."""
         order = self._order
         for key in keys:

@@ -1,0 +1,244 @@
+"""Eviction through the real store and nodes: what the pipeline knows, and what it makes of it."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torchdata.nodes as tn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpucache_pipes import (
+    GPUCachedPathDataLoader,
+    GPUCollator,
+    GPUFeatureStore,
+    GPUPrefetcher,
+    PathLister,
+)
+from gpucache_pipes.cache import Future, Trace, simulate
+
+
+def load(path: str) -> torch.Tensor:
+    return torch.tensor([float(path.rpartition("/")[2])])
+
+
+def names(files: int, start: int = 0) -> list[str]:
+    return [f"/features/{number}" for number in range(start, start + files)]
+
+
+class InThisOrder:
+    """A sampler: the given order in each epoch."""
+
+    def __init__(self, orders: Sequence[Sequence[int]]) -> None:
+        self.orders = orders
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.orders[self.epoch % len(self.orders)])
+
+    def __len__(self) -> int:
+        return len(self.orders[0])
+
+
+class Paths:
+    """An iterable that knows nothing of its future."""
+
+    def __init__(self, orders: Sequence[Sequence[int]], batch_size: int) -> None:
+        self.orders = iter(orders)
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[str]]:
+        order = next(self.orders)
+        paths = [f"/features/{number}" for number in order]
+        return (paths[at : at + self.batch_size] for at in range(0, len(paths), self.batch_size))
+
+
+def hits_of_epochs(store: GPUFeatureStore, node: Any, epochs: int) -> list[int]:
+    hits = []
+    for _ in range(epochs):
+        before = store.stats().hits
+        if isinstance(node, tn.BaseNode):
+            node.reset()
+        for _ in node:
+            pass
+        store.check()
+        hits.append(store.stats().hits - before)
+    return hits
+
+
+def lister(orders: Sequence[Sequence[int]], batch_size: int) -> PathLister:
+    files = names(len(orders[0]))
+    return PathLister(files, sampler=InThisOrder(orders), batch_size=batch_size)
+
+
+SOURCES: dict[str, Callable[[Sequence[Sequence[int]], int], Any]] = {
+    "known": lister,
+    "unknown": Paths,
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(2, 24).flatmap(
+        lambda n: st.lists(st.permutations(range(n)), min_size=2, max_size=5)
+    ),
+    st.data(),
+)
+def test_any_epochs_at_any_depth_reach_the_ceiling(
+    source: str, orders: list[list[int]], data: st.DataObject
+) -> None:
+    files = len(orders[0])
+    places = data.draw(st.integers(1, files), label="places")
+    depth = data.draw(st.integers(1, 4), label="depth")
+    batch_size = data.draw(st.integers(1, 4), label="batch_size")
+    in_flight = batch_size * (depth + 1)
+    hits = {}
+    for policy in ("clairvoyant", "keep"):
+        with GPUFeatureStore(
+            "cpu", max_cache_items=places, load_fn=load, asynchronous=False, policy=policy
+        ) as store:
+            node = GPUPrefetcher(SOURCES[source](orders, batch_size), store, depth=depth)
+            hits[policy] = hits_of_epochs(store, node, len(orders))
+    for ours, keeps in zip(hits["clairvoyant"][1:], hits["keep"][1:], strict=True):
+        assert ours >= places - in_flight
+        assert ours >= keeps
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_readers_in_the_background_change_little(source: str) -> None:
+    random_numbers = random.Random(0)
+    orders = [random_numbers.sample(range(300), 300) for _ in range(6)]
+    with GPUFeatureStore("cpu", max_cache_items=150, load_fn=load) as store:
+        node = GPUPrefetcher(SOURCES[source](orders, 10), store, depth=2)
+        hits = hits_of_epochs(store, node, 6)
+    assert min(hits[1:]) >= 150 - 30
+
+
+def test_the_store_serves_what_the_simulation_says() -> None:
+    """With requests one at a time, hit for hit."""
+    random_numbers = random.Random(1)
+    weights = [1 / (rank + 1) for rank in range(100)]
+    orders = [random_numbers.choices(range(100), weights, k=150) for _ in range(5)]
+    every = [number for order in orders for number in order]
+    for policy in ("clairvoyant", "lru", "fifo", "lfu", "sieve", "s3fifo", "w-tinylfu", "keep"):
+        with GPUFeatureStore(
+            "cpu", max_cache_items=30, load_fn=load, asynchronous=False, policy=policy
+        ) as store:
+            for path in names(100):  # numbers them, as the trace does
+                assert path not in store
+            for number in every:
+                store.get(f"/features/{number}")
+            simulated = simulate(Trace(every), 30, policy)
+            assert store.stats().hits == simulated.hits, policy
+            assert store.stats().evictions == simulated.evictions, policy
+
+
+def test_direct_use_reaches_the_ceiling_too() -> None:
+    random_numbers = random.Random(0)
+    for declared in (True, False):
+        with GPUFeatureStore("cpu", max_cache_items=50, load_fn=load) as store:
+            for epoch in range(4):
+                if declared:
+                    store.begin_epoch()
+                order = random_numbers.sample(names(100), 100)
+                before = store.stats().hits
+                for path in order:
+                    store.get(path)
+                assert store.stats().hits - before == (50 if epoch else 0)
+
+
+def test_nodes_between_do_no_harm() -> None:
+    paths = PathLister(names(200), shuffle=True)
+    with GPUFeatureStore("cpu", max_cache_items=100, load_fn=load) as store:
+        between = tn.ParallelMapper(tn.Batcher(paths, 20), list, num_workers=1)
+        node = GPUCollator(GPUPrefetcher(between, store, depth=1))
+        hits = hits_of_epochs(store, node, 4)
+    assert min(hits[1:]) >= 100 - 40
+
+
+def test_a_loader_without_a_future_learns_from_its_epochs() -> None:
+    loader = torch.utils.data.DataLoader(names(200), batch_size=10, shuffle=True)  # type: ignore[arg-type]
+    with GPUCachedPathDataLoader(loader, max_cache_items=100, load_fn=load) as gpu_loader:
+        hits = hits_of_epochs(gpu_loader.store, gpu_loader, 4)
+    assert min(hits[1:]) >= 100 - 30
+
+
+def test_resumed_pipelines_know_what_is_left() -> None:
+    def pipeline(store: GPUFeatureStore) -> tuple[PathLister, GPUPrefetcher]:
+        paths = PathLister(names(100), shuffle=True, batch_size=5)
+        return paths, GPUPrefetcher(paths, store, depth=1)
+
+    with GPUFeatureStore("cpu", max_cache_items=50, load_fn=load) as store:
+        _, node = pipeline(store)
+        node.reset()
+        for _ in range(10):
+            next(node)
+        state = node.state_dict()
+        node.shutdown()
+        paths, resumed = pipeline(store)
+        resumed.reset(state)
+        assert paths.upcoming().left == 50
+        assert sum(1 for _ in range(10) if next(resumed) is not None) == 10
+        hits = hits_of_epochs(store, resumed, 3)
+    assert min(hits[1:]) >= 50 - 10
+
+
+def test_several_pipelines_and_several_stores() -> None:
+    with (
+        GPUFeatureStore("cpu", max_cache_items=60, load_fn=load) as first,
+        GPUFeatureStore("cpu", max_cache_items=30, load_fn=load) as second,
+    ):
+        train = GPUPrefetcher(PathLister(names(100), shuffle=True, batch_size=5), first, depth=1)
+        validation = GPUPrefetcher(PathLister(names(20, 100), batch_size=5), first, depth=1)
+        other = GPUPrefetcher(PathLister(names(100), shuffle=True, batch_size=5), second, depth=1)
+        served = []
+        for _ in range(5):
+            hits = hits_of_epochs(first, train, 1) + hits_of_epochs(first, validation, 1)
+            served.append(sum(hits))
+            hits_of_epochs(second, other, 1)
+    assert min(served[2:]) >= 60 - 10
+    assert second.stats().hits >= 4 * (30 - 10)
+
+
+@given(
+    st.lists(st.integers(0, 9), max_size=40),
+    st.lists(st.lists(st.integers(0, 9), max_size=8), max_size=10),
+    st.data(),
+)
+def test_a_future_that_comes_true_knows_each_next_use(
+    keys: list[int], others: list[list[int]], data: st.DataObject
+) -> None:
+    future = Future(keys, data.draw(st.integers(0, len(keys))))
+    at = 0
+    while at < len(keys):
+        count = data.draw(st.integers(1, 6))
+        assert future.follow(keys[at : at + count])
+        at += len(keys[at : at + count])
+        for key in range(11):
+            expected = keys.index(key, at) if key in keys[at:] else len(keys)
+            assert future.next_use(key) == expected
+    # Whatever is requested against it, it answers.
+    future = Future(keys, len(keys) // 2)
+    for requested in others:
+        future.follow(requested)
+        for key in range(11):
+            position = future.next_use(key)
+            assert position == len(keys) or keys[position] == key
+
+
+@given(st.sets(st.integers(0, 4000), min_size=1), st.sets(st.integers(0, 4000)))
+def test_the_farthest_mark_is_found(marked: set[int], unmarked: set[int]) -> None:
+    future = Future([*range(4001)])
+    for position in range(4001):
+        future.unmark(position)
+    for position in marked:
+        future.mark(position)
+    for position in unmarked:
+        future.unmark(position)
+    assert future.farthest() == max(marked - unmarked, default=-1)
