@@ -102,7 +102,7 @@ class Future:
         return position
 
     def mark_moved(self, cached: Container[int]) -> Sequence[int]:
-        """Mark the next uses of `cached` keys that were requested, as expected, since the last call.
+        """Mark the next uses of `cached` keys that were requested as expected since the last time.
 
         Returns those that have none.
         """
