@@ -1,0 +1,95 @@
+"""Plans for people: tables, a chart of characters, a picture."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gpucache_pipes.units import format_bytes, parse_bytes
+
+_MARKS = "●○▲△■□◆◇"
+_HEIGHT = 11
+
+
+def plan_as_text(report: dict[str, Any]) -> str:
+    """Two tables and a chart."""
+    total = report["feature_bytes"]
+    names = list(report["rows"][0]["policies"])
+    order = "shuffled" if report["shuffle"] else "in order"
+    lines = [
+        f"{report['files']} files, {format_bytes(total)} of tensors, {order}, "
+        f"{report['epochs']} epochs of which the first is left out"
+    ]
+    if report["simulated_files"] < report["files"]:
+        lines.append(f"(simulated on a sample of {report['simulated_files']} files)")
+    lines += ["", "hit rate", *_table(report, names, lambda served: f"{served['hit_rate']:.0%}")]
+    lines += ["", "read from files in an epoch"]
+    lines += _table(report, names, lambda s: format_bytes(int(s["read_fraction"] * total)))
+    lines += ["", *_chart(report, names)]
+    return "\n".join(lines)
+
+
+def _table(report: dict[str, Any], names: Sequence[str], cell: Any) -> list[str]:
+    lines = [" ".join([f"{'cache':>18}", *(f"{name:>11}" for name in names)])]
+    for row in report["rows"]:
+        share = row["cache_bytes"] / report["feature_bytes"]
+        cells = (f"{cell(row['policies'][name]):>11}" for name in names)
+        lines.append(" ".join([f"{format_bytes(row['cache_bytes']):>11} {share:6.0%}", *cells]))
+    return lines
+
+
+def _chart(report: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Hit rate over size; where policies meet, the first one is seen."""
+    columns = [[" "] * _HEIGHT for _ in report["rows"]]
+    for mark, name in reversed(list(zip(_MARKS, names, strict=True))):
+        for column, row in zip(columns, report["rows"], strict=True):
+            column[round(row["policies"][name]["hit_rate"] * (_HEIGHT - 1))] = mark
+    lines = []
+    for level in reversed(range(_HEIGHT)):
+        points = "".join(f"{column[level]:^6}" for column in columns)
+        lines.append(f"{level / (_HEIGHT - 1):5.0%} ┤{points}".rstrip())
+    total = report["feature_bytes"]
+    shares = "".join(f"{row['cache_bytes'] / total:^6.0%}" for row in report["rows"])
+    lines.append("      └" + "─" * len(shares))
+    lines.append(f"       {shares}  of the data in the cache")
+    lines.append("       " + "  ".join(f"{m} {n}" for m, n in zip(_MARKS, names, strict=True)))
+    return lines
+
+
+def require_matplotlib() -> Any:
+    """matplotlib.pyplot, without a display. Raises ImportError with the way out."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "--plot needs matplotlib: pip install 'gpucache-pipes[plot]'; the chart in the "
+            "terminal needs nothing"
+        ) from error
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_plan(report: dict[str, Any], path: str) -> None:
+    """A picture of hit rates and of bytes read, in the format of the file's name."""
+    plt = require_matplotlib()
+    _, unit = format_bytes(report["feature_bytes"]).split()
+    one = parse_bytes("unit", f"1 {unit}")
+    sizes = [row["cache_bytes"] / one for row in report["rows"]]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in report["rows"][0]["policies"]:
+        served = [row["policies"][name] for row in report["rows"]]
+        width = 2.5 if name == "clairvoyant" else 1.2
+        left.plot(sizes, [100 * s["hit_rate"] for s in served], label=name, linewidth=width)
+        total = report["feature_bytes"] / one
+        right.plot(sizes, [s["read_fraction"] * total for s in served], label=name, linewidth=width)
+    left.set(xlabel=f"cache, {unit}", ylabel="hit rate after the first epoch, %", ylim=(0, 100))
+    right.set(
+        xlabel=f"cache, {unit}", ylabel=f"read from files in an epoch, {unit}", ylim=(0, None)
+    )
+    for axes in (left, right):
+        if report["memory"] <= report["feature_bytes"]:
+            axes.axvline(report["memory"] / one, color="grey", linestyle=":")
+        axes.grid(alpha=0.3)
+    right.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,130 @@
+"""What a cache of some size would serve of a data set, by policy: before anything is bought."""
+
+import os
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from gpucache_pipes.cache import Trace, simulate
+from gpucache_pipes.files import FileOpener
+from gpucache_pipes.units import format_bytes
+
+POLICIES = ("clairvoyant", "keep", "w-tinylfu", "sieve", "s3fifo", "lfu", "fifo", "lru")
+"""In the order of tables: the default first."""
+
+_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_MOST_FILES = 2000
+_OPENED = 64
+
+
+def plan(
+    paths: Sequence[str],
+    *,
+    memory: int | None = None,
+    epochs: int = 5,
+    shuffle: bool = True,
+    seed: int = 0,
+    weights_only: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Hit rates and bytes read for each policy over sizes of the cache, as JSON has it.
+
+    Of more than 2,000 files a random sample stands for all, with caches in proportion. The bytes
+    of tensors are those of the files, less what 64 of them have beside tensors. The first epoch,
+    which reads everything, is left out.
+
+    Args:
+        memory: bytes for the cache, of special interest; None is half of the data.
+        epochs: to simulate, at least 2.
+
+    Raises:
+        ValueError: fewer than two epochs, or a file that is looked at cannot be read.
+    """
+    if epochs < 2:
+        raise ValueError(f"epochs={epochs}: at least 2, since the first one reads everything")
+    sizes = _feature_bytes(paths, weights_only)
+    total = sum(sizes)
+    sample = sizes
+    if len(sizes) > _MOST_FILES:
+        sample = random.Random(seed).sample(sizes, _MOST_FILES)
+    scale = sum(sample) / total
+    traces = {known: _trace(len(sample), epochs, shuffle, seed, known) for known in (True, False)}
+    memory = total // 2 if memory is None else memory
+    capacities = sorted({int(total * f) for f in _FRACTIONS} | {min(memory, total)})
+    rows = []
+    with tqdm(
+        total=len(capacities) * len(POLICIES), desc="simulating", disable=not progress
+    ) as bar:
+        for capacity in capacities:
+            row: dict[str, Any] = {"cache_bytes": capacity, "policies": {}}
+            for policy in POLICIES:
+                row["policies"][policy] = _served(
+                    traces[policy == "clairvoyant"], max(1, int(capacity * scale)), policy, sample
+                )
+                bar.update()
+            rows.append(row)
+    return {
+        "files": len(sizes),
+        "simulated_files": len(sample),
+        "feature_bytes": total,
+        "epochs": epochs,
+        "shuffle": shuffle,
+        "memory": memory,
+        "rows": rows,
+    }
+
+
+def _feature_bytes(paths: Sequence[str], weights_only: bool) -> list[int]:
+    """Bytes of the tensors of each file: what 64 of them have beside, all are taken to have."""
+    opener = FileOpener(weights_only)
+    beside = []
+    for path in paths[:: -(-len(paths) // _OPENED)]:
+        try:
+            feature, _ = opener.probe(path)
+        except Exception as error:
+            raise ValueError(f"{path!r} cannot be read: {error}") from error
+        feature.close()
+        beside.append(os.stat(path).st_size - feature.layout.span)
+    overhead = int(statistics.median(beside))
+    return [max(1, os.stat(path).st_size - overhead) for path in paths]
+
+
+def _trace(files: int, epochs: int, shuffle: bool, seed: int, known: bool) -> Trace:
+    random_numbers = random.Random(seed)
+    orders: Iterator[Sequence[int]] = (
+        random_numbers.sample(range(files), files) if shuffle else range(files)
+        for _ in range(epochs)
+    )
+    return Trace.epochs(list(orders), known=known)
+
+
+def _served(trace: Trace, capacity: int, policy: str, sizes: Sequence[int]) -> dict[str, float]:
+    result = simulate(trace, capacity, policy, sizes=dict(enumerate(sizes)))
+    later = result.epochs[1:]
+    requested = sum(epoch.requested for epoch in later)
+    return {
+        "hit_rate": sum(epoch.hits for epoch in later) / sum(epoch.requests for epoch in later),
+        "read_fraction": sum(epoch.read for epoch in later) / requested,
+    }
+
+
+def advice(report: dict[str, Any]) -> str:
+    """What it comes to, in plain words."""
+    total, memory = report["feature_bytes"], report["memory"]
+    if memory >= total:
+        return (
+            f"With {format_bytes(memory)}, all {format_bytes(total)} fit: after the first epoch "
+            "every read comes from the GPU."
+        )
+    [row] = [row for row in report["rows"] if row["cache_bytes"] == memory]
+    ours, lru = row["policies"]["clairvoyant"], row["policies"]["lru"]
+    return (
+        f"With {format_bytes(memory)}, {ours['hit_rate']:.0%} of reads come from the GPU after the "
+        f"first epoch, and an epoch reads {format_bytes(int(ours['read_fraction'] * total))}; LRU "
+        f"would give {lru['hit_rate']:.0%}, and read "
+        f"{format_bytes(int(lru['read_fraction'] * total))}. "
+        f"{format_bytes(total)} would hold all."
+    )

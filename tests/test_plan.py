@@ -1,0 +1,113 @@
+"""`python -m gpucache_pipes plan`."""
+
+import builtins
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpucache_pipes import planning
+from gpucache_pipes.__main__ import main
+from gpucache_pipes.cache import policies
+
+Files = Callable[..., list[str]]
+
+
+def directory(paths: list[str]) -> str:
+    return str(Path(paths[0]).parent)
+
+
+def test_every_policy_there_is() -> None:
+    assert set(planning.POLICIES) <= set(policies.base._REGISTRY)
+    assert {"clairvoyant", "fifo", "keep", "lfu", "lru", "s3fifo", "sieve", "w-tinylfu"} == set(
+        planning.POLICIES
+    )
+
+
+def test_a_plan(make_files: Files, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    paths = make_files(40, lambda n: {"x": torch.zeros(64)})
+    picture = tmp_path / "plan.png"
+    command = ["plan", directory(paths), "--gpu-memory", "5120B", "--plot", str(picture)]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "simulating" in captured.err
+    for part in ("40 files, 10 KiB of tensors, shuffled", "hit rate", "clairvoyant", "● clairvoyant",
+                 "With 5 KiB, 50% of reads come from the GPU", "LRU would give"):  # fmt: skip
+        assert part in captured.out, captured.out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main([*command[:2], "--json", "--no-shuffle", "--epochs", "3"]) == 0
+    captured = capsys.readouterr()
+    assert not captured.err
+    report = json.loads(captured.out)
+    assert report["memory"] == 5120 and report["epochs"] == 3 and not report["shuffle"]
+    for row in report["rows"]:
+        served = row["policies"]
+        share = row["cache_bytes"] // 256 / 40
+        assert served["clairvoyant"]["hit_rate"] == pytest.approx(share)
+        assert served["lru"]["hit_rate"] == 0
+        assert served["keep"]["read_fraction"] == pytest.approx(1 - share)
+
+
+def test_all_of_it_fits(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = make_files(10)
+    assert main(["plan", directory(paths), "--gpu-memory", "24GiB"]) == 0
+    assert "With 24 GiB, all 400 B fit" in capsys.readouterr().out
+
+
+def test_a_sample_stands_for_many(
+    make_files: Files, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = make_files(60, lambda n: {"x": torch.zeros(64 + n)})
+    whole = planning.plan(paths, progress=False)
+    monkeypatch.setattr(planning, "_MOST_FILES", 30)
+    sampled = planning.plan(paths, progress=False)
+    assert (whole["simulated_files"], sampled["simulated_files"]) == (60, 30)
+    for row, same in zip(whole["rows"], sampled["rows"], strict=True):
+        assert row["cache_bytes"] == same["cache_bytes"]
+        pair = [r["policies"]["clairvoyant"]["hit_rate"] for r in (row, same)]
+        assert pair[0] == pytest.approx(pair[1], abs=0.06)
+    assert main(["plan", directory(paths)]) == 0
+    assert "on a sample of 30 files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", "1"], "epochs=1: at least 2"),
+        (["--gpu-memory", "much"], "--gpu-memory='much' is not a size"),
+        (["--pattern", "*.npy"], "no files in directory"),
+    ],
+)
+def test_errors(
+    make_files: Files, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["plan", directory(make_files(2)), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_broken_file_is_named(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = make_files(3)
+    Path(paths[1]).write_bytes(b"")
+    assert main(["plan", directory(paths)]) == 1
+    error = capsys.readouterr().err
+    assert "empty" in error and paths[1] in error
+
+
+def test_without_matplotlib(
+    make_files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return imported(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    where = directory(make_files(2))
+    assert main(["plan", where, "--plot", "x.png"]) == 1
+    assert "gpucache-pipes[plot]" in capsys.readouterr().err
+    assert main(["plan", where]) == 0
