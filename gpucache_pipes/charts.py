@@ -14,10 +14,8 @@ def plan_as_text(report: dict[str, Any]) -> str:
     total = report["feature_bytes"]
     names = list(report["rows"][0]["policies"])
     order = "shuffled" if report["shuffle"] else "in order"
-    lines = [
-        f"{report['files']} files, {format_bytes(total)} of tensors, {order}, "
-        f"{report['epochs']} epochs of which the first is left out"
-    ]
+    what = f"{report['files']} files, {format_bytes(total)} of tensors, {order}"
+    lines = [f"{what}, {report['epochs']} epochs of which the first is left out"]
     if report["simulated_files"] < report["files"]:
         lines.append(f"(simulated on a sample of {report['simulated_files']} files)")
     lines += ["", "hit rate", *_table(report, names, lambda served: f"{served['hit_rate']:.0%}")]
@@ -57,13 +55,13 @@ def _chart(report: dict[str, Any], names: Sequence[str]) -> list[str]:
 def require_matplotlib() -> Any:
     """matplotlib.pyplot, without a display. Raises ImportError with the way out."""
     try:
-        import matplotlib
+        import matplotlib as mpl
     except ImportError as error:
         raise ImportError(
             "--plot needs matplotlib: pip install 'gpucache-pipes[plot]'; the chart in the "
             "terminal needs nothing"
         ) from error
-    matplotlib.use("agg")
+    mpl.use("agg")
     import matplotlib.pyplot as plt
 
     return plt

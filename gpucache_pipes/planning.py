@@ -37,8 +37,13 @@ def plan(
     which reads everything, is left out.
 
     Args:
+        paths: all files.
         memory: bytes for the cache, of special interest; None is half of the data.
         epochs: to simulate, at least 2.
+        shuffle: a new order in each epoch; else always that of `paths`.
+        seed: of these orders, and of the sample.
+        weights_only: as in `torch.load`, for files that are opened.
+        progress: show a bar on stderr.
 
     Raises:
         ValueError: fewer than two epochs, or a file that is looked at cannot be read.

@@ -34,7 +34,7 @@ def test_a_plan(make_files: Files, capsys: pytest.CaptureFixture[str], tmp_path:
     assert main(command) == 0
     captured = capsys.readouterr()
     assert "simulating" in captured.err
-    for part in ("40 files, 10 KiB of tensors, shuffled", "hit rate", "clairvoyant", "● clairvoyant",
+    for part in ("40 files, 10 KiB of tensors, shuffled", "hit rate", "● clairvoyant",
                  "With 5 KiB, 50% of reads come from the GPU", "LRU would give"):  # fmt: skip
         assert part in captured.out, captured.out
     assert picture.read_bytes().startswith(b"\x89PNG")
