@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,6 +168,49 @@ def test_a_loader_without_a_future_learns_from_its_epochs() -> None:
     with GPUCachedPathDataLoader(loader, max_cache_items=100, load_fn=load) as gpu_loader:
         hits = hits_of_epochs(gpu_loader.store, gpu_loader, 4)
     assert min(hits[1:]) >= 100 - 30
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "lister"])
+def test_a_new_pipeline_over_a_new_source_in_each_epoch(kind: str) -> None:
+    random_numbers = random.Random(0)
+    hits = []
+    with GPUFeatureStore("cpu", max_cache_items=100, load_fn=load) as store:
+        for epoch in range(8):
+            paths = random_numbers.sample(names(200), 200)
+            batches = [paths[at : at + 10] for at in range(0, 200, 10)]
+            source: Any = batches if kind == "list" else (batch for batch in batches)
+            if kind == "lister":
+                source = PathLister(names(200), shuffle=True, seed=epoch, batch_size=10)
+            hits += hits_of_epochs(store, GPUPrefetcher(source, store, depth=1), 1)
+    assert min(hits[2:]) >= 100 - 20, hits
+
+
+def test_positions_from_the_end(tmp_path: Path) -> None:
+    for sampler in ([-1], [0, -1, 2], [[-2, 1], [0]]):
+        with GPUFeatureStore("cpu", max_cache_items=2, load_fn=load) as store:
+            paths = PathLister(names(5), sampler=sampler)
+            node = GPUPrefetcher(paths, store)
+            node.reset()
+            assert list(paths.upcoming()) == 2 * [
+                names(5)[i]
+                for element in sampler
+                for i in (element if isinstance(element, list) else [element])
+            ]
+            assert len(list(node)) == len(sampler)
+
+
+def test_files_that_came_without_a_request_can_go() -> None:
+    for policy in ("clairvoyant", "w-tinylfu"):
+        random_numbers = random.Random(0)
+        weights = [1 / (rank + 1) for rank in range(80)]
+        with GPUFeatureStore(
+            "cpu", max_cache_items=50, load_fn=load, asynchronous=False, policy=policy
+        ) as store:
+            store.foresee(None, names(200))  # numbers them
+            store.warm(names(30, 100), progress=False)
+            for path in random_numbers.choices(names(80), weights, k=1000):
+                store.get(path)
+            store.check()
 
 
 def test_resumed_pipelines_know_what_is_left() -> None:

@@ -77,8 +77,9 @@ class Future:
             return True
         for key in keys:
             position = self.next_use(key)
-            if position == self.end or position >= self.left > self.position:
-                self.surprises += 1
+            if position == self.end or position >= self.left >= self.position:
+                # Not announced for this epoch; or after all, about which nothing was said.
+                self.surprises += self.position < self.end
                 continue
             self.surprises -= 1
             self._first[key] = self._after[position]

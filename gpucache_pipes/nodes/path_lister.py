@@ -201,9 +201,13 @@ class PathLister(BaseNode[Any]):
         if self.drop_last and self.batch_size is not None:
             end -= end % self.batch_size
         rest = order[start:end]
+        if self.sampler is None:
+            return rest
         if rest and not isinstance(rest[0], int):
-            return list(chain.from_iterable(rest))
-        return rest
+            rest = list(chain.from_iterable(rest))
+        # Positions as sequences have them; one that is none is an error when it is its turn.
+        count = len(self._paths)
+        return [i % count for i in rest if -count <= i < count]
 
     def __len__(self) -> int:
         """Elements in an epoch. Raises TypeError if the source is a stream."""

@@ -59,6 +59,9 @@ _inherited = settings(
 )
 
 
+_CALLS = ["on_access", "on_insert", "on_remove", "victims", "foresee", "forget", "begin_epoch"]
+
+
 class PolicyContract:
     """What the store relies on. Inherit, and let `make` give a new policy."""
 
@@ -92,6 +95,42 @@ class PolicyContract:
                 cached.remove(gone)
             policy.on_insert(key)
             cached.add(key)
+
+    @_inherited
+    @given(st.data(), st.lists(st.sampled_from(_CALLS), max_size=40))
+    def test_any_calls_in_any_order(self, data: st.DataObject, calls: list[str]) -> None:
+        """Several owners, files that come without a request, releases, wrong futures."""
+        policy = self.make()
+        cached: set[Key] = set()
+        keys, owners = st.integers(0, 7), st.sampled_from(["one", "two", None])
+        for call in calls:
+            if call == "on_access":
+                policy.on_access(
+                    data.draw(st.lists(keys, min_size=1, max_size=5)), data.draw(owners)
+                )
+            elif call == "on_insert":
+                key = data.draw(keys)
+                if key not in cached:
+                    policy.on_insert(key)
+                    cached.add(key)
+            elif call == "on_remove" and cached:
+                key = data.draw(st.sampled_from(sorted(cached)))
+                policy.on_remove(key)
+                cached.remove(key)
+            elif call == "foresee":
+                future = data.draw(traces(max_size=20))
+                left = data.draw(st.integers(0, len(future)))
+                policy.foresee(data.draw(owners), Future(future, left))
+            elif call in ("begin_epoch", "forget"):
+                getattr(policy, call)(data.draw(owners))
+            elif call == "victims":
+                key = data.draw(keys)
+                walk = list(policy.victims(key))
+                assert len(set(walk)) == len(walk)
+                assert set(walk) <= cached
+                for victim in walk[: data.draw(st.integers(0, 3))]:
+                    policy.on_remove(victim)
+                    cached.remove(victim)
 
     @_inherited
     @given(traces(), st.integers(1, 6))

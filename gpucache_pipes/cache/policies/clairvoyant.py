@@ -1,7 +1,7 @@
 """Belady's algorithm over the future that the pipelines announce."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 from gpucache_pipes.cache.future import Future
 from gpucache_pipes.cache.policies.base import Key
@@ -13,6 +13,9 @@ _NEVER = float("inf")
 _SURPRISES = 64
 """So many more requests that were not announced than were show that an announcement is wrong."""
 
+_DISTRUST = 8
+"""So many announcements are not believed after that: each trial disturbs the order of an epoch."""
+
 
 class _Pipeline:
     """What is known of one pipeline, and of the cached keys that it used last.
@@ -20,7 +23,8 @@ class _Pipeline:
     Attributes:
         schedule: its rhythm.
         future: what it has announced.
-        trusted: whether what it announced has come true, so far.
+        distrust: announcements not to believe, since one has not come true.
+        withdrawn: whether it has taken back what it announced, as those do that end.
         moved: requested against what it announced, and not looked at since.
         beyond: cached keys that it is not known to use again, the longest unused first.
         habits: what it holds while it announces nothing.
@@ -31,7 +35,8 @@ class _Pipeline:
     def __init__(self, now: int) -> None:
         self.schedule = Schedule(now)
         self.future: Future | None = None
-        self.trusted = True
+        self.distrust = 0
+        self.withdrawn = False
         self.moved: set[Key] = set()
         self.beyond: OrderedDict[Key, None] = OrderedDict()
         self.habits = Contest()
@@ -107,7 +112,7 @@ class Clairvoyant:
     """
 
     def __init__(self) -> None:
-        self._now = self._settled = 0
+        self._now = self._settled = self._looked = 0
         self._pipelines: dict[object, _Pipeline] = {}
         # If there is just one.
         self._only: _Pipeline | None = None
@@ -131,20 +136,41 @@ class Clairvoyant:
         if len(self._pipelines) == 1:
             [self._only] = self._pipelines.values()
 
+    def _heir(self, new: _Pipeline, owner: object, keys: Sequence[Key]) -> _Pipeline:
+        """The pipeline to take for one that is new: one that has ended, if it used the same files.
+
+        Some make another pipeline, over another source, for each epoch.
+        """
+        for other, old in self._pipelines.items():
+            seen = old.habits.by_epoch.has_seen
+            if old.withdrawn and old.future is None and 2 * sum(map(seen, keys)) > len(keys):
+                del self._pipelines[other]
+                self._pipelines[owner] = old
+                self._only = old if len(self._pipelines) == 1 else None
+                old.withdrawn = False
+                old.schedule.begin_epoch(self._now - len(keys))
+                old.schedule.request(self._now - len(keys), len(keys))
+                old.habits.begin_epoch()
+                return old
+        return new
+
     # What happens
 
     def on_access(self, keys: Sequence[Key], owner: object) -> None:
         """See Policy."""
         pipeline = self._latest = self._pipeline(owner)
+        pipeline.withdrawn = False
         pipeline.schedule.request(self._now, len(keys))
         self._now += len(keys)
         if pipeline.future is not None:
             if not pipeline.future.follow(keys):
                 pipeline.moved.update(keys)
                 if pipeline.future.surprises > _SURPRISES:
-                    pipeline.trusted = False
+                    pipeline.distrust = _DISTRUST
                     self.forget(owner)
             return
+        if not pipeline.habits.by_epoch.known and len(self._pipelines) > 1:
+            pipeline = self._latest = self._heir(pipeline, owner, keys)
         if len(self._pipelines) > 1:
             for key in keys:
                 holder = self._cached.get(key)
@@ -174,14 +200,17 @@ class Clairvoyant:
         pipeline = self._pipeline(owner)
         pipeline.schedule.begin_epoch(self._now)
         pipeline.habits.begin_epoch()
+        self._looked = -1
         self._forget_the_gone()
 
     def foresee(self, owner: object, future: Future) -> None:
         """See Policy."""
         pipeline = self._pipeline(owner)
-        if not pipeline.trusted:
+        if pipeline.distrust:
+            pipeline.distrust -= 1
             return
         self._settle()
+        self._looked = -1
         pipeline.future = future
         for key, holder in self._cached.items():
             if holder is not None:
@@ -192,9 +221,13 @@ class Clairvoyant:
     def forget(self, owner: object) -> None:
         """See Policy."""
         pipeline = self._pipelines.get(owner)
-        if pipeline is None or pipeline.future is None:
+        if pipeline is None:
+            return
+        pipeline.withdrawn = True
+        if pipeline.future is None:
             return
         self._settle()
+        self._looked = -1
         pipeline.future = None
         for key in pipeline.beyond:
             pipeline.habits.on_insert(key)
@@ -217,21 +250,21 @@ class Clairvoyant:
 
     def _victims_of_one(self, pipeline: _Pipeline, future: Future, key: Key) -> Iterator[Key]:
         limit = future.next_use(key)
-        walked = []
+        named: dict[Key, int] = {}
         try:
             yield from pipeline.beyond
             while (position := future.farthest()) > limit:
                 future.unmark(position)
                 candidate = future.keys[position]
-                if candidate in self._cached:
+                if candidate in self._cached and candidate not in named:
                     if future.next_use(candidate) == position:
-                        walked.append(position)
+                        named[candidate] = position
                         yield candidate
                     else:
                         self._place(candidate, pipeline)
         finally:
             # What was passed over can still be found.
-            for position in walked:
+            for position in named.values():
                 future.mark(position)
 
     def _victims_of_all(self, key: Key) -> Iterator[Key]:
@@ -242,23 +275,27 @@ class Clairvoyant:
             limit = self._user(key).groups(key)[0][0]
         groups = [group for p in self._pipelines.values() for group in p.groups(key)]
         groups.sort(key=lambda group: -group[0])
-        walked: list[tuple[Future, int]] = []
+        named: dict[Key, tuple[Future, int]] = {}
         try:
             for due, keys in groups:
                 if due < limit or (known and due == limit):
                     break
-                yield from self._due_after(due, walked)
+                yield from self._due_after(due, named)
                 yield from keys
-            yield from self._due_after(limit, walked)
+            yield from self._due_after(limit, named)
         finally:
-            for future, position in walked:
+            for future, position in named.values():
                 future.mark(position)
 
-    def _due_after(self, limit: float, walked: list[tuple[Future, int]]) -> Iterator[Key]:
+    def _due_after(self, limit: float, named: dict[Key, tuple[Future, int]]) -> Iterator[Key]:
         """Cached keys whose next use is known, and farther ahead than `limit`; farthest first."""
-        futures = [p for p in self._pipelines.values() if p.future is not None]
+        pipelines = [p for p in self._pipelines.values() if p.future is not None]
         while True:
-            tops = [(p.due(at), p.future, at) for p in futures if (at := self._farthest(p)) >= 0]
+            tops = [
+                (p.due(at), p.future, at)
+                for p in pipelines
+                if (at := self._farthest(p, named)) >= 0
+            ]
             if not tops:
                 return
             due, future, position = max(tops, key=lambda top: top[0])
@@ -266,24 +303,26 @@ class Clairvoyant:
                 return
             assert future is not None
             future.unmark(position)
-            walked.append((future, position))
-            yield future.keys[position]
+            candidate = future.keys[position]
+            named[candidate] = (future, position)
+            yield candidate
 
-    def _farthest(self, pipeline: _Pipeline) -> int:
-        """The last position at which a cached key is needed next, or -1.
+    def _farthest(self, pipeline: _Pipeline, named: Container[Key]) -> int:
+        """The last position at which a cached key that is not named is needed next, or -1.
 
-        Marks may be out of date, but none is too near: what is found is looked at again.
+        A key may have several marks, also some that are out of date: what is found is looked at.
         """
         future = pipeline.future
         assert future is not None
         while (position := future.farthest()) >= 0:
             key = future.keys[position]
-            if key in self._cached:
+            wanted = key in self._cached and key not in named
+            if wanted:
                 _, nearest, at = self._next_use(key)
                 if nearest is pipeline and at == position:
                     return position
             future.unmark(position)
-            if key in self._cached:
+            if wanted:
                 self._place(key, pipeline)
         return -1
 
@@ -338,8 +377,9 @@ class Clairvoyant:
 
     def _look_around(self) -> None:
         """Work out when each pipeline makes its next request, and how long it pauses then."""
-        if len(self._pipelines) == 1:
+        if self._looked == self._now:
             return
+        self._looked = self._now
         pipelines = list(self._pipelines.values())
         rests = [pipeline.rest() for pipeline in pipelines]
         for pipeline, rest in zip(pipelines, rests, strict=True):

@@ -35,7 +35,7 @@ class Contest(BasePolicy):
 
     @property
     def hit_rate(self) -> float:
-        """That of the leader of late, estimated; 0 without a contest."""
+        """That of the best one of late, estimated; 0 without a contest."""
         return max(self._hits) / self._tried if self._tried else 0.0
 
     def on_access(self, keys: Sequence[Key], owner: object = None) -> None:
@@ -95,7 +95,8 @@ class Contest(BasePolicy):
 
     def begin_epoch(self, owner: object = None) -> None:
         """See Policy."""
-        if self.by_epoch.repeats <= _FEW_REPEATS * self.by_epoch.requests:
+        requests = self.by_epoch.requests
+        if requests and self.by_epoch.repeats <= _FEW_REPEATS * requests:
             self._rivals, self._shadows = [], []
             self._hits, self._tried = [0.0, 0.0, 0.0], 0.0
             self.leader = self.by_epoch

@@ -71,13 +71,13 @@ class S3FIFO(BasePolicy):
                 del self._small[late]
                 self._main[late] = None
         named: set[Key] = set()
-        named_of_main = 0
+        named_of_small = named_of_main = 0
         while len(named) < places:
             # Those that were named and passed over have gone to the end of their queue.
             main_is_next = len(self._main) > places - int(_SMALL * places)
             if named_of_main == len(self._main):
                 main_is_next = False
-            elif named.issuperset(self._small):
+            elif named_of_small == len(self._small):
                 main_is_next = True
             queue = self._main if main_is_next else self._small
             candidate = next(iter(queue))
@@ -92,4 +92,5 @@ class S3FIFO(BasePolicy):
             elif candidate not in named:
                 named.add(candidate)
                 named_of_main += main_is_next
+                named_of_small += not main_is_next
                 yield candidate

@@ -32,6 +32,8 @@ class Schedule:
 
     def request(self, now: int, count: int) -> None:
         """It makes so many requests."""
+        if not count:
+            return
         if self.requests:
             self._longest = max(self._longest, now - self._last)
         else:

@@ -47,15 +47,19 @@ class WTinyLFU(BasePolicy):
                     demoted, _ = self._protected.popitem(last=False)
                     self._probation[demoted] = None
 
-    def _count(self, key: Key) -> None:
+    def _make_place(self, key: Key) -> None:
         if key >= len(self._counts):
-            self._counts.extend(bytes(key + 1))
+            self._counts.extend(bytes(key + 1 + key // 8 - len(self._counts)))
+
+    def _count(self, key: Key) -> None:
+        self._make_place(key)
         if self._counts[key] < _MOST:
             self._counts[key] += 1
         self._counted += 1
 
     def on_insert(self, key: Key) -> None:
         """See Policy."""
+        self._make_place(key)  # it may have come without a request
         self._window[key] = None
         if len(self._window) > self._window_places():
             oldest, _ = self._window.popitem(last=False)
