@@ -152,15 +152,15 @@ class Cache:
             return False
         self.report_accesses()
         pinned = self.pinned()
-        going: list[Entry] = []
+        going: dict[Entry, None] = {}
         freed_pages = freed = 0
         for victim in self.policy.victims(wanted.file):
             entry = self.entries.latest(victim)
             if not entry.cached:
                 raise RuntimeError(f"policy {self.policy!r} would evict {entry.path!r}: not cached")
-            if entry.number in pinned:
+            if entry.number in pinned or entry in going:
                 continue
-            going.append(entry)
+            going[entry] = None
             freed_pages += len(entry.pages)
             freed += entry.charge
             if self.ledger.fits(pages - freed_pages, charge - freed, 1 - len(going)):

@@ -1,95 +1,16 @@
 """Belady's algorithm over the future that the pipelines announce."""
 
-from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from gpucache_pipes.cache.future import Future
 from gpucache_pipes.cache.policies.base import Key
-from gpucache_pipes.cache.policies.contest import Contest
-from gpucache_pipes.cache.policies.schedule import Schedule
-
-_NEVER = float("inf")
+from gpucache_pipes.cache.policies.pipeline import NEVER, Pipeline
 
 _SURPRISES = 64
 """So many more requests that were not announced than were show that an announcement is wrong."""
 
 _DISTRUST = 8
 """So many announcements are not believed after that: each trial disturbs the order of an epoch."""
-
-
-class _Pipeline:
-    """What is known of one pipeline, and of the cached keys that it used last.
-
-    Attributes:
-        schedule: its rhythm.
-        future: what it has announced.
-        distrust: announcements not to believe, since one has not come true.
-        withdrawn: whether it has taken back what it announced, as those do that end.
-        moved: requested against what it announced, and not looked at since.
-        beyond: cached keys that it is not known to use again, the longest unused first.
-        habits: what it holds while it announces nothing.
-        start, pause: when it makes its next request, and how long it pauses between epochs, in
-            requests of all pipelines.
-    """
-
-    def __init__(self, now: int) -> None:
-        self.schedule = Schedule(now)
-        self.future: Future | None = None
-        self.distrust = 0
-        self.withdrawn = False
-        self.moved: set[Key] = set()
-        self.beyond: OrderedDict[Key, None] = OrderedDict()
-        self.habits = Contest()
-        self.start = self.pause = 0.0
-
-    def holds_nothing(self) -> bool:
-        """Whether there is no reason to remember it."""
-        return self.future is None and not len(self.habits.by_epoch)
-
-    def rest(self) -> int:
-        """Requests that are left in this epoch, as far as is known."""
-        if self.future is not None:
-            return max(self.future.left - self.future.position, 0)
-        return max(self.schedule.length - self.schedule.requests, 0)
-
-    def due(self, position: int) -> float:
-        """When it comes to this position of its future, in requests of all pipelines."""
-        future, schedule = self.future, self.schedule
-        assert future is not None
-        ahead = max(position - future.position, 0)
-        pause = self.pause if future.position < future.left <= position else 0
-        return self.start + schedule.lasts(ahead) + pause
-
-    def hold(self, key: Key) -> None:
-        """Take a cached key whose next use is not known."""
-        if self.future is None:
-            self.habits.on_insert(key)
-        else:
-            self.beyond[key] = None
-
-    def drop(self, key: Key) -> None:
-        """The opposite."""
-        if key in self.beyond:
-            del self.beyond[key]
-        else:
-            self.habits.on_remove(key)
-
-    def groups(self, key: Key) -> list[tuple[float, Iterable[Key]]]:
-        """What it holds, each with the time when it is likely needed; that of a new key first."""
-        if self.future is not None:
-            return [(_NEVER, self.beyond)]
-        habits, schedule, rest = self.habits, self.schedule, self.rest()
-        habits.consider()
-        by_epoch = habits.by_epoch
-        if habits.leader is not by_epoch:
-            wait = schedule.lasts(len(by_epoch) / (habits.hit_rate or 1))
-            return [(self.start + wait, habits.victims(key))]
-        following = rest + (schedule.length or schedule.requests) / 2
-        return [
-            (self.start + schedule.lasts(following) + self.pause, by_epoch.used),
-            (self.start + schedule.lasts(rest / 2), by_epoch.waiting),
-            (_NEVER, by_epoch.stale),
-        ]
 
 
 class Clairvoyant:
@@ -113,17 +34,17 @@ class Clairvoyant:
 
     def __init__(self) -> None:
         self._now = self._settled = self._looked = 0
-        self._pipelines: dict[object, _Pipeline] = {}
+        self._pipelines: dict[object, Pipeline] = {}
         # If there is just one.
-        self._only: _Pipeline | None = None
-        self._latest: _Pipeline | None = None
+        self._only: Pipeline | None = None
+        self._latest: Pipeline | None = None
         # Who holds a cached key; None: its next use is marked in a future.
-        self._cached: dict[Key, _Pipeline | None] = {}
+        self._cached: dict[Key, Pipeline | None] = {}
 
-    def _pipeline(self, owner: object) -> _Pipeline:
+    def _pipeline(self, owner: object) -> Pipeline:
         pipeline = self._pipelines.get(owner)
         if pipeline is None:
-            pipeline = self._pipelines[owner] = _Pipeline(self._now)
+            pipeline = self._pipelines[owner] = Pipeline(self._now)
             self._only = pipeline if len(self._pipelines) == 1 else None
         return pipeline
 
@@ -136,7 +57,7 @@ class Clairvoyant:
         if len(self._pipelines) == 1:
             [self._only] = self._pipelines.values()
 
-    def _heir(self, new: _Pipeline, owner: object, keys: Sequence[Key]) -> _Pipeline:
+    def _heir(self, new: Pipeline, owner: object, keys: Sequence[Key]) -> Pipeline:
         """The pipeline to take for one that is new: one that has ended, if it used the same files.
 
         Some make another pipeline, over another source, for each epoch.
@@ -248,7 +169,7 @@ class Clairvoyant:
             return self._only.habits.victims(key)
         return self._victims_of_one(self._only, self._only.future, key)
 
-    def _victims_of_one(self, pipeline: _Pipeline, future: Future, key: Key) -> Iterator[Key]:
+    def _victims_of_one(self, pipeline: Pipeline, future: Future, key: Key) -> Iterator[Key]:
         limit = future.next_use(key)
         named: dict[Key, int] = {}
         try:
@@ -307,7 +228,7 @@ class Clairvoyant:
             named[candidate] = (future, position)
             yield candidate
 
-    def _farthest(self, pipeline: _Pipeline, named: Container[Key]) -> int:
+    def _farthest(self, pipeline: Pipeline, named: Container[Key]) -> int:
         """The last position at which a cached key that is not named is needed next, or -1.
 
         A key may have several marks, also some that are out of date: what is found is looked at.
@@ -341,7 +262,7 @@ class Clairvoyant:
                     self._place(key, pipeline)
                 pipeline.moved.clear()
 
-    def _place(self, key: Key, user: _Pipeline) -> None:
+    def _place(self, key: Key, user: Pipeline) -> None:
         """Mark the next use of a cached key, or give it to `user` if none is known."""
         holder = self._cached[key]
         if holder is not None:
@@ -355,9 +276,9 @@ class Clairvoyant:
             pipeline.future.mark(position)
             self._cached[key] = None
 
-    def _next_use(self, key: Key) -> tuple[float, _Pipeline | None, int]:
+    def _next_use(self, key: Key) -> tuple[float, Pipeline | None, int]:
         """When a key is needed next, by whom and at which position; never, where it is unknown."""
-        nearest: tuple[float, _Pipeline | None, int] = (_NEVER, None, -1)
+        nearest: tuple[float, Pipeline | None, int] = (NEVER, None, -1)
         for pipeline in self._pipelines.values():
             future = pipeline.future
             if future is not None and (position := future.next_use(key)) != future.end:
@@ -366,7 +287,7 @@ class Clairvoyant:
                     nearest = (due, pipeline, position)
         return nearest
 
-    def _user(self, key: Key) -> _Pipeline:
+    def _user(self, key: Key) -> Pipeline:
         """Who has requested a key that nobody is known to request again."""
         if self._only is not None:
             return self._only

@@ -1,0 +1,86 @@
+"""What the default policy knows of one pipeline."""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from gpucache_pipes.cache.future import Future
+from gpucache_pipes.cache.policies.base import Key
+from gpucache_pipes.cache.policies.contest import Contest
+from gpucache_pipes.cache.policies.schedule import Schedule
+
+NEVER = float("inf")
+
+
+class Pipeline:
+    """What is known of one pipeline, and of the cached keys that it used last.
+
+    Attributes:
+        schedule: its rhythm.
+        future: what it has announced.
+        distrust: announcements not to believe, since one has not come true.
+        withdrawn: whether it has taken back what it announced, as those do that end.
+        moved: requested against what it announced, and not looked at since.
+        beyond: cached keys that it is not known to use again, the longest unused first.
+        habits: what it holds while it announces nothing.
+        start, pause: when it makes its next request, and how long it pauses between epochs, in
+            requests of all pipelines.
+    """
+
+    def __init__(self, now: int) -> None:
+        self.schedule = Schedule(now)
+        self.future: Future | None = None
+        self.distrust = 0
+        self.withdrawn = False
+        self.moved: set[Key] = set()
+        self.beyond: OrderedDict[Key, None] = OrderedDict()
+        self.habits = Contest()
+        self.start = self.pause = 0.0
+
+    def holds_nothing(self) -> bool:
+        """Whether there is no reason to remember it."""
+        return self.future is None and not len(self.habits.by_epoch)
+
+    def rest(self) -> int:
+        """Requests that are left in this epoch, as far as is known."""
+        if self.future is not None:
+            return max(self.future.left - self.future.position, 0)
+        return max(self.schedule.length - self.schedule.requests, 0)
+
+    def due(self, position: int) -> float:
+        """When it comes to this position of its future, in requests of all pipelines."""
+        future, schedule = self.future, self.schedule
+        assert future is not None
+        ahead = max(position - future.position, 0)
+        pause = self.pause if future.position < future.left <= position else 0
+        return self.start + schedule.lasts(ahead) + pause
+
+    def hold(self, key: Key) -> None:
+        """Take a cached key whose next use is not known."""
+        if self.future is None:
+            self.habits.on_insert(key)
+        else:
+            self.beyond[key] = None
+
+    def drop(self, key: Key) -> None:
+        """The opposite."""
+        if key in self.beyond:
+            del self.beyond[key]
+        else:
+            self.habits.on_remove(key)
+
+    def groups(self, key: Key) -> list[tuple[float, Iterable[Key]]]:
+        """What it holds, each with the time when it is likely needed; that of a new key first."""
+        if self.future is not None:
+            return [(NEVER, self.beyond)]
+        habits, schedule, rest = self.habits, self.schedule, self.rest()
+        habits.consider()
+        by_epoch = habits.by_epoch
+        if habits.leader is not by_epoch:
+            wait = schedule.lasts(len(by_epoch) / (habits.hit_rate or 1))
+            return [(self.start + wait, habits.victims(key))]
+        following = rest + (schedule.length or schedule.requests) / 2
+        return [
+            (self.start + schedule.lasts(following) + self.pause, by_epoch.used),
+            (self.start + schedule.lasts(rest / 2), by_epoch.waiting),
+            (NEVER, by_epoch.stale),
+        ]
