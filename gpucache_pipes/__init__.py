@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gpucache_pipes.cache import Trace, simulate
     from gpucache_pipes.errors import FeatureLoadError
     from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher, PathLister
+    from gpucache_pipes.ragged import Padded
     from gpucache_pipes.stats import StoreStats
     from gpucache_pipes.store import GPUFeatureStore
     from gpucache_pipes.ticket import Ticket
@@ -29,6 +30,7 @@ __all__ = [
     "GPUCollator",
     "GPUFeatureStore",
     "GPUPrefetcher",
+    "Padded",
     "PathLister",
     "StoreStats",
     "Ticket",
@@ -43,6 +45,7 @@ _MODULES = {
     "GPUCollator": "nodes",
     "GPUFeatureStore": "store",
     "GPUPrefetcher": "nodes",
+    "Padded": "ragged",
     "PathLister": "nodes",
     "StoreStats": "stats",
     "Ticket": "ticket",

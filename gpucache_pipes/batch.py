@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 from gpucache_pipes.cache import LAYOUT_SHIFT, Cache, Entry
 from gpucache_pipes.device import Backend
 from gpucache_pipes.files import Layout, Leaf, Tree, build, leaf_names, own
+from gpucache_pipes.ragged import RaggedOptions, join_ragged, stack_scattered
 
 
 class FeatureBatch(Sequence[Any]):
@@ -74,18 +75,19 @@ class FeatureBatch(Sequence[Any]):
     def __repr__(self) -> str:
         return f"FeatureBatch({len(self)} features on {self.device})"
 
-    def collate(self) -> Any:
+    def collate(self, ragged: RaggedOptions | None = None) -> Any:
         """What `torch.utils.data.default_collate` makes of the features, on the device.
 
         Tensors are stacked to [B, *shape] and contiguous, numbers become device tensors [B].
         Where all features have one layout this takes no device operation for tensors if a page
-        holds a feature, and else one for each leaf. Raises RuntimeError, naming leaf, shapes
-        and files, where shapes differ.
+        holds a feature, and else a few for each leaf. Raises RuntimeError, naming leaf, shapes
+        and files, where shapes differ; but `ragged` says what to do where only the first dimension
+        does.
         """
         if not self._numbers:
             raise ValueError("an empty batch cannot be collated")
         try:
-            return self._collate()
+            return self._collate(ragged or RaggedOptions())
         except Exception as error:
             if isinstance(error, RuntimeError) and self.paths[0] in str(error):
                 raise
@@ -95,16 +97,50 @@ class FeatureBatch(Sequence[Any]):
                 f"{type(error).__name__}: {error}; pass a collate_fn, or make them alike"
             ) from error
 
-    def _collate(self) -> Any:
-        if len(self._layouts) > 1:
-            self._require_equal_shapes()
-            return to_device(default_collate(list(self)), self.device)
+    def _collate(self, ragged: RaggedOptions) -> Any:
         layout = self._layouts[0]
-        columns = self._columns
-        if columns is None:
-            columns = [self._stack(leaf) for leaf in layout.leaves]
+        dtypes = [leaf.dtype for leaf in layout.leaves]
+        for other in self._layouts:
+            if other.tree != layout.tree or [leaf.dtype for leaf in other.leaves] != dtypes:
+                return to_device(default_collate(list(self)), self.device)
+        one = len(self._layouts) == 1
+        names = [] if one and ragged.modes == "error" else leaf_names(layout.tree)
+        columns = [
+            self._column(number, names[number] if names else "", ragged)
+            for number in range(len(layout.leaves))
+        ]
         values = list(zip(*self._values, strict=True))
         return self._collate_tree(layout.tree, columns, values, as_list=True)
+
+    def _column(self, number: int, name: str, ragged: RaggedOptions) -> Any:
+        """Leaf `number` of all features."""
+        leaves = [layout.leaves[number] for layout in self._layouts]
+        first = leaves[0]
+        differs = any(leaf.shape != first.shape for leaf in leaves)
+        mode = ragged.mode_of(name, differs) if name else None
+        if mode is None or (mode == "error" and not differs):
+            return self._stack(number, leaves)
+        for at, leaf in enumerate(leaves):
+            rows_differ = leaf.shape[1:] != first.shape[1:] or not leaf.shape
+            if rows_differ or (mode == "error" and leaf.shape != first.shape):
+                raise RuntimeError(
+                    f"cannot {'stack' if mode == 'error' else mode} {name}: shape "
+                    f"{list(first.shape)} in {self.paths[0]!r}, {list(leaf.shape)} in "
+                    f'{self.paths[at]!r}; GPUCollator(ragged="pad"), "jagged" or "list" joins '
+                    "sequences of different lengths, a collate_fn whatever it likes"
+                )
+        leaves = leaves * (len(self) if len(leaves) == 1 else 1)
+        return join_ragged(mode, *self._bytes_of(number, leaves), leaves, ragged)
+
+    def _bytes_of(self, number: int, leaves: Sequence[Leaf]) -> tuple[torch.Tensor, list[int]]:
+        """Memory that has this leaf of every feature, and where."""
+        if self._columns is None:
+            assert self._block is not None
+            starts = zip(self._starts, leaves, strict=False)
+            return self._block, [start + leaf.offset for start, leaf in starts]
+        nbytes = leaves[0].nbytes
+        block = self._columns[number].reshape(-1).view(torch.uint8)
+        return block, [nbytes * at for at in range(len(self))]
 
     def _collate_tree(
         self, tree: Tree, columns: Sequence[torch.Tensor], values: Sequence[Any], as_list: bool
@@ -124,29 +160,22 @@ class FeatureBatch(Sequence[Any]):
             return kind(zip(keys, parts, strict=True))
         return parts if kind in (list, tuple) else kind(*parts)
 
-    def _stack(self, leaf: Leaf) -> torch.Tensor:
-        """One leaf of all features, which have the same number of pages each."""
+    def _stack(self, number: int, leaves: Sequence[Leaf]) -> torch.Tensor:
+        """One leaf of all features, which has one shape."""
+        if self._columns is not None:
+            return self._columns[number]
         assert self._block is not None
+        leaf = leaves[0]
         if not leaf.nbytes:
             return torch.empty(len(self), *leaf.shape, dtype=leaf.dtype, device=self.device)
+        if len(leaves) > 1:
+            return stack_scattered(*self._bytes_of(number, leaves), leaf)
+        # All have the same number of pages.
         rows = self._block.view(len(self), -1)[:, leaf.offset : leaf.offset + leaf.nbytes]
         # By the widest element that divides a leaf: copying is by element.
         wide = next(t for t in (torch.int64, torch.int32, torch.int16, torch.uint8)
                     if leaf.nbytes % t.itemsize == 0)  # fmt: skip
         return rows.view(wide).contiguous().view(leaf.dtype).view(len(self), *leaf.shape)
-
-    def _require_equal_shapes(self) -> None:
-        first = self._layouts[0]
-        for number, other in enumerate(self._layouts):
-            if other.tree != first.tree:
-                continue
-            for name, a, b in zip(leaf_names(first.tree), first.leaves, other.leaves, strict=True):
-                if a.shape != b.shape:
-                    raise RuntimeError(
-                        f"cannot stack {name}: shape {list(a.shape)} in {self.paths[0]!r}, "
-                        f"{list(b.shape)} in {self.paths[number]!r}; pass a collate_fn that "
-                        "pads them"
-                    )
 
 
 def gather_batch(

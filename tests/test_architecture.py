@@ -25,7 +25,8 @@ ALLOWED = {
     "charts": set(),
     "__main__": {"charts", "inspection", "nodes", "planning"},
     "pages": set(),
-    "batch": {"cache", "device", "files"},
+    "batch": {"cache", "device", "files", "ragged"},
+    "ragged": {"files"},
     "loader": {"cache", "device", "files", "pages"},
     "ticket": {"batch", "cache"},
     "desk": {"batch", "cache", "device", "loader", "ticket"},
@@ -41,10 +42,10 @@ ALLOWED = {
         "ticket",
         "warming",
     },
-    "nodes": {"nodes", "batch", "store", "ticket"},
+    "nodes": {"nodes", "batch", "ragged", "store", "ticket"},
     "adapters": {"adapters", "nodes", "store"},
     "testing": {"testing", "cache", "device", "files", "nodes", "store"},
-    "__init__": {"adapters", "batch", "cache", "nodes", "store", "ticket"},
+    "__init__": {"adapters", "batch", "cache", "nodes", "ragged", "store", "ticket"},
     **{leaf: set() for leaf in LEAVES},
 }
 

@@ -50,6 +50,7 @@ class GPUCollateIterDataPipe(IterDataPipe[Any]):
         collate_fn: Callable[[list[Any]], Any] | None = None,
         batch_size: int | None = None,
         drop_last: bool = False,
+        **ragged_options: Any,
     ) -> None:
         super().__init__()
         self.source_datapipe = source_datapipe
@@ -57,6 +58,7 @@ class GPUCollateIterDataPipe(IterDataPipe[Any]):
             "collate_fn": collate_fn,
             "batch_size": batch_size,
             "drop_last": drop_last,
+            **ragged_options,
         }
         GPUCollator((), **self._options)
 

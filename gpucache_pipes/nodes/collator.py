@@ -1,7 +1,7 @@
 """GPUCollator: features in, tensors [B, ...] out."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from gpucache_pipes.batch import FeatureBatch, first_device, to_device
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
 from gpucache_pipes.nodes.sources import as_node, call
+from gpucache_pipes.ragged import RaggedOptions
 from gpucache_pipes.units import positive_int
 
 
@@ -31,9 +32,18 @@ class GPUCollator(BaseNode[Any]):
         batch_size: collate so many single features. Behind a GPUPrefetcher they are still
             gathered at once.
         drop_last: leave out a last batch that is smaller than batch_size.
+        ragged: what becomes of a tensor whose first dimension differs from feature to feature:
+            "error"; "pad", a Padded of values [B, T, ...], lengths and mask; "jagged", a
+            torch.nested tensor; "list", a list of tensors. Or a dict of these by the names of
+            leaves, as errors name them, or by the keys of a feature that is a dict. Without names
+            a leaf is treated so once it has been seen to differ: name those that must be so from
+            the first batch on. Needs a GPUPrefetcher in front.
+        padding_value: what is put behind shorter sequences.
+        pad_to_multiple: round the length of a padded batch up to a multiple of this.
 
     Raises:
         RuntimeError: in `next()`, if shapes differ; names the leaf, the shapes and the files.
+        ValueError: a mode that is not known, or ragged together with a collate_fn.
     """
 
     def __init__(
@@ -43,8 +53,14 @@ class GPUCollator(BaseNode[Any]):
         collate_fn: Callable[[list[Any]], Any] | None = None,
         batch_size: int | None = None,
         drop_last: bool = False,
+        ragged: str | Mapping[str, str] = "error",
+        padding_value: float = 0.0,
+        pad_to_multiple: int = 1,
     ) -> None:
         super().__init__()
+        if collate_fn is not None and ragged != "error":
+            raise ValueError("ragged= is for the default collation; the collate_fn does it all")
+        self.ragged = RaggedOptions(ragged, padding_value, pad_to_multiple)
         if batch_size is not None:
             positive_int("batch_size", batch_size)
         elif drop_last:
@@ -91,7 +107,7 @@ class GPUCollator(BaseNode[Any]):
 
     def _collate(self, element: Any) -> Any:
         if isinstance(element, FeatureBatch):
-            return element.collate() if self.collate_fn is None else self._call(element)
+            return element.collate(self.ragged) if self.collate_fn is None else self._call(element)
         if isinstance(element, tuple) and any(isinstance(part, FeatureBatch) for part in element):
             return tuple(
                 self._collate(part) if isinstance(part, FeatureBatch) else part for part in element
@@ -109,6 +125,8 @@ class GPUCollator(BaseNode[Any]):
             raise TypeError("these are paths, not features: put a GPUPrefetcher in front")
         if self.collate_fn is not None:
             return self._call(element)
+        if self.ragged.modes != "error":
+            raise TypeError("ragged= needs a GPUPrefetcher right in front of the GPUCollator")
         return to_device(default_collate(list(element)), self._device(element))
 
     def _call(self, features: Sequence[Any]) -> Any:

@@ -1,0 +1,171 @@
+"""Leaves whose first dimension differs from feature to feature: padded, jagged, or as lists."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+
+from gpucache_pipes.files import Leaf
+from gpucache_pipes.units import positive_int
+
+MODES = ("error", "pad", "jagged", "list")
+
+_UNITS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+class Padded(NamedTuple):
+    """Sequences of different lengths as one tensor.
+
+    Attributes:
+        values: [B, T, *rest], T the largest length, rounded up; beyond its length each sequence
+            is filled with the padding value.
+        lengths: int64 [B].
+        mask: bool [B, T], True where a value is.
+    """
+
+    values: torch.Tensor
+    lengths: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass
+class RaggedOptions:
+    """What to do with which leaves; see GPUCollator.
+
+    Attributes:
+        known: leaves that were seen to be ragged, and are treated so from then on.
+    """
+
+    modes: str | Mapping[str, str] = "error"
+    padding_value: float = 0.0
+    pad_to_multiple: int = 1
+    known: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        positive_int("pad_to_multiple", self.pad_to_multiple)
+        given = [self.modes] if isinstance(self.modes, str) else list(self.modes.values())
+        for mode in given:
+            if mode not in MODES:
+                raise ValueError(f"ragged={mode!r} is not known; there are: {', '.join(MODES)}")
+
+    def mode_of(self, name: str, differs: bool) -> str | None:
+        """What to do with a leaf of that name; None: nothing, it is like any other."""
+        if not isinstance(self.modes, str):
+            # A leaf of a plain dict may be named by its key.
+            key = name[2:-2] if name.startswith("['") and name.count("[") == 1 else name
+            mode = self.modes.get(name) or self.modes.get(key)
+            return mode if mode is not None else "error" if differs else None
+        if self.modes == "error":
+            return "error" if differs else None
+        if differs:
+            self.known.add(name)
+        return self.modes if name in self.known else None
+
+
+def join_ragged(
+    mode: str,
+    block: torch.Tensor,
+    starts: Sequence[int],
+    leaves: Sequence[Leaf],
+    options: RaggedOptions,
+) -> Any:
+    """One leaf of all features, each at its start in `block` (uint8), and aligned to its rows.
+
+    The leaves differ in their first dimension only. Takes a number of device operations that
+    does not depend on the number of features, but for "list".
+    """
+    lengths = [leaf.shape[0] for leaf in leaves]
+    if mode == "list":
+        return [
+            block[start : start + leaf.nbytes].view(leaf.dtype).view(leaf.shape)
+            for start, leaf in zip(starts, leaves, strict=True)
+        ]
+    join_all = _pad if mode == "pad" else _make_jagged
+    return join_all(block, starts, lengths, leaves[0], options)
+
+
+def stack_scattered(block: torch.Tensor, starts: Sequence[int], leaf: Leaf) -> torch.Tensor:
+    """[B, *shape] of a leaf that has one shape, but another place in each feature."""
+    units, size, count = _units_of(block, leaf.nbytes)
+    [base] = _upload([[start // size for start in starts]], block.device)
+    index = torch.arange(count, device=block.device) + base.unsqueeze(1)
+    return units[index].view(leaf.dtype).view(len(starts), *leaf.shape)
+
+
+def _units_of(block: torch.Tensor, nbytes: int) -> tuple[torch.Tensor, int, int]:
+    """The block in the widest elements that divide so many bytes; their size and number."""
+    unit = next(dtype for dtype in _UNITS if nbytes % dtype.itemsize == 0)
+    whole = len(block) // unit.itemsize * unit.itemsize
+    return block[:whole].view(unit), unit.itemsize, nbytes // unit.itemsize
+
+
+def _row_bytes(leaf: Leaf) -> int:
+    return leaf.dtype.itemsize * math.prod(leaf.shape[1:])
+
+
+def _pad(
+    block: torch.Tensor,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    leaf: Leaf,
+    options: RaggedOptions,
+) -> Padded:
+    multiple = options.pad_to_multiple
+    longest = -(-max(lengths) // multiple) * multiple
+    units, size, each = _units_of(block, _row_bytes(leaf))
+    count = longest * each
+    table = _upload([[start // size for start in starts], lengths], block.device)
+    base, length = table[0].unsqueeze(1), table[1].unsqueeze(1)
+    mask = torch.arange(longest, device=block.device) < length
+    shape = (len(starts), longest, *leaf.shape[1:])
+    if count == 0 or not max(lengths):
+        values = torch.empty(shape, dtype=leaf.dtype, device=block.device)
+    else:
+        index = torch.arange(count, device=block.device) + base
+        # Beyond its end each sequence reads what is not its own, which is written over.
+        index.clamp_(max=len(units) - 1)
+        values = units[index].view(leaf.dtype).view(shape)
+    _fill(values, ~mask, options.padding_value)
+    return Padded(values, table[1], mask)
+
+
+def _fill(values: torch.Tensor, where: torch.Tensor, value: float) -> None:
+    where = where.view(*where.shape, *[1] * (values.dim() - 2))
+    if values.dtype.is_floating_point and values.dtype.itemsize == 1:
+        # Floats of 8 bits know few operations; their bytes know all.
+        bits = torch.tensor([value], dtype=values.dtype).view(torch.uint8).item()
+        values.view(torch.uint8).masked_fill_(where, bits)
+    else:
+        values.masked_fill_(where, value)
+
+
+def _make_jagged(
+    block: torch.Tensor,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    leaf: Leaf,
+    options: RaggedOptions,
+) -> torch.Tensor:
+    units, size, each = _units_of(block, _row_bytes(leaf))
+    offsets = [0, *accumulate(lengths)]
+    total = offsets[-1] * each
+    shift = [start // size - offset * each for start, offset in zip(starts, offsets, strict=False)]
+    table = _upload([[*shift, 0], [*(n * each for n in lengths), 0], offsets], block.device)
+    index = torch.arange(total, device=block.device)
+    index += torch.repeat_interleave(table[0], table[1], output_size=total)
+    values = units[index].view(leaf.dtype).view(offsets[-1], *leaf.shape[1:])
+    return torch.nested.nested_tensor_from_jagged(
+        values, offsets=table[2], min_seqlen=min(lengths), max_seqlen=max(lengths)
+    )
+
+
+def _upload(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    table = torch.tensor(rows, dtype=torch.int64)
+    if device.type == "cpu":
+        return table
+    if device.type != "mps":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)

@@ -1,0 +1,194 @@
+"""Sequences of different lengths in one batch, against torch's own functions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, Padded
+
+DTYPES = [
+    torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool,
+    torch.complex64, torch.complex128, torch.float8_e4m3fn,
+]  # fmt: skip
+
+
+class Numbered:
+    """Loads feature n of a list."""
+
+    def __init__(self, features: Sequence[Any]) -> None:
+        self.features = features
+
+    def __call__(self, path: str) -> Any:
+        return self.features[int(path.rpartition("/")[2])]
+
+    @property
+    def paths(self) -> list[str]:
+        return [f"/features/{number}" for number in range(len(self.features))]
+
+
+def collated(features: Sequence[Any], page_bytes: int | None = None, **options: Any) -> Any:
+    load = Numbered(features)
+    with GPUFeatureStore("cpu", load_fn=load, asynchronous=False, page_bytes=page_bytes) as store:
+        node = GPUCollator(GPUPrefetcher([load.paths], store), **options)
+        [batch] = list(node)
+        return batch
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> list[torch.Tensor]:
+    dtype = draw(st.sampled_from(DTYPES))
+    rest = draw(st.lists(st.integers(0, 4), max_size=2))
+    lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))
+    made = []
+    for number, length in enumerate(lengths):
+        values = torch.arange(length * max(1, torch.Size(rest).numel())) % 7 + number
+        made.append(values[: torch.Size([length, *rest]).numel()].view(length, *rest).to(dtype))
+    return made
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor.new_empty(0)
+
+
+def assert_equal(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert one.dtype == other.dtype and one.shape == other.shape
+    assert torch.equal(bits(one), bits(other))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    sequences(), st.sampled_from([None, 16, 48, 256]), st.integers(1, 4), st.sampled_from([0, 1])
+)
+def test_padded_equals_pad_sequence(
+    parts: list[torch.Tensor], page_bytes: int | None, multiple: int, value: int
+) -> None:
+    features = [
+        {"n": torch.tensor([n]), "x": part, "y": torch.ones(3)} for n, part in enumerate(parts)
+    ]
+    batch = collated(
+        features, page_bytes, ragged={"x": "pad"}, padding_value=value, pad_to_multiple=multiple
+    )
+    padded = batch["x"]
+    assert isinstance(padded, Padded)
+    longest = max(len(part) for part in parts)
+    total = -(-longest // multiple) * multiple
+    shape = [len(parts), total, *parts[0].shape[1:]]
+    expected = torch.tensor([value]).to(parts[0].dtype).expand(torch.Size(shape).numel())
+    expected = expected.clone().view(shape)
+    for row, part in zip(expected, parts, strict=True):
+        row[: len(part)] = part
+    if parts[0].dtype != torch.float8_e4m3fn:  # which pad_sequence does not know
+        theirs = pad_sequence(parts, batch_first=True, padding_value=value)
+        assert_equal(expected[:, :longest], theirs)
+    assert_equal(padded.values, expected)
+    assert padded.lengths.tolist() == [len(part) for part in parts]
+    assert padded.lengths.dtype == torch.int64
+    assert padded.mask.tolist() == [[at < len(part) for at in range(total)] for part in parts]
+    assert batch["n"].tolist() == [[n] for n in range(len(parts))]
+    assert_equal(batch["y"], torch.ones(len(parts), 3))
+
+
+@settings(deadline=None, max_examples=200)
+@given(sequences(), st.sampled_from([None, 16, 48, 256]))
+def test_jagged_equals_torch_nested(parts: list[torch.Tensor], page_bytes: int | None) -> None:
+    batch = collated([{"x": part} for part in parts], page_bytes, ragged={"x": "jagged"})
+    assert batch["x"].is_nested and batch["x"].layout == torch.jagged
+    assert_equal(batch["x"].values(), torch.cat(parts))
+    for one, other in zip(batch["x"].unbind(), parts, strict=True):
+        assert_equal(one, other)
+
+
+@settings(deadline=None)
+@given(sequences(), st.sampled_from([None, 16]))
+def test_lists(parts: list[torch.Tensor], page_bytes: int | None) -> None:
+    batch = collated([{"x": part} for part in parts], page_bytes, ragged={"x": "list"})
+    assert isinstance(batch["x"], list)
+    for one, other in zip(batch["x"], parts, strict=True):
+        assert_equal(one, other)
+
+
+# By torch's own attention, on the CPU.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_attention_takes_it() -> None:
+    parts = [torch.randn(length, 2, 8) for length in (3, 5, 1)]
+    batch = collated([{"x": part} for part in parts], ragged="jagged")
+    x = batch["x"].transpose(1, 2)
+    out = torch.nn.functional.scaled_dot_product_attention(x, x, x).transpose(1, 2)
+    for one, part in zip(out.unbind(), parts, strict=True):
+        heads = part.transpose(0, 1)
+        expected = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        torch.testing.assert_close(one, expected.transpose(0, 1))
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["pad", "jagged"])
+def test_operations_do_not_grow_with_the_batch(mode: str) -> None:
+    counts = []
+    for size in (4, 64):
+        features = [{"x": torch.randn(1 + n % 5, 3), "y": torch.ones(2)} for n in range(size)]
+        load = Numbered(features)
+        with GPUFeatureStore("cpu", load_fn=load, asynchronous=False) as store:
+            node = GPUCollator(GPUPrefetcher([load.paths], store), ragged={"x": mode})
+            store.warm(load.paths, progress=False)
+            node.reset()
+            with Counted() as counted:
+                next(node)
+            counts.append(counted.operations)
+    assert counts[1] <= counts[0] + 3 < 50
+
+
+def test_what_was_seen_to_be_ragged_stays_so() -> None:
+    load = Numbered([torch.ones(n) for n in (2, 2, 3, 2, 2)])
+    with GPUFeatureStore("cpu", load_fn=load) as store:
+        batches = [load.paths[:2], load.paths[1:3], load.paths[3:]]
+        got = list(GPUCollator(GPUPrefetcher(batches, store), ragged="pad"))
+    assert [type(batch) for batch in got] == [torch.Tensor, Padded, Padded]
+    named = collated([{"x": torch.ones(2)}] * 2, ragged={"['x']": "pad"})
+    assert isinstance(named["x"], Padded)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_batches_of_single_features(batch_size: int | None) -> None:
+    load = Numbered([{"x": torch.ones(n)} for n in (1, 2, 3)])
+    with GPUFeatureStore("cpu", load_fn=load) as store:
+        source: Any = load.paths if batch_size else [load.paths[:2], load.paths[2:]]
+        node = GPUCollator(GPUPrefetcher(source, store), batch_size=batch_size, ragged="pad")
+        assert [len(batch["x"].lengths) if isinstance(batch["x"], Padded) else 0
+                for batch in node] == [2, 1]  # fmt: skip
+
+
+def test_errors_name_the_leaf_and_the_way_out() -> None:
+    parts = [{"x": torch.ones(2, 3)}, {"x": torch.ones(4, 3)}]
+    with pytest.raises(RuntimeError, match=r"stack \['x'\].*\[2, 3\].*/0'.*\[4, 3\].*/1'.*ragged="):
+        collated(parts)
+    with pytest.raises(RuntimeError, match=r"stack \['x'\].*ragged="):
+        collated(parts, ragged={"y": "pad"})
+    other = [{"x": torch.ones(2, 3)}, {"x": torch.ones(4, 5)}]
+    with pytest.raises(RuntimeError, match=r"pad \['x'\]: shape \[2, 3\]"):
+        collated(other, ragged="pad")
+    with pytest.raises(RuntimeError, match=r"pad \['x'\]: shape \[\]"):
+        collated([{"x": torch.tensor(1.0)}] * 2, ragged={"x": "pad"})
+    for wrong in ("padded", {"x": "stack"}):
+        with pytest.raises(ValueError, match="is not known"):
+            GPUCollator((), ragged=wrong)
+    with pytest.raises(ValueError, match="pad_to_multiple=0"):
+        GPUCollator((), ragged="pad", pad_to_multiple=0)
+    with pytest.raises(ValueError, match="collate_fn"):
+        GPUCollator((), ragged="pad", collate_fn=list)
+    with pytest.raises(TypeError, match="GPUPrefetcher"):
+        list(GPUCollator([[{"x": torch.ones(1)}]], ragged="pad"))
