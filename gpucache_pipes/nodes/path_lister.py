@@ -10,6 +10,7 @@ import torch
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.nodes.listing import list_files
+from gpucache_pipes.nodes.sharding import Shards, find_rank
 from gpucache_pipes.nodes.sources import as_node
 from gpucache_pipes.units import positive_int
 from gpucache_pipes.upcoming import Upcoming
@@ -37,6 +38,13 @@ class PathLister(BaseNode[Any]):
             positions, each a batch. What it draws from torch's random numbers is determined by
             (seed, epoch); `sampler.set_epoch(epoch)` is called where it exists. It may be
             iterated more often than once an epoch, to know what comes.
+        num_shards, shard_index: list only this part of so many. By default the ranks of an
+            initialised torch.distributed, or those that torchrun announces. A sampler or a stream
+            counts as sharded already. All parts have the same length: files are repeated, or left
+            out with drop_last.
+        shard: "epoch", another part of the files in each epoch, as
+            torch.utils.data.DistributedSampler does it; or "static", always the same files, in
+            another order, so that the caches of all ranks add up.
 
     Raises:
         FileNotFoundError: no files; names directory and pattern.
@@ -54,6 +62,9 @@ class PathLister(BaseNode[Any]):
         shuffle: bool = False,
         seed: int = 0,
         sampler: Iterable[Any] | None = None,
+        num_shards: int | None = None,
+        shard_index: int | None = None,
+        shard: str = "epoch",
     ) -> None:
         super().__init__()
         if batch_size is not None:
@@ -96,6 +107,7 @@ class PathLister(BaseNode[Any]):
             )
         else:
             self._stream = as_node(source)
+        self.shards = self._choose_shards(num_shards, shard_index, shard)
         self._fingerprint: int | None = None
         # The epoch under way, its order, how many paths of it have gone out, and for a batch
         # sampler the same in elements.
@@ -103,6 +115,27 @@ class PathLister(BaseNode[Any]):
         self._next_epoch: int | None = None
         self._position = 0
         self._order: Sequence[Any] | None = None
+
+    def _choose_shards(self, num_shards: int | None, shard_index: int | None, shard: str) -> Shards:
+        if (num_shards is None) != (shard_index is None):
+            raise ValueError("num_shards and shard_index go together")
+        if shard not in ("epoch", "static"):
+            raise ValueError(f'shard={shard!r} must be "epoch" or "static"')
+        if self.sampler is not None or self._stream is not None:
+            if num_shards is not None:
+                raise ValueError(
+                    "a sampler or a stream of paths counts as sharded already: leave num_shards "
+                    "away, and give each rank its part"
+                )
+            return Shards()
+        if num_shards is None or shard_index is None:
+            num_shards, shard_index = find_rank()
+        shards = Shards(num_shards, shard_index, shard == "static", self.drop_last)
+        if not shards.size(len(self._paths)):
+            raise ValueError(
+                f"{len(self._paths)} files are too few for {num_shards} shards with drop_last"
+            )
+        return shards
 
     @property
     def paths(self) -> Sequence[str]:
@@ -211,19 +244,24 @@ class PathLister(BaseNode[Any]):
 
     def __len__(self) -> int:
         """Elements in an epoch. Raises TypeError if the source is a stream."""
-        count = len(self.paths) if self.sampler is None else len(self.sampler)  # type: ignore[arg-type]
+        sampler: Any = self.sampler
+        count = self.shards.size(len(self.paths)) if sampler is None else len(sampler)
         if self.batch_size is None:
             return count
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
     def _draw(self, epoch: int) -> Sequence[Any]:
         """The order of an epoch: positions in the list of files, or lists of them."""
-        if self.shuffle:
-            random = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
-            return torch.randperm(len(self._paths), generator=random).tolist()
         if self.sampler is not None:
             return self._ask_sampler(self.sampler, epoch)
-        return range(len(self._paths))
+        files: Sequence[int] = range(len(self._paths))
+        if self.shards.static:
+            files = self.shards.own(len(files))
+        if self.shuffle:
+            random = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
+            order = torch.randperm(len(files), generator=random).tolist()
+            files = [files[at] for at in order] if self.shards.static else order
+        return files if self.shards.static else self.shards.share(files)
 
     def _ask_sampler(self, sampler: Iterable[Any], epoch: int) -> list[Any]:
         set_epoch = getattr(sampler, "set_epoch", None)
@@ -248,7 +286,10 @@ class PathLister(BaseNode[Any]):
             # Names relative to the directory: the same files may lie elsewhere on resume.
             start = len(self._names_from)
             names = [path[start:] if start else os.path.basename(path) for path in self._paths]
-            text = "\0".join([repr((self.shuffle, self.seed)), *names])
+            order = [self.shuffle, self.seed]
+            if self.shards.count > 1:
+                order += [self.shards.count, self.shards.static]
+            text = "\0".join([repr(tuple(order)), *names])
             self._fingerprint = zlib.crc32(text.encode("utf-8", "surrogateescape"))
         return self._fingerprint
 
@@ -262,8 +303,8 @@ class PathLister(BaseNode[Any]):
             )
         if state["fingerprint"] != self._fingerprint_of_order():
             raise ValueError(
-                "this state was taken over files of other names, or with another shuffle or "
-                "seed; resume with the same, or begin a new epoch"
+                "this state was taken over files of other names, or with another shuffle, seed "
+                "or number of shards; resume with the same, or begin a new epoch"
             )
 
 

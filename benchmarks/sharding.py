@@ -1,0 +1,48 @@
+"""Hit rates of one rank of many, by simulation: another part in each epoch, or always the same.
+
+6,400 files, 20 shuffled epochs, the default policy, which knows this epoch and the next. Each rank
+has a cache for the given share of all files. The first epoch is left out.
+"""
+
+from typing import Any
+
+from _common import parser_for, save
+
+from gpucache_pipes import PathLister, Trace, simulate
+
+FILES = 6400
+EPOCHS = 20
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+SHARES = (0.02, 0.05, 0.125, 0.25)
+
+
+def hit_rate(ranks: int, share: float, shard: str) -> float:
+    lister = PathLister(
+        [str(number) for number in range(FILES)],
+        shuffle=True,
+        num_shards=ranks,
+        shard_index=0,
+        shard=shard,
+    )
+    epochs = []
+    for _ in range(EPOCHS):
+        lister.reset()
+        epochs.append(list(lister))
+    served = simulate(Trace.epochs(epochs), int(share * FILES)).epochs[1:]
+    return sum(epoch.hits for epoch in served) / sum(epoch.requests for epoch in served)
+
+
+def main() -> None:
+    args = parser_for(__doc__).parse_args()
+    figures: dict[str, Any] = {}
+    for shard in ("epoch", "static"):
+        print(f'\nshard="{shard}"\n{"cache of each rank":>18}' + "".join(f"{n:7}" for n in RANKS))
+        for share in SHARES:
+            rates = {str(ranks): hit_rate(ranks, share, shard) for ranks in RANKS}
+            figures[f"{shard}, {share:.1%}"] = rates
+            print(f"{share:18.1%}" + "".join(f"{rate:7.0%}" for rate in rates.values()))
+    save(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()
