@@ -100,7 +100,7 @@ class FeatureBatch(Sequence[Any]):
     def _collate(self, ragged: RaggedOptions) -> Any:
         layout = self._layouts[0]
         dtypes = [leaf.dtype for leaf in layout.leaves]
-        for other in self._layouts:
+        for other in self._layouts[1:]:
             if other.tree != layout.tree or [leaf.dtype for leaf in other.leaves] != dtypes:
                 return to_device(default_collate(list(self)), self.device)
         one = len(self._layouts) == 1

@@ -3,7 +3,7 @@
 import os
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -56,6 +56,7 @@ def plan(
     if len(sizes) > _MOST_FILES:
         sample = random.Random(seed).sample(sizes, _MOST_FILES)
     scale = sum(sample) / total
+    by_file: dict[Hashable, int] = dict(enumerate(sample))
     traces = {known: _trace(len(sample), epochs, shuffle, seed, known) for known in (True, False)}
     memory = total // 2 if memory is None else memory
     capacities = sorted({int(total * f) for f in _FRACTIONS} | {min(memory, total)})
@@ -67,7 +68,7 @@ def plan(
             row: dict[str, Any] = {"cache_bytes": capacity, "policies": {}}
             for policy in POLICIES:
                 row["policies"][policy] = _served(
-                    traces[policy == "clairvoyant"], max(1, int(capacity * scale)), policy, sample
+                    traces[policy == "clairvoyant"], max(1, int(capacity * scale)), policy, by_file
                 )
                 bar.update()
             rows.append(row)
@@ -106,8 +107,10 @@ def _trace(files: int, epochs: int, shuffle: bool, seed: int, known: bool) -> Tr
     return Trace.epochs(list(orders), known=known)
 
 
-def _served(trace: Trace, capacity: int, policy: str, sizes: Sequence[int]) -> dict[str, float]:
-    result = simulate(trace, capacity, policy, sizes=dict(enumerate(sizes)))
+def _served(
+    trace: Trace, capacity: int, policy: str, sizes: Mapping[Hashable, int]
+) -> dict[str, float]:
+    result = simulate(trace, capacity, policy, sizes=sizes)
     later = result.epochs[1:]
     requested = sum(epoch.requested for epoch in later)
     return {

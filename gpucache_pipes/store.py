@@ -192,9 +192,7 @@ class GPUFeatureStore:
         with self._desk.lock:
             self._desk.require_open()
             entries = self._cache.entries
-            self._cache.release(
-                [entries[number] for number in self._cache.entries.current(numbers)]
-            )
+            self._cache.release([entries[number] for number in entries.current(numbers)])
 
     def clear(self) -> None:
         """Stop caching everything, and give memory back as soon as no batch is in flight."""

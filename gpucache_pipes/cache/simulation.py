@@ -72,15 +72,14 @@ def simulate(
     for turn in trace.turns:
         if turn.begins:
             policy.begin_epoch(turn.owner)
-            running[turn.owner] = Served()
-            result.epochs.append(running[turn.owner])
-            everything.append(running[turn.owner])
         if turn.upcoming is not None:
             policy.foresee(turn.owner, Future(turn.upcoming, turn.left))
-        served = running.get(turn.owner)
-        if served is None:
-            served = running[turn.owner] = Served()
-            everything.append(served)
+        if turn.begins or turn.owner not in running:
+            running[turn.owner] = Served()
+            everything.append(running[turn.owner])
+        served = running[turn.owner]
+        if turn.begins:
+            result.epochs.append(served)
         for key in turn.keys:
             size = 1 if by_key is None else by_key[key]
             hit = cache.request(key, turn.owner)

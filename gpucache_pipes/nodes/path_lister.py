@@ -254,14 +254,12 @@ class PathLister(BaseNode[Any]):
         """The order of an epoch: positions in the list of files, or lists of them."""
         if self.sampler is not None:
             return self._ask_sampler(self.sampler, epoch)
-        files: Sequence[int] = range(len(self._paths))
-        if self.shards.static:
-            files = self.shards.own(len(files))
+        order = self.shards.pool(len(self._paths))
         if self.shuffle:
             random = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
-            order = torch.randperm(len(files), generator=random).tolist()
-            files = [files[at] for at in order] if self.shards.static else order
-        return files if self.shards.static else self.shards.share(files)
+            drawn = torch.randperm(len(order), generator=random).tolist()
+            order = [order[at] for at in drawn] if self.shards.static else drawn
+        return self.shards.share(order)
 
     def _ask_sampler(self, sampler: Iterable[Any], epoch: int) -> list[Any]:
         set_epoch = getattr(sampler, "set_epoch", None)

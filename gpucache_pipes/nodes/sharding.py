@@ -35,19 +35,21 @@ class Shards:
         """Files in a part: as torch.utils.data.DistributedSampler counts them."""
         return files // self.count if self.drop else math.ceil(files / self.count)
 
+    def pool(self, files: int) -> Sequence[int]:
+        """The files that an epoch is drawn from; what a static part repeats is its own, too."""
+        if not self.static:
+            return range(files)
+        mine = list(range(self.index, files, self.count))[: self.size(files)]
+        return mine + [self.index % files] * (self.size(files) - len(mine))
+
     def share(self, order: Sequence[int]) -> Sequence[int]:
-        """The part of an epoch in this order: DistributedSampler's."""
-        if self.count == 1:
+        """The part of an epoch whose pool is in this order: DistributedSampler's."""
+        if self.static or self.count == 1:
             return order
         total = self.size(len(order)) * self.count
         if total > len(order):
             order = [*order, *(order[at % len(order)] for at in range(total - len(order)))]
         return order[self.index : total : self.count]
-
-    def own(self, files: int) -> Sequence[int]:
-        """The files that are always this part's; what is repeated is its own, too."""
-        mine = list(range(self.index, files, self.count))[: self.size(files)]
-        return mine + [self.index % files] * (self.size(files) - len(mine))
 
 
 def find_rank() -> tuple[int, int]:

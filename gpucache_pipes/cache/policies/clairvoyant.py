@@ -45,8 +45,12 @@ class Clairvoyant:
         pipeline = self._pipelines.get(owner)
         if pipeline is None:
             pipeline = self._pipelines[owner] = Pipeline(self._now)
-            self._only = pipeline if len(self._pipelines) == 1 else None
+            self._note_only()
         return pipeline
+
+    def _note_only(self) -> None:
+        pipelines = list(self._pipelines.values())
+        self._only = pipelines[0] if len(pipelines) == 1 else None
 
     def _forget_the_gone(self) -> None:
         """Forget pipelines that left nothing behind and have been silent for long."""
@@ -54,8 +58,7 @@ class Clairvoyant:
         for owner, pipeline in list(self._pipelines.items()):
             if pipeline.holds_nothing() and pipeline.schedule.silence(self._now) > patience:
                 del self._pipelines[owner]
-        if len(self._pipelines) == 1:
-            [self._only] = self._pipelines.values()
+        self._note_only()
 
     def _heir(self, new: Pipeline, owner: object, keys: Sequence[Key]) -> Pipeline:
         """The pipeline to take for one that is new: one that has ended, if it used the same files.
@@ -67,7 +70,7 @@ class Clairvoyant:
             if old.withdrawn and old.future is None and 2 * sum(map(seen, keys)) > len(keys):
                 del self._pipelines[other]
                 self._pipelines[owner] = old
-                self._only = old if len(self._pipelines) == 1 else None
+                self._note_only()
                 old.withdrawn = False
                 old.schedule.begin_epoch(self._now - len(keys))
                 old.schedule.request(self._now - len(keys), len(keys))

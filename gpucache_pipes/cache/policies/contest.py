@@ -26,8 +26,9 @@ class Contest(BasePolicy):
     def __init__(self) -> None:
         self.by_epoch = ByEpoch()
         self.leader: Policy = self.by_epoch
-        # The others, while there is a contest; and all of them in shadow, with their hits.
-        self._rivals: list[Policy] = []
+        # This one alone, or with the others while there is a contest; then all of them in shadow,
+        # too, and the hits of these.
+        self._policies: list[Policy] = [self.by_epoch]
         self._shadows: list[Shadow] = []
         self._hits = [0.0, 0.0, 0.0]
         self._tried = 0.0
@@ -40,9 +41,8 @@ class Contest(BasePolicy):
 
     def on_access(self, keys: Sequence[Key], owner: object = None) -> None:
         """See Policy."""
-        self.by_epoch.on_access(keys)
-        for rival in self._rivals:
-            rival.on_access(keys, owner)
+        for policy in self._policies:
+            policy.on_access(keys, owner)
         if self._shadows:
             for key in keys:
                 if key * 2654435761 % (1 << 32) < self._sample:
@@ -57,20 +57,19 @@ class Contest(BasePolicy):
         if self._tried * (1 << 32) > 2 * self._sample * self.by_epoch.known:
             self._hits = [hits / 2 for hits in self._hits]
             self._tried /= 2
-        policies = [self.by_epoch, *self._rivals]
-        best = max(range(len(policies)), key=self._hits.__getitem__)
-        now = policies.index(self.leader)
+        best = max(range(len(self._policies)), key=self._hits.__getitem__)
+        now = self._policies.index(self.leader)
         if self._hits[best] > _MARGIN * self._hits[now] + 8:
-            self.leader = policies[best]
+            self.leader = self._policies[best]
 
     def on_insert(self, key: Key) -> None:
         """See Policy."""
-        for policy in (self.by_epoch, *self._rivals):
+        for policy in self._policies:
             policy.on_insert(key)
 
     def on_remove(self, key: Key) -> None:
         """See Policy."""
-        for policy in (self.by_epoch, *self._rivals):
+        for policy in self._policies:
             policy.on_remove(key)
 
     def victims(self, key: Key) -> Iterator[Key]:
@@ -80,14 +79,15 @@ class Contest(BasePolicy):
 
     def consider(self) -> None:
         """Begin a contest if files repeat; something is about to go."""
-        if not self._rivals:
+        if not self._shadows:
             if self.by_epoch.repeats <= max(8, _FEW_REPEATS * self.by_epoch.requests):
                 return
-            self._rivals = [LRU(), WTinyLFU()]
+            rivals: list[Policy] = [LRU(), WTinyLFU()]
             for group in (self.by_epoch.stale, self.by_epoch.waiting, self.by_epoch.used):
                 for key in group:
-                    for rival in self._rivals:
+                    for rival in rivals:
                         rival.on_insert(key)
+            self._policies = [self.by_epoch, *rivals]
             self._sample = min(1 << 32, (_SAMPLED << 32) // (len(self.by_epoch) or 1))
             self._shadows = [Shadow(policy, 1) for policy in (ByEpoch(), LRU(), WTinyLFU())]
         for shadow in self._shadows:
@@ -97,7 +97,7 @@ class Contest(BasePolicy):
         """See Policy."""
         requests = self.by_epoch.requests
         if requests and self.by_epoch.repeats <= _FEW_REPEATS * requests:
-            self._rivals, self._shadows = [], []
+            self._policies, self._shadows = [self.by_epoch], []
             self._hits, self._tried = [0.0, 0.0, 0.0], 0.0
             self.leader = self.by_epoch
         self.by_epoch.begin_epoch()
