@@ -18,7 +18,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 tests: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/warm_batch.py --json benchmarks/results/warm_batch.json

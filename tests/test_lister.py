@@ -1,5 +1,7 @@
 """PathLister: which files, in which order, and how it is resumed."""
 
+import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,7 +127,7 @@ def test_resuming_is_exact_and_small(
     for _ in range(steps):
         next(whole, None)
     state = whole.state_dict()
-    assert len(repr(state)) < 100
+    assert len(json.dumps(state)) < 150
     resumed = make()
     resumed.reset(state)
     assert list(resumed.upcoming()) == list(whole.upcoming())
@@ -152,8 +154,37 @@ def test_resuming_over_other_files_is_an_error() -> None:
         PathLister(NAMES[1:]).reset(state)
     with pytest.raises(ValueError, match="other names"):
         PathLister([*NAMES[1:], "/f/new.pt"]).reset(state)
-    with pytest.raises(ValueError, match="shuffle"):
+    with pytest.raises(ValueError, match="with shuffle=False, seed=0, and this"):
         PathLister(NAMES, shuffle=True).reset(state)
+    with pytest.raises(ValueError, match="sampler=list, seed=0"):
+        PathLister(NAMES, sampler=[0]).reset(state)
+    with pytest.raises(ValueError, match="over a stream"):
+        PathLister(NAMES).reset(PathLister(iter(NAMES)).state_dict())
+
+
+def test_going_on_over_other_files(caplog: pytest.LogCaptureFixture) -> None:
+    def make(files: list[str]) -> PathLister:
+        return PathLister(files, shuffle=True, batch_size=2, if_files_changed="continue")
+
+    before = make(NAMES)
+    epoch(before)
+    before.reset()
+    next(before)
+    more = [*NAMES, "/f/new.pt"]
+    resumed = make(more)
+    with caplog.at_level(logging.WARNING, "gpucache_pipes"):
+        resumed.reset(before.state_dict())
+    assert "over 10 files, but there are 11 now" in caplog.text
+    whole = make(more)
+    epoch(whole)
+    second = epoch(whole)
+    assert list(resumed) == second[1:]
+    assert epoch(resumed) == epoch(whole)  # and from then on it is exact
+    fewer = make(NAMES[:1])
+    fewer.reset(before.state_dict())
+    assert list(fewer) == [] and epoch(fewer) == [NAMES[:1]]
+    with pytest.raises(ValueError, match="if_files_changed='never'"):
+        PathLister(NAMES, if_files_changed="never")
 
 
 @pytest.mark.parametrize("steps", [0, 2, 5])
@@ -264,4 +295,4 @@ def test_many_files_cost_little() -> None:
     many = [f"/data/{n:07d}.pt" for n in range(200_000)]
     lister = PathLister(many, shuffle=True, batch_size=1000)
     assert sum(len(batch) for batch in lister) == len(many)
-    assert len(repr(lister.state_dict())) < 100
+    assert len(json.dumps(lister.state_dict())) < 150

@@ -138,9 +138,35 @@ def test_a_state_resumes_the_same_part_only() -> None:
     resumed = lister(1)
     resumed.reset(half.state_dict())
     assert first + list(resumed) == whole
-    for other in (lister(1, 4), lister(1, shard="static"), PathLister(names(20), shuffle=True)):
-        with pytest.raises(ValueError, match="number of shards"):
-            other.reset(half.state_dict())
+    state = half.state_dict()
+    with pytest.raises(ValueError, match='shuffle=True, seed=0, shard="static"'):
+        lister(1, shard="static").reset(state)
+    kept = lister(1, shard="static")
+    next(kept)
+    with pytest.raises(ValueError, match="with 2 shards, but there are 4 now"):
+        lister(1, 4, shard="static").reset(kept.state_dict())
+    lister(1, 4, shard="static", if_files_changed="continue").reset(kept.state_dict())
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10), st.booleans())
+def test_another_number_of_ranks_goes_on_where_the_others_were(
+    before: int, after: int, steps: int, shuffle: bool
+) -> None:
+    def listers(ranks: int) -> list[PathLister]:
+        return [
+            PathLister(names(60), shuffle=shuffle, num_shards=ranks, shard_index=rank)
+            for rank in range(ranks)
+        ]
+
+    old = listers(before)
+    seen = [next(lister) for lister in old for _ in range(steps)]
+    new = listers(after)
+    for lister in new:
+        lister.reset(old[0].state_dict())
+    rest = [path for lister in new for path in lister]
+    assert {*seen, *rest} == {*names(60)}
+    # Nothing is lost, and less than a step of all ranks comes again.
+    assert len(seen) + len(rest) - 60 < after
 
 
 @pytest.mark.parametrize(

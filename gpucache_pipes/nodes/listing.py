@@ -3,9 +3,24 @@
 import fnmatch
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 GLOB_CHARACTERS = frozenset("*?[")
+
+
+def find_files(source: Any, pattern: str, recursive: bool) -> list[str]:
+    """The files of a directory, a glob or one file, sorted; or of a sequence of paths, as it is.
+
+    Raises FileNotFoundError if there are none.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return list_files(os.fspath(source), pattern, recursive)
+    paths: Sequence[Any] = source
+    found = [os.fspath(path) for path in paths]
+    if not found:
+        raise FileNotFoundError("the sequence of paths is empty")
+    return found
 
 
 def list_files(source: str, pattern: str, recursive: bool) -> list[str]:

@@ -1,15 +1,16 @@
 """PathLister: the order of an epoch."""
 
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
-import torch
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.nodes.listing import list_files
+from gpucache_pipes.nodes.buckets import Buckets
+from gpucache_pipes.nodes.listing import find_files
+from gpucache_pipes.nodes.order import DrawnOrder, SampledOrder
+from gpucache_pipes.nodes.resuming import fingerprint, place
 from gpucache_pipes.nodes.sharding import Shards, find_rank
 from gpucache_pipes.nodes.sources import as_node
 from gpucache_pipes.units import positive_int
@@ -45,6 +46,10 @@ class PathLister(BaseNode[Any]):
         shard: "epoch", another part of the files in each epoch, as
             torch.utils.data.DistributedSampler does it; or "static", always the same files, in
             another order, so that the caches of all ranks add up.
+        bucket_by: put files of like size into a batch, so that padding them is cheap:
+            "file_size", or a function of the path that gives a number. Batches are still shuffled.
+        if_files_changed: what to do with a state over other files: "raise", or "continue" at the
+            same place of the same epoch. Some files then come twice in that epoch, or not at all.
 
     Raises:
         FileNotFoundError: no files; names directory and pattern.
@@ -65,6 +70,8 @@ class PathLister(BaseNode[Any]):
         num_shards: int | None = None,
         shard_index: int | None = None,
         shard: str = "epoch",
+        bucket_by: str | Callable[[str], float] | None = None,
+        if_files_changed: str = "raise",
     ) -> None:
         super().__init__()
         if batch_size is not None:
@@ -79,28 +86,26 @@ class PathLister(BaseNode[Any]):
             raise ValueError("shuffle=True and a sampler both set the order; give one of them")
         if isinstance(sampler, Iterator):
             raise ValueError("the sampler is an iterator, which can be read through only once")
+        if bucket_by is not None and batch_size is None:
+            raise ValueError("bucket_by makes batches of files of like size: give a batch_size")
+        if bucket_by is not None and sampler is not None:
+            raise ValueError("bucket_by and a sampler both set the order; give one of them")
+        if if_files_changed not in ("raise", "continue"):
+            raise ValueError(f'if_files_changed={if_files_changed!r} must be "raise" or "continue"')
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.shuffle = shuffle
         self.seed = seed
         self.sampler = sampler
-        # A generator of the sampler's own: its seed stays part of the order, and is remembered
-        # because seeding it for an epoch changes what it says of itself.
-        inner = getattr(sampler, "sampler", sampler)  # of a BatchSampler
-        self._generator: torch.Generator | None = getattr(inner, "generator", None)
-        self._generator_seed = self._generator.initial_seed() if self._generator else 0
+        self.if_files_changed = if_files_changed
         self._names_from = ""
         self._stream: BaseNode[Any] | None = None
         self._paths: Sequence[str] = ()
-        if isinstance(source, (str, os.PathLike)):
-            root = os.fspath(source)
-            self._names_from = os.path.join(root, "") if os.path.isdir(root) else ""
-            self._paths = list_files(root, pattern, recursive)
-        elif isinstance(source, Sequence):
-            self._paths = [os.fspath(path) for path in source]
-            if not self._paths:
-                raise FileNotFoundError("the sequence of paths is empty")
-        elif shuffle or sampler is not None:
+        if isinstance(source, (str, os.PathLike, Sequence)):
+            if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+                self._names_from = os.path.join(os.fspath(source), "")
+            self._paths = find_files(source, pattern, recursive)
+        elif shuffle or sampler is not None or bucket_by is not None:
             raise ValueError(
                 "an order can only be drawn over a known list: give a directory, a glob or a "
                 f"sequence of paths, or shuffle inside the {type(source).__name__}"
@@ -108,6 +113,15 @@ class PathLister(BaseNode[Any]):
         else:
             self._stream = as_node(source)
         self.shards = self._choose_shards(num_shards, shard_index, shard)
+        self._buckets = None
+        if bucket_by is not None and batch_size is not None:
+            self._buckets = Buckets.of(self._paths, bucket_by, batch_size)
+        self._drawing: DrawnOrder | SampledOrder
+        if sampler is not None:
+            self._drawing = SampledOrder(sampler, seed)
+        else:
+            files = len(self._paths)
+            self._drawing = DrawnOrder(files, shuffle, seed, self.shards, self._buckets)
         self._fingerprint: int | None = None
         # The epoch under way, its order, how many paths of it have gone out, and for a batch
         # sampler the same in elements.
@@ -152,9 +166,13 @@ class PathLister(BaseNode[Any]):
         """See BaseNode: begins the next epoch, or goes on where a state was taken."""
         super().reset(initial_state)
         if initial_state is not None:
-            self._require_same_files(initial_state)
             self._epoch = initial_state["epoch"]
             self._position = initial_state["position"]
+            if self._stream is None:
+                per_rank = self.shards.static or self._buckets is not None
+                self._position = place(
+                    initial_state, self._identity(), per_rank, self.if_files_changed
+                )
             self._next_epoch = None
         else:
             if self._next_epoch is not None:
@@ -165,7 +183,7 @@ class PathLister(BaseNode[Any]):
         if self._stream is not None:
             self._stream.reset((initial_state or {}).get("source"))
         else:
-            self._order = self._draw(self._epoch)
+            self._order = self._drawing.draw(self._epoch)
 
     def next(self) -> Any:
         """See BaseNode."""
@@ -206,8 +224,7 @@ class PathLister(BaseNode[Any]):
         if self._stream is not None:
             state["source"] = self._stream.state_dict()
         else:
-            state["files"] = len(self._paths)
-            state["fingerprint"] = self._fingerprint_of_order()
+            state |= self._identity()
         return state
 
     def upcoming(self) -> Upcoming:
@@ -223,9 +240,9 @@ class PathLister(BaseNode[Any]):
         if self._order is not None:
             rest = self._flat(self._order, self._position)
         else:
-            rest = self._flat(self._draw(following))
+            rest = self._flat(self._drawing.draw(following))
             following += 1
-        after = self._flat(self._draw(following))
+        after = self._flat(self._drawing.draw(following))
         return Upcoming(self._paths, [*rest, *after], len(rest))
 
     def _flat(self, order: Sequence[Any], start: int = 0) -> Sequence[int]:
@@ -244,66 +261,24 @@ class PathLister(BaseNode[Any]):
 
     def __len__(self) -> int:
         """Elements in an epoch. Raises TypeError if the source is a stream."""
-        sampler: Any = self.sampler
-        count = self.shards.size(len(self.paths)) if sampler is None else len(sampler)
+        if self._stream is not None:
+            raise TypeError("how many paths a stream has is not known in advance")
+        count = len(self._drawing)
         if self.batch_size is None:
             return count
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
-    def _draw(self, epoch: int) -> Sequence[Any]:
-        """The order of an epoch: positions in the list of files, or lists of them."""
-        if self.sampler is not None:
-            return self._ask_sampler(self.sampler, epoch)
-        order = self.shards.pool(len(self._paths))
-        if self.shuffle:
-            random = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
-            drawn = torch.randperm(len(order), generator=random).tolist()
-            order = [order[at] for at in drawn] if self.shards.static else drawn
-        return self.shards.share(order)
-
-    def _ask_sampler(self, sampler: Iterable[Any], epoch: int) -> list[Any]:
-        set_epoch = getattr(sampler, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-        # The CPU's generator only, which is the one that samplers draw from: torch.manual_seed
-        # would seed the devices as well.
-        before = torch.default_generator.get_state()
-        torch.default_generator.manual_seed((self.seed + epoch) % 2**63)
-        if self._generator is not None:
-            self._generator.manual_seed((self._generator_seed + self.seed + epoch) % 2**63)
-        try:
-            return [
-                [int(i) for i in index] if isinstance(index, (list, tuple)) else int(index)
-                for index in sampler
-            ]
-        finally:
-            torch.default_generator.set_state(before)
-
-    def _fingerprint_of_order(self) -> int:
+    def _identity(self) -> dict[str, Any]:
+        """What a state says of the lister that it was taken from."""
         if self._fingerprint is None:
-            # Names relative to the directory: the same files may lie elsewhere on resume.
-            start = len(self._names_from)
-            names = [path[start:] if start else os.path.basename(path) for path in self._paths]
-            order = [self.shuffle, self.seed]
-            if self.shards.count > 1:
-                order += [self.shards.count, self.shards.static]
-            text = "\0".join([repr(tuple(order)), *names])
-            self._fingerprint = zlib.crc32(text.encode("utf-8", "surrogateescape"))
-        return self._fingerprint
-
-    def _require_same_files(self, state: dict[str, Any]) -> None:
-        if self._stream is not None or "fingerprint" not in state:
-            return
-        if state["files"] != len(self._paths):
-            raise ValueError(
-                f"this state was taken over {state['files']} files, but there are "
-                f"{len(self._paths)} now; resume with the same files, or begin a new epoch"
-            )
-        if state["fingerprint"] != self._fingerprint_of_order():
-            raise ValueError(
-                "this state was taken over files of other names, or with another shuffle, seed "
-                "or number of shards; resume with the same, or begin a new epoch"
-            )
+            sizes = 0 if self._buckets is None else self._buckets.checksum
+            self._fingerprint = fingerprint(self._paths, self._names_from, sizes)
+        return {
+            "order": str(self._drawing),
+            "shards": self.shards.count,
+            "files": len(self._paths),
+            "fingerprint": self._fingerprint,
+        }
 
 
 def _path(item: Any) -> str:

@@ -1,0 +1,67 @@
+"""Batches of files of like size, so that padding them to one length costs little."""
+
+import os
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+
+import torch
+
+_MOST_BATCHES = 50
+"""Batches in a window. More make lengths in a batch more alike, and leave less to chance."""
+
+
+class Buckets:
+    """Groups the order of an epoch into batches of like size.
+
+    Shuffled, it is cut into windows of up to 50 batches and at least two of them; the files of
+    each are sorted by size and cut into batches, and all batches are shuffled again. So any two
+    files may meet, but within a batch lengths are alike. What is too little for a batch stays at
+    the end, and is as much a matter of chance as it was.
+
+    Not shuffled, all files come in the order of their sizes.
+
+    Attributes:
+        checksum: of all sizes.
+    """
+
+    def __init__(self, sizes: Sequence[float], batch_size: int) -> None:
+        held = array("d", sizes)
+        self._sizes = torch.frombuffer(held, dtype=torch.float64)
+        self._batch_size = batch_size
+        # With other sizes, batches are others.
+        self.checksum = zlib.crc32(held)
+
+    @classmethod
+    def of(
+        cls, paths: Sequence[str], by: str | Callable[[str], float], batch_size: int
+    ) -> "Buckets":
+        """By "file_size", or by a function of the path. Raises what looking at a file raises."""
+        if by == "file_size":
+            return cls([os.stat(path).st_size for path in paths], batch_size)
+        if not callable(by):
+            raise ValueError(f'bucket_by={by!r} must be "file_size" or a function of the path')
+        sizes = []
+        for path in paths:
+            size = by(path)
+            try:
+                sizes.append(float(size))
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"bucket_by gave {size!r} for {path!r}, not a number") from error
+        return cls(sizes, batch_size)
+
+    def group(self, order: Sequence[int], random: torch.Generator | None) -> list[int]:
+        """The same positions; every `batch_size` of them are a batch."""
+        positions = torch.tensor(order)
+        if random is None:
+            return self._by_size(positions).tolist()
+        whole = len(positions) // self._batch_size
+        window = max(1, min(_MOST_BATCHES, whole // 2)) * self._batch_size
+        full = whole * self._batch_size
+        grouped, rest = positions[:full], positions[full:]
+        batches = torch.cat([self._by_size(part) for part in grouped.split(window)])
+        drawn = torch.randperm(whole, generator=random)
+        return [*batches.view(-1, self._batch_size)[drawn].flatten().tolist(), *rest.tolist()]
+
+    def _by_size(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions[self._sizes[positions].argsort(stable=True)]

@@ -1,0 +1,57 @@
+"""Where a state goes on, over the files that are there now."""
+
+import logging
+import os
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+_log = logging.getLogger("gpucache_pipes")
+
+
+def fingerprint(paths: Sequence[str], directory: str, seed: int) -> int:
+    """A checksum of the names: relative to `directory`, so that the same files may lie elsewhere.
+
+    Without a directory, of the last parts of the paths.
+    """
+    start = len(directory)
+    names = [path[start:] if start else os.path.basename(path) for path in paths]
+    return zlib.crc32("\0".join(names).encode("utf-8", "surrogateescape"), seed)
+
+
+def place(state: dict[str, Any], now: dict[str, Any], per_rank: bool, if_changed: str) -> int:
+    """How many files of its epoch a rank has behind it when it resumes `state`.
+
+    `now` is what the lister that resumes says of itself: order, shards, files and fingerprint;
+    `per_rank`, whether ranks have files or batches of their own, and do not take turns in one
+    order. Raises ValueError if the epoch would be another one and `if_changed` is "raise".
+    """
+    if "order" not in state:
+        raise ValueError("this state was taken over a stream of paths, and this is a list")
+    if state["order"] != now["order"]:
+        raise ValueError(
+            f"this state was taken with {state['order']}, and this lister has {now['order']}; "
+            "resume with the same, or begin a new epoch"
+        )
+    position: int = state["position"]
+    changed = []
+    if state["files"] != now["files"]:
+        changed.append(f"over {state['files']} files, but there are {now['files']} now")
+    elif state["fingerprint"] != now["fingerprint"]:
+        changed.append("over files of other names or, with bucket_by, sizes")
+    if state["shards"] != now["shards"]:
+        # All ranks are at the same place of one order, in which they take turns: go on there.
+        position = position * state["shards"] // now["shards"]
+        if per_rank:
+            changed.append(f"with {state['shards']} shards, but there are {now['shards']} now")
+    if changed and if_changed == "raise":
+        raise ValueError(
+            f"this state was taken {' and '.join(changed)}; resume with the same files, "
+            'begin a new epoch, or go on all the same with if_files_changed="continue"'
+        )
+    if changed:
+        _log.warning(
+            "resuming a state that was taken %s: until the next epoch, files may come twice or not "
+            "at all", " and ".join(changed),
+        )  # fmt: skip
+    return position
