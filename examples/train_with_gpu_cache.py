@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from gpucache_pipes import GPUCachedPathDataLoader, PathLister
+from gpucache_pipes import FeaturePathDataset, GPUCachedPathDataLoader
 
 CLASSES = 10
 MARK = "synthetic-"
@@ -69,12 +69,14 @@ def main() -> None:
         write_synthetic(args.directory, args.num_samples, args.feature_dim)
         pattern = f"{MARK}{args.feature_dim}-*.pt"
     try:
-        paths = list(PathLister(args.directory, pattern=pattern))
+        dataset = FeaturePathDataset(args.directory, pattern=pattern)
     except FileNotFoundError as error:
         sys.exit(f"{error}; --synthetic writes sample files")
 
+    if args.synthetic:
+        dataset.paths = dataset.paths[: args.num_samples]
     loader = DataLoader(
-        paths[: args.num_samples] if args.synthetic else paths,
+        dataset,
         batch_size=args.batch_size,
         shuffle=True,
         num_workers=args.num_workers,
@@ -91,7 +93,7 @@ def main() -> None:
         sys.exit(f"{error}")
     with batches:
         device = batches.store.device
-        width = batches.store.get(paths[0])["feature"].numel()
+        width = batches.store.get(dataset[0])["feature"].numel()
         model = torch.nn.Linear(width, CLASSES, device=device)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         loss_of = torch.nn.CrossEntropyLoss()
@@ -102,13 +104,12 @@ def main() -> None:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            seconds, after = time.perf_counter() - start, batches.store.stats()
-            hits, misses = after.hits - before.hits, after.misses - before.misses
+            seconds, done = time.perf_counter() - start, batches.store.stats().since(before)
             print(
                 f"epoch {epoch}: loss {float(loss.detach()):.4f}, {seconds:.2f} s, "
-                f"hit rate {hits / (hits + misses):.1%}, {after.items} features and "
-                f"{after.cached_bytes / 2**20:.1f} MiB on {device}, "
-                f"waited {after.wait_seconds - before.wait_seconds:.2f} s"
+                f"hit rate {done.hit_rate:.1%}, {done.items} features and "
+                f"{done.cached_bytes / 2**20:.1f} MiB on {device}, "
+                f"waited {done.wait_seconds:.2f} s"
             )
 
 

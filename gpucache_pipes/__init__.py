@@ -11,11 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpucache_pipes.adapters import GPUCachedPathDataLoader
+    from gpucache_pipes.adapters import (
+        FeatureFileDataset,
+        FeaturePathDataset,
+        GPUCachedPathDataLoader,
+    )
     from gpucache_pipes.batch import FeatureBatch
     from gpucache_pipes.cache import Trace, simulate
-    from gpucache_pipes.errors import FeatureLoadError
-    from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher, PathLister
+    from gpucache_pipes.errors import FeatureLoadError, RankError
+    from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher, Lockstep, PathLister
     from gpucache_pipes.ragged import Padded
     from gpucache_pipes.stats import StoreStats
     from gpucache_pipes.store import GPUFeatureStore
@@ -25,13 +29,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FeatureBatch",
+    "FeatureFileDataset",
     "FeatureLoadError",
+    "FeaturePathDataset",
     "GPUCachedPathDataLoader",
     "GPUCollator",
     "GPUFeatureStore",
     "GPUPrefetcher",
+    "Lockstep",
     "Padded",
     "PathLister",
+    "RankError",
     "StoreStats",
     "Ticket",
     "Trace",
@@ -40,13 +48,17 @@ __all__ = [
 
 _MODULES = {
     "FeatureBatch": "batch",
+    "FeatureFileDataset": "adapters",
     "FeatureLoadError": "errors",
+    "FeaturePathDataset": "adapters",
     "GPUCachedPathDataLoader": "adapters",
     "GPUCollator": "nodes",
     "GPUFeatureStore": "store",
     "GPUPrefetcher": "nodes",
+    "Lockstep": "nodes",
     "Padded": "ragged",
     "PathLister": "nodes",
+    "RankError": "errors",
     "StoreStats": "stats",
     "Ticket": "ticket",
     "Trace": "cache",

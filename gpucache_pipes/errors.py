@@ -21,6 +21,21 @@ class FeatureLoadError(RuntimeError):
         return f"cannot load {self.path!r}: {self.reason}"
 
 
+class RankError(RuntimeError):
+    """Other ranks had errors, so that this one cannot go on with its batch: see Lockstep.
+
+    Attributes:
+        texts: by rank, what was raised there.
+    """
+
+    def __init__(self, texts: dict[int, str]) -> None:
+        super().__init__(texts)
+        self.texts = texts
+
+    def __str__(self) -> str:
+        return "; ".join(f"rank {rank} failed with {text}" for rank, text in self.texts.items())
+
+
 def load_error(path: str, cause: BaseException) -> Exception:
     """The exception to raise `from cause` at the batch that needed `path`.
 

@@ -1,6 +1,6 @@
 """What a store has done so far."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,18 @@ class StoreStats:
         """Share of requests that were hits; 0.0 before the first request."""
         requests = self.hits + self.misses
         return self.hits / requests if requests else 0.0
+
+    def since(self, earlier: "StoreStats") -> "StoreStats":
+        """What was counted after `earlier`; sizes are those of now."""
+        return replace(self, **{n: getattr(self, n) - getattr(earlier, n) for n in _COUNTERS})
+
+
+_COUNTERS = (
+    "hits",
+    "misses",
+    "evictions",
+    "failures",
+    "files_read",
+    "bytes_read",
+    "wait_seconds",
+)

@@ -1,23 +1,37 @@
 """DataLoader and IterDataPipe, for real."""
 
 import importlib
+import threading
 from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchdata.nodes as tn
 from torch.utils.data import DataLoader
-from torch.utils.data.datapipes.iter import IterableWrapper
+from torch.utils.data.datapipes.iter import FileLister, IterableWrapper
 
 import gpucache_pipes.adapters.datapipes
-from gpucache_pipes import GPUCachedPathDataLoader, GPUFeatureStore
+from gpucache_pipes import (
+    FeaturePathDataset,
+    GPUCachedPathDataLoader,
+    GPUCollator,
+    GPUFeatureStore,
+    GPUPrefetcher,
+    PathLister,
+)
 
 Files = Callable[..., list[str]]
 
 
 def labels(batches: Any) -> list[Any]:
     return [batch["label"].flatten().tolist() for batch in batches]
+
+
+def is_not_the_fourth(path: str) -> bool:
+    return "0003" not in path
 
 
 def sum_of_labels(batch: Any) -> Any:
@@ -39,6 +53,35 @@ def test_a_dataloader_in_one_line(make_files: Files, workers: int) -> None:
             _ = batches.no_such_thing
     with pytest.raises(RuntimeError, match="closed"):
         batches.store.get(paths[0])
+
+
+class Witness(FeaturePathDataset):
+    """Says in the name of a path what it saw in the worker process that handled it."""
+
+    def __getitem__(self, index: int) -> str:
+        assert torch.utils.data.get_worker_info() is not None
+        assert not torch.cuda.is_initialized()
+        readers = [t.name for t in threading.enumerate() if t.name.startswith("gpucache")]
+        assert not readers
+        return super().__getitem__(index)
+
+    __getitems__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_never_see_the_device(make_files: Files, context: str) -> None:
+    loader: Any = DataLoader(
+        Witness(make_files(8)),
+        batch_size=3,
+        num_workers=2,
+        multiprocessing_context=context,
+        persistent_workers=True,
+    )
+    with GPUCachedPathDataLoader(loader, device="cpu") as batches:
+        batches.store.get(batches.dataset.paths[0])  # readers run before workers start
+        for _ in range(2):
+            assert labels(batches) == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
 def test_structured_batches(make_files: Files) -> None:
@@ -108,6 +151,43 @@ def test_datapipes(make_files: Files) -> None:
             IterableWrapper(paths).gpu_prefetch(store, 0)
         with pytest.raises(ValueError, match="batch_size=0"):
             IterableWrapper(paths).gpu_collate(batch_size=0)
+
+
+def test_datapipes_and_nodes_behind_each_other(make_files: Files, tmp_path: Path) -> None:
+    paths = make_files(7)
+    with GPUFeatureStore("cpu") as store:
+        # As in the README: a directory, shuffled, in batches.
+        files = FileLister(str(Path(paths[0]).parent), "*.pt").shuffle().batch(3)
+        pipe = files.gpu_prefetch(store).gpu_collate()
+        assert sorted(chain.from_iterable(labels(pipe))) == list(range(7))
+        # Nodes in front of a pipe, and behind one.
+        nodes = PathLister(paths, batch_size=3)
+        assert labels(IterableWrapper(nodes).gpu_prefetch(store).gpu_collate())[0] == [0, 1, 2]
+        behind = tn.Mapper(tn.IterableWrapper(pipe), sum_of_labels)
+        assert sum(int(total) for total in tn.Loader(behind)) == 21
+        listed = PathLister(IterableWrapper(paths).filter(is_not_the_fourth))
+        singles = GPUPrefetcher(listed, store)
+        assert labels(GPUCollator(singles, batch_size=4)) == [[0, 1, 2, 4], [5, 6]]
+
+
+def test_ragged_through_the_adapters(make_files: Files) -> None:
+    paths = make_files(2, lambda n: {"x": torch.ones(2 + n)})
+    with GPUFeatureStore("cpu") as store:
+        [batch] = GPUCachedPathDataLoader([paths], store=store, ragged="pad", padding_value=7)
+        assert batch["x"].values.tolist() == [[1, 1, 7], [1, 1, 1]]
+        with pytest.raises(ValueError, match="ragged"):
+            GPUCachedPathDataLoader([paths], store=store, ragged="cut")
+
+
+@pytest.mark.parametrize("given", [RuntimeError, StopIteration])
+def test_what_build_batch_fn_raises(make_files: Files, given: type[Exception]) -> None:
+    def build(*_: Any) -> Any:
+        raise given
+
+    with GPUCachedPathDataLoader([make_files(1)], device="cpu", build_batch_fn=build) as batches:
+        for _ in range(2):
+            with pytest.raises(RuntimeError):
+                next(iter(batches))
 
 
 def test_functions_as_arguments_reach_the_nodes(make_files: Files) -> None:

@@ -43,7 +43,7 @@ ALLOWED = {
         "warming",
     },
     "nodes": {"nodes", "batch", "ragged", "store", "ticket"},
-    "adapters": {"adapters", "nodes", "store"},
+    "adapters": {"adapters", "files", "nodes", "store"},
     "testing": {"testing", "cache", "device", "files", "nodes", "store"},
     "__init__": {"adapters", "batch", "cache", "nodes", "ragged", "store", "ticket"},
     **{leaf: set() for leaf in LEAVES},

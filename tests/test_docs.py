@@ -28,7 +28,8 @@ def test_code_runs_as_printed(page: Path, tmp_path: Path) -> None:
     script = tmp_path / "page.py"
     script.write_text("\n\n".join(blocks(page)))
     run = subprocess.run(
-        [sys.executable, "-W", "error", script],
+        # torchdata's StatefulDataLoader calls what torch has deprecated.
+        [sys.executable, "-W", "error", "-W", "ignore:'set_vital' is deprecated", script],
         cwd=tmp_path,
         capture_output=True,
         text=True,

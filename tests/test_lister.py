@@ -105,6 +105,30 @@ def test_epochs_are_those_of_distributed_sampler() -> None:
     assert epoch(lister) == seen[2]
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_set_epoch_and_states(drop_last: bool) -> None:
+    def make() -> PathLister:
+        return PathLister(NAMES, shuffle=True, batch_size=4, drop_last=drop_last)
+
+    whole = make()
+    epochs = [epoch(whole) for _ in range(4)]
+    lister = make()
+    states = []
+    for _ in epochs[0]:
+        next(lister)
+        states.append(lister.state_dict())
+    for state, left in zip(states, range(len(epochs[0]) - 1, -1, -1), strict=True):
+        for following in (0, 3):
+            resumed = make()
+            resumed.set_epoch(following)
+            resumed.reset(state)
+            # In the middle of an epoch the state says where; at its end, set_epoch may.
+            expected = epochs[0][len(epochs[0]) - left :]
+            if not left and following == 3:
+                expected = epochs[3]
+            assert list(resumed) == expected
+
+
 def test_an_epoch_that_was_not_begun_is_not_skipped() -> None:
     lister = PathLister(NAMES, shuffle=True)
     lister.reset()

@@ -1,5 +1,6 @@
 """Faces of the nodes for what people already have."""
 
 from gpucache_pipes.adapters.dataloader import GPUCachedPathDataLoader
+from gpucache_pipes.adapters.datasets import FeatureFileDataset, FeaturePathDataset
 
-__all__ = ["GPUCachedPathDataLoader"]
+__all__ = ["FeatureFileDataset", "FeaturePathDataset", "GPUCachedPathDataLoader"]

@@ -1,13 +1,19 @@
 """GPUCachedPathDataLoader: an existing loader of paths becomes a loader of GPU batches."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torchdata.nodes import BaseNode
 
+from gpucache_pipes.adapters.iteration import Iteration, Progress
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
+from gpucache_pipes.nodes.sharding import find_rank
+from gpucache_pipes.nodes.sources import guarded
 from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.units import positive_int
 
@@ -15,15 +21,24 @@ from gpucache_pipes.units import positive_int
 class GPUCachedPathDataLoader:
     """Iterates over `loader`, which yields batches of paths, and yields batches of features.
 
-        loader = DataLoader(paths, batch_size=256, shuffle=True)
+        loader = DataLoader(FeaturePathDataset("features/"), batch_size=256, shuffle=True)
         for batch in GPUCachedPathDataLoader(loader, max_cache_bytes="8GiB"):
             ...
 
     Everything but iteration is the wrapped loader's: its attributes, its length. Worker
     processes of the loader handle paths only, and never see the device.
 
+    Where the loader has `state_dict` and `load_state_dict`, as torchdata's StatefulDataLoader or a
+    node, this has them, too. A state is one of the wrapped loader, behind the last batch that was
+    consumed: what is on its way is neither lost nor served twice, and a state that was taken
+    without this class resumes with it. (That of a node is {"node": its state, "finished":
+    whether the epoch came to its end}.) As with StatefulDataLoader it is that of the latest
+    iteration.
+
     Args:
-        loader: a DataLoader, or any iterable that can be iterated anew for each epoch.
+        loader: a DataLoader, or any iterable that can be iterated anew for each epoch. A node, such
+            as a PathLister with a batch_size, tells its order in advance, and is iterated by one
+            at a time.
         device, max_cache_bytes, max_cache_items, **store_options: of the GPUFeatureStore that
             is made; not together with `store`.
         prefetch_batches: batches that are on their way while one is used, at least 1.
@@ -32,11 +47,16 @@ class GPUCachedPathDataLoader:
             Then the default result is the tuple (gpu_batch, original_batch).
         build_batch_fn: (gpu_batch, original_batch, paths) -> what to yield.
         store: a store to share; else one is made, and closed with this loader.
+        ragged, padding_value, pad_to_multiple: as in GPUCollator.
 
     Raises:
         ValueError: prefetch_batches < 1, or store options beside a store.
         TypeError: while iterating, for a batch that is one str or holds no paths.
     """
+
+    # Set where the loader has them: who looks for a state must not find one that cannot be.
+    state_dict: Callable[[], dict[str, Any]]
+    load_state_dict: Callable[[dict[str, Any]], None]
 
     def __init__(
         self,
@@ -50,6 +70,9 @@ class GPUCachedPathDataLoader:
         path_extractor: Callable[[Any], Sequence[Any]] | None = None,
         build_batch_fn: Callable[[Any, Any, Sequence[Any]], Any] | None = None,
         store: GPUFeatureStore | None = None,
+        ragged: str | Mapping[str, str] = "error",
+        padding_value: float = 0.0,
+        pad_to_multiple: int = 1,
         **store_options: Any,
     ) -> None:
         options = {
@@ -63,9 +86,20 @@ class GPUCachedPathDataLoader:
             raise ValueError(f"set {', '.join(sorted(given))} on the store that is given")
         self._prefetch_batches = positive_int("prefetch_batches", prefetch_batches)
         self._loader = loader
-        self._collate_fn = collate_fn
+        self._collate_options: dict[str, Any] = {
+            "collate_fn": collate_fn,
+            "ragged": ragged,
+            "padding_value": padding_value,
+            "pad_to_multiple": pad_to_multiple,
+        }
+        GPUCollator((), **self._collate_options)  # wrong options: now, and not while training
         self._path_extractor = path_extractor
         self._build_batch_fn = build_batch_fn
+        self._progress = Progress(loader)
+        if self._progress.has_state:
+            self.state_dict = self._progress.state_dict
+            self.load_state_dict = self._progress.load_state_dict
+        _warn_of_ranks_that_read_the_same(loader)
         self._owns_store = store is None
         self.store = GPUFeatureStore(**given) if store is None else store
 
@@ -74,15 +108,14 @@ class GPUCachedPathDataLoader:
         features = GPUPrefetcher(
             self._loader, self.store, depth=self._prefetch_batches, path_fn=self._paths_of
         )
-        batches = GPUCollator(features, collate_fn=self._collate_fn)
-        try:
-            for gpu_batch, original in batches:
-                if self._build_batch_fn is not None:
-                    yield self._build_batch_fn(gpu_batch, original, self._paths_of(original))
-                else:
-                    yield gpu_batch if self._path_extractor is None else (gpu_batch, original)
-        finally:
-            features.shutdown()
+        batches = GPUCollator(features, **self._collate_options)
+        return Iteration(batches, features, self._progress, self._join)
+
+    def _join(self, gpu_batch: Any, original: Any) -> Any:
+        if self._build_batch_fn is not None:
+            paths = self._paths_of(original)
+            return guarded(self._build_batch_fn, "build_batch_fn", gpu_batch, original, paths)
+        return gpu_batch if self._path_extractor is None else (gpu_batch, original)
 
     def _paths_of(self, batch: Any) -> Sequence[Any]:
         paths = batch if self._path_extractor is None else self._path_extractor(batch)
@@ -100,9 +133,26 @@ class GPUCachedPathDataLoader:
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]
 
+    @property
+    def sampler(self) -> Any:
+        """The loader's; for a node that has set_epoch the node itself.
+
+        Frameworks look here for `set_epoch(epoch)`, which Lightning calls before each epoch.
+        """
+        if isinstance(self._loader, BaseNode) and hasattr(self._loader, "set_epoch"):
+            return self._loader
+        return self.__getattr__("sampler")
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The loader's; None for a node."""
+        return None if isinstance(self._loader, BaseNode) else self.__getattr__("batch_sampler")
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # not set yet, while copying or after a failed __init__
             raise AttributeError(name)
+        if name in ("state_dict", "load_state_dict"):
+            raise AttributeError(f"a {type(self._loader).__name__} has no {name}")
         return getattr(self._loader, name)
 
     def close(self) -> None:
@@ -120,3 +170,19 @@ class GPUCachedPathDataLoader:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _warn_of_ranks_that_read_the_same(loader: Any) -> None:
+    """Nobody can put a DistributedSampler into a DataLoader that is wrapped, as Lightning does."""
+    ranks, _ = find_rank()
+    if (
+        ranks > 1
+        and isinstance(loader, DataLoader)
+        and type(loader.sampler) in (RandomSampler, SequentialSampler)
+    ):
+        warnings.warn(
+            f"each of the {ranks} ranks will train on all files: give the DataLoader a "
+            "DistributedSampler, or wrap PathLister(files, batch_size=...), which takes the part "
+            "of its rank",
+            stacklevel=3,
+        )

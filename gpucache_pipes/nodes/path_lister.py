@@ -159,30 +159,33 @@ class PathLister(BaseNode[Any]):
         return self._paths
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next reset begin this epoch; without it each reset begins the next one."""
+        """Let the next reset begin this epoch; without it each reset begins the next one.
+
+        A reset from a state goes on where that was taken, whatever this says; unless that was the
+        very end of another epoch.
+        """
         self._next_epoch = epoch
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """See BaseNode: begins the next epoch, or goes on where a state was taken."""
         super().reset(initial_state)
+        following, self._next_epoch = self._next_epoch, None
         if initial_state is not None:
-            self._epoch = initial_state["epoch"]
-            self._position = initial_state["position"]
-            if self._stream is None:
-                per_rank = self.shards.static or self._buckets is not None
-                self._position = place(
-                    initial_state, self._identity(), per_rank, self.if_files_changed
-                )
-            self._next_epoch = None
+            self._epoch, self._position = initial_state["epoch"], initial_state["position"]
+        elif following is not None:
+            self._epoch, self._position = following, 0
         else:
-            if self._next_epoch is not None:
-                self._epoch, self._next_epoch = self._next_epoch, None
-            elif self._position > 0:
-                self._epoch += 1
-            self._position = 0
+            self._epoch, self._position = self._epoch + (self._position > 0), 0
         if self._stream is not None:
             self._stream.reset((initial_state or {}).get("source"))
-        else:
+            return
+        if initial_state is not None:
+            per_rank = self.shards.static or self._buckets is not None
+            self._position = place(initial_state, self._identity(), per_rank, self.if_files_changed)
+        self._order = self._drawing.draw(self._epoch)
+        if following not in (None, self._epoch) and not self._flat(self._order, self._position):
+            # A framework that resumes at the end of an epoch says which one it goes on with.
+            self._epoch, self._position = following, 0
             self._order = self._drawing.draw(self._epoch)
 
     def next(self) -> Any:

@@ -100,7 +100,8 @@ class GPUPrefetcher(BaseNode[Any]):
         self._exhausted = False
         self.store.begin_epoch(self._owner)
         upcoming = find_upstream(self.source, "upcoming")
-        if upcoming is not None and self.path_fn is None:
+        if upcoming is not None:
+            # With a path_fn the paths may be others, which the policy would notice.
             self.store.foresee(self._owner, upcoming())
 
     def next(self) -> Any:

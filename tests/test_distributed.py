@@ -1,0 +1,158 @@
+"""Several ranks, for real: torchrun, a rank that dies, a file that is bad on one of them."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpucache_pipes import Lockstep
+
+ROOT = Path(__file__).parent.parent
+Files = Callable[..., list[str]]
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def classified(number: int) -> dict[str, torch.Tensor]:
+    return {"feature": torch.randn(16) + number % 10, "label": torch.tensor(number % 10)}
+
+
+def command(*arguments: object, restarts: int = 0) -> list[str]:
+    with socket.socket() as unused:
+        unused.bind(("localhost", 0))
+        port = str(unused.getsockname()[1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    script = str(ROOT / "examples" / "train_ddp.py")
+    options = ["--master-port", port, "--max-restarts", str(restarts)]
+    return [*torchrun, *options, script, *map(str, arguments)]
+
+
+def run(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        arguments, capture_output=True, text=True, timeout=200, env=ENVIRONMENT, check=False
+    )
+
+
+def test_a_rank_is_killed_and_the_run_goes_on_as_if_nothing_had_happened(
+    make_files: Files, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    directory = Path(make_files(50, classified)[0]).parent
+    options = [directory, "--batch-size", 5, "--save-every", 3]
+
+    undisturbed = run(command(*options, "--epochs", 300, "--checkpoint", tmp_path / "a.ckpt"))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    checkpoint = tmp_path / "b.ckpt"
+    said = []
+    with subprocess.Popen(
+        command(*options, "--epochs", 300, "--checkpoint", checkpoint, restarts=1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            found = re.search(r"rank 1 is process (\d+) on cpu, from step 0", line)
+            if found:
+                while not checkpoint.exists() and process.poll() is None:
+                    time.sleep(0.001)
+                os.kill(int(found[1]), signal.SIGKILL)
+    text = "".join(said)
+    assert process.returncode == 0, text
+    starts = [int(step) for step in re.findall(r"is process \d+ on cpu, from step (\d+)", text)]
+    assert len(starts) == 4 and starts[:2] == [0, 0]
+    assert starts[2] == starts[3] > 0 and starts[2] % 3 == 0
+    [end] = re.findall("finished at step 1500, weights .*", text)
+    assert end in undisturbed.stdout  # to the last digit
+
+
+def test_a_bad_file_on_one_rank_ends_all(make_files: Files) -> None:
+    paths = make_files(40, classified)
+    Path(paths[33]).write_bytes(b"not a feature")
+    ended = run(command(Path(paths[0]).parent, "--batch-size", 5, "--epochs", 1000))
+    assert ended.returncode != 0
+    assert "FeatureLoadError" in ended.stderr and paths[33] in ended.stderr
+
+
+LOCKSTEP = """
+import sys
+import torch.distributed as dist
+from gpucache_pipes import *
+
+rank, place, *paths = sys.argv[1:]
+dist.init_process_group("gloo", init_method=f"file://{place}", world_size=2, rank=int(rank))
+lengths = {"0": 6, "1": 5}
+store = GPUFeatureStore("cpu")
+mine = paths[int(rank)::2][:lengths[rank]]
+batches = Lockstep(GPUCollator(GPUPrefetcher(mine, store), batch_size=1))
+for epoch in range(2):
+    batches.reset()
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            break
+        except Exception as error:
+            print(type(error).__name__, error)
+            continue
+        together = batch["label"].clone()
+        dist.all_reduce(together)  # would hang if the ranks were not at the same step
+        print(int(batch["label"]), int(together))
+store.close()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_lockstep(make_files: Files, tmp_path: Path) -> None:
+    paths = make_files(12)
+    bad = paths[5]  # the third one of rank 1
+    Path(bad).write_bytes(b"")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOCKSTEP, str(rank), str(tmp_path / "meet"), *paths],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=100)[0].splitlines() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    failed = f"cannot load {bad!r}: ValueError: the file is empty"
+    # The third step is left out on both, and the sixth, which rank 1 does not have.
+    steps = [(0, 1), (2, 5), None, (6, 13), (8, 17)]
+    epoch = [
+        f"RankError rank 1 failed with FeatureLoadError: {failed}"
+        if step is None
+        else f"{step[0]} {step[1]}"
+        for step in steps
+    ]
+    assert outputs[0] == epoch * 2
+    epoch = [
+        f"FeatureLoadError {failed}" if step is None else f"{step[1] - step[0]} {step[1]}"
+        for step in steps
+    ]
+    assert outputs[1] == epoch * 2
+
+
+def test_lockstep_alone_passes_on() -> None:
+    node = Lockstep([1, 2, 3])
+    assert [next(node), next(node)] == [1, 2]
+    again = Lockstep([1, 2, 3])
+    again.reset(node.state_dict())
+    assert list(again) == [3]
+    with pytest.raises(TypeError, match="a node or an iterable"):
+        Lockstep(3)  # type: ignore[arg-type]
