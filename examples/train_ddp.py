@@ -107,6 +107,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     with loader:
         for epoch in range(first_epoch, args.epochs):
+            loader.set_epoch(epoch)  # on every rank the same, whatever it did before
             before = loader.store.stats()
             loss = torch.zeros((), device=device)
             for batch in loader:

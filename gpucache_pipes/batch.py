@@ -11,8 +11,19 @@ from torch.utils.data import default_collate
 
 from gpucache_pipes.cache import LAYOUT_SHIFT, Cache, Entry
 from gpucache_pipes.device import Backend
-from gpucache_pipes.files import Layout, Leaf, Tree, build, leaf_names, own
+from gpucache_pipes.files import (
+    ALIGNMENT,
+    Layout,
+    Leaf,
+    LoadedFeature,
+    Tree,
+    build,
+    leaf_names,
+    own,
+)
 from gpucache_pipes.ragged import RaggedOptions, join_ragged, stack_scattered
+
+_NONE: Mapping[int, LoadedFeature] = {}
 
 
 class FeatureBatch(Sequence[Any]):
@@ -179,12 +190,19 @@ class FeatureBatch(Sequence[Any]):
 
 
 def gather_batch(
-    cache: Cache, backend: Backend, numbers: Sequence[int], rows: Sequence[int]
+    cache: Cache,
+    backend: Backend,
+    numbers: Sequence[int],
+    rows: Sequence[int],
+    substitutes: Mapping[int, LoadedFeature] = _NONE,
 ) -> FeatureBatch:
     """Gather READY entries, which stay so meanwhile, on the current stream of this thread.
 
-    `rows` are theirs, as `Cache.rows` has them.
+    `rows` are theirs, as `Cache.rows` has them. `substitutes` are taken at their positions in
+    place of entries that could not be loaded.
     """
+    if substitutes:
+        return _gather_with(substitutes, cache, backend, numbers)
     entries, device = cache.entries, backend.device
     least, largest = (min(rows), max(rows)) if rows else (-1, -1)
     if least >= 0 and least >> LAYOUT_SHIFT == largest >> LAYOUT_SHIFT:
@@ -209,6 +227,40 @@ def gather_batch(
         batch._block = block.view(torch.uint8).view(-1)
     else:
         batch._block = torch.empty(0, dtype=torch.uint8, device=device)
+    return batch
+
+
+def _gather_with(
+    substitutes: Mapping[int, LoadedFeature],
+    cache: Cache,
+    backend: Backend,
+    numbers: Sequence[int],
+) -> FeatureBatch:
+    """The same where some features come from the host: piece by piece, as it is seldom."""
+    entries, device = cache.entries, backend.device
+    layouts: list[Layout] = []
+    values: list[tuple[Any, ...]] = []
+    pieces: list[torch.Tensor] = []
+    for position, number in enumerate(numbers):
+        found = substitutes.get(position)
+        source: Any = entries[number] if found is None else found
+        layouts.append(source.layout)
+        values.append(source.values)
+        if found is not None:
+            # Features must begin at multiples of their alignment.
+            held = bytearray(-(-found.layout.span // ALIGNMENT) * ALIGNMENT)
+            if held:
+                found.read_into([memoryview(held)])
+                pieces.append(to_device(torch.frombuffer(held, dtype=torch.uint8), device))
+                continue
+        elif source.pages:
+            [block] = backend.gather(source.pages, [(0, backend.page_bytes)])
+            pieces.append(block.view(torch.uint8).view(-1))
+            continue
+        pieces.append(torch.empty(0, dtype=torch.uint8, device=device))
+    batch = FeatureBatch(device, entries, numbers, layouts, values)
+    batch._starts = list(accumulate((len(piece) for piece in pieces), initial=0))
+    batch._block = torch.cat(pieces)
     return batch
 
 

@@ -1,18 +1,22 @@
 """Requests become tickets, and tickets become batches: what happens under the one lock."""
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from gpucache_pipes.batch import FeatureBatch, gather_batch
 from gpucache_pipes.cache import Cache, Entry, State
 from gpucache_pipes.device import Backend
 from gpucache_pipes.errors import load_error
+from gpucache_pipes.files import LoadedFeature
 from gpucache_pipes.loader import Loader
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.tracing import trace
+
+_log = logging.getLogger("gpucache_pipes")
 
 _USED = "this ticket has been used or cancelled; request its paths again"
 
@@ -38,6 +42,7 @@ class Desk:
         self.changed = changed
         self.hits = 0
         self.misses = 0
+        self.skipped = 0
         self.wait_seconds = 0.0
         # Why there is no service, once the store is closed or in a forked process.
         self.refusal: str | None = None
@@ -48,6 +53,8 @@ class Desk:
         self._gathering = 0
         # clear() was called, and memory is to be given back when no batch is in flight.
         self._clearing = False
+        # Files that were left out and have been named in the log.
+        self._said: set[int] = set()
         # What finalizers want done under the lock, which they may not take.
         self._deferred: deque[Callable[[], None]] = deque()
 
@@ -150,8 +157,9 @@ class Desk:
                 self.wait_for(tickets)
                 numbers = tickets[0].numbers
                 rows = tickets[0].rows
-                if len(tickets) > 1:
-                    numbers = [number for ticket in tickets for number in ticket.numbers]
+                substitutes: dict[int, LoadedFeature] = {}
+                if len(tickets) > 1 or tickets[0].instead:
+                    numbers, substitutes = _taken(tickets)
                     rows = None
                 if rows is None:
                     rows = list(map(self._cache.rows.__getitem__, numbers))
@@ -162,7 +170,7 @@ class Desk:
                 self._gathering += 1
                 gathering = True
             with trace("gpucache::gather"):
-                return gather_batch(self._cache, self._backend, numbers, rows)
+                return gather_batch(self._cache, self._backend, numbers, rows, substitutes)
         finally:
             if held:
                 with self.lock:
@@ -170,8 +178,42 @@ class Desk:
                     self._close(held)
             self.cancel(tickets)
 
+    def settle(self, ticket: Ticket) -> dict[int, Exception]:
+        """Wait until nothing of it is loading; what failed, by position."""
+        with self.lock:
+            self._wait_for([ticket])
+            return {at: _error_of(entry, ticket) for at, entry in self._failed(ticket)}
+
+    def replace(self, ticket: Ticket, position: int, feature: LoadedFeature | None) -> None:
+        """Take `feature` in the place of one that failed; None leaves it out."""
+        with self.lock:
+            entry = self._cache.entries[ticket.numbers[position]]
+            if entry not in ticket.errors:
+                raise ValueError(f"{entry.path!r} has not failed: there is nothing to replace")
+            ticket.instead[position] = feature
+            self.skipped += 1
+            error = _error_of(entry, ticket)
+            new = feature is None and entry.file not in self._said
+            self._said.add(entry.file)
+        if new:
+            _log.warning("left out: %s", error)
+
+    def _failed(self, ticket: Ticket) -> Iterator[tuple[int, Entry]]:
+        """Under the lock: what failed and nobody has replaced, with its position."""
+        if ticket.errors:
+            for at, number in enumerate(ticket.numbers):
+                entry = self._cache.entries[number]
+                if entry in ticket.errors and at not in ticket.instead:
+                    yield at, entry
+
     def wait_for(self, tickets: Sequence[Ticket]) -> None:
         """Wait until nothing of `tickets` is loading; raise what became of it. Under the lock."""
+        self._wait_for(tickets)
+        for ticket in tickets:
+            for _, entry in self._failed(ticket):
+                raise _error_of(entry, ticket)
+
+    def _wait_for(self, tickets: Sequence[Ticket]) -> None:
         self._require_valid(tickets)
         if any(ticket.pending for ticket in tickets):
             start = time.perf_counter()
@@ -182,12 +224,6 @@ class Desk:
                         self._require_valid(tickets)
             finally:
                 self.wait_seconds += time.perf_counter() - start
-        for ticket in tickets:
-            if ticket.errors:
-                entries = map(self._cache.entries.__getitem__, ticket.numbers)
-                entry = next(entry for entry in entries if entry in ticket.errors)
-                cause = ticket.errors[entry]
-                raise load_error(entry.path, cause) from cause
 
     def _require_valid(self, tickets: Sequence[Ticket]) -> None:
         self.require_open()
@@ -265,3 +301,29 @@ class Desk:
             "this GPUFeatureStore was made before a fork and does not work in the new process; "
             "make it where it is used (DataLoader workers need only paths)"
         )
+
+
+def _error_of(entry: Entry, ticket: Ticket) -> Exception:
+    """A new one for each consumer."""
+    cause = ticket.errors[entry]
+    error = load_error(entry.path, cause)
+    error.__cause__ = cause
+    return error
+
+
+def _taken(tickets: Sequence[Ticket]) -> tuple[list[int], dict[int, LoadedFeature]]:
+    """What of several tickets comes into a batch, and what is not of the cache, by position."""
+    numbers: list[int] = []
+    substitutes: dict[int, LoadedFeature] = {}
+    for ticket in tickets:
+        if not ticket.instead:
+            numbers += ticket.numbers
+            continue
+        for at, number in enumerate(ticket.numbers):
+            if at in ticket.instead:
+                feature = ticket.instead[at]
+                if feature is None:
+                    continue
+                substitutes[len(numbers)] = feature
+            numbers.append(number)
+    return numbers, substitutes

@@ -2,13 +2,15 @@
 
 import atexit
 import os
+import time
 import weakref
 from typing import Protocol
 
-EXIT_SECONDS = 5.0
+EXIT_SECONDS = 0.8
 """How long the end of the interpreter waits, at most, for readers in the middle of a file.
 
-A thread that runs on while the interpreter is taken down can abort the process.
+A thread that is inside torch's C++ while the interpreter is taken down can abort the process; one
+that reads or waits ends in silence.
 """
 
 
@@ -32,8 +34,9 @@ def watch(mortal: Mortal) -> None:
 
 @atexit.register
 def _at_exit() -> None:
+    deadline = time.monotonic() + EXIT_SECONDS
     for mortal in list(_living):
-        mortal.shut(EXIT_SECONDS)
+        mortal.shut(max(0.0, deadline - time.monotonic()))
 
 
 def _in_child() -> None:

@@ -1,7 +1,8 @@
 """From files to pages: what reader threads do."""
 
-import contextlib
+import logging
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,10 @@ from gpucache_pipes.files import (
     sample_file_sizes,
 )
 from gpucache_pipes.pages import choose_page_bytes
+from gpucache_pipes.task import Revoked, Task
 from gpucache_pipes.tracing import trace
+
+_log = logging.getLogger("gpucache_pipes")
 
 _FILES_PER_TASK = 32
 """Few enough that several readers share a batch, many enough that a task costs little."""
@@ -42,6 +46,7 @@ class Loader:
         page_bytes: int | None,
         upload_bytes: int,
         revalidate: bool,
+        read_timeout: float | None,
         lock: threading.Lock,
         changed: threading.Condition,
     ) -> None:
@@ -56,12 +61,17 @@ class Loader:
         self._upload_bytes = upload_bytes
         # Whether to note, for each file that is read, what it was then.
         self.revalidate = revalidate
+        # Seconds that a reader may spend on one file, and what readers are at.
+        self._read_timeout = read_timeout
+        self._running: set[Task] = set()
         self._lock = lock
         self._changed = changed
         # Counters; under the lock.
         self.files_read = 0
         self.bytes_read = 0
         self.failures = 0
+        if pool is not None and read_timeout is not None:
+            pool.watch(read_timeout / 4, weakref.WeakMethod(self.take_over_from_the_stuck))
 
     def submit(self, entries: list[Entry]) -> None:
         """Read `entries`, which are LOADING, and empty the list. Without the lock.
@@ -93,58 +103,112 @@ class Loader:
         """Tell all who wait for `entries`, which nobody reads, that they will not come."""
         self._end({}, failed=dict.fromkeys(entries, error))
 
-    def _load_in_thread(self, task: list[list[Entry]]) -> None:
+    def _load_in_thread(self, task: list[list[Entry]]) -> bool:
+        """True if the thread has been replaced, and is to end."""
         entries = _take(task)
-        # Whoever waits has been told of any error, and the thread must live on.
-        with contextlib.suppress(BaseException):
+        try:
             if entries:
                 self._load(entries)
+        except Revoked:
+            return True
+        except BaseException:
+            pass  # Whoever waits has been told, and the thread must live on.
+        return False
+
+    def take_over_from_the_stuck(self) -> None:
+        """Replace readers that have been at one file for too long. In a thread of its own."""
+        assert self._pool is not None and self._read_timeout is not None
+        with self._lock:
+            for task in list(self._running):
+                stuck = task.revoke(self._read_timeout)
+                if stuck is None:
+                    continue
+                cause = TimeoutError(f"not read within read_timeout={self._read_timeout:g} seconds")
+                if stuck.pages:
+                    task.forsaken = stuck
+                rest = [entry for entry in task.left if entry is not stuck]
+                task.left.clear()
+                self.failures += 1
+                waiters = self._cache.forsake(stuck)
+                for ticket in waiters:
+                    ticket.errors[stuck] = cause
+                self._tell(waiters)
+                for entry in rest:
+                    self._cache.start_again(entry)
+                self._pool.replace(task.thread)
+                self._pool.submit(self._load_in_thread, [rest])
+                _log.warning(
+                    "%s: %s; another thread goes on with what comes behind it", stuck.path, cause
+                )
 
     def _load(self, entries: Sequence[Entry]) -> None:
         """Open, place, read and finish every entry. None is LOADING afterwards."""
         # Those that are LOADING because of this task: others may load them again afterwards.
-        left = dict.fromkeys(entries)
+        task = Task(entries)
+        left = task.left
+        group: list[tuple[Entry, OpenFeature]] = []
+        size = 0
+        self._running.add(task)
         try:
-            group: list[tuple[Entry, OpenFeature]] = []
-            size = 0
             for entry in entries:
                 self._require_running()
-                try:
-                    if self.revalidate:
-                        # First: if it changes now, what is read is taken for older than it is.
-                        entry.version = file_version(entry.key)
-                    with trace("gpucache::read"):
-                        feature = self._open_file(entry.path if self._as_spelled else entry.key)
-                except Exception as error:
-                    self._end(left, failed={entry: error})
+                feature = self._open(entry, task)
+                if isinstance(feature, Exception):
+                    self._end(left, failed={entry: feature})
                     continue
                 group.append((entry, feature))
                 size += feature.layout.span
                 if size >= self._upload_bytes:
-                    self._upload(group, left)
+                    self._upload(group, task)
                     group, size = [], 0
             if group:
-                self._upload(group, left)
+                self._upload(group, task)
+        except Revoked:
+            with self._lock:
+                if task.forsaken is not None:
+                    self._cache.give_up(task.forsaken)
+            raise
         except BaseException as error:
             # An interrupt, or a bug: nobody may wait for these for ever.
             self._end(left, failed=dict.fromkeys(left, error))
             raise
+        finally:
+            self._running.discard(task)
+            for _, feature in group:
+                feature.close()
+
+    def _open(self, entry: Entry, task: Task) -> OpenFeature | Exception:
+        task.begin(entry)
+        try:
+            if self.revalidate:
+                # First: if it changes now, what is read is taken for older than it is.
+                entry.version = file_version(entry.key)
+            with trace("gpucache::read"):
+                return self._open_file(entry.path if self._as_spelled else entry.key)
+        except Exception as error:
+            return error
+        finally:
+            task.end()
 
     def _require_running(self) -> None:
         if self._pool is not None and self._pool.stopping:
             raise RuntimeError("the store was closed")
 
-    def _upload(self, group: Sequence[tuple[Entry, OpenFeature]], left: dict[Entry, None]) -> None:
+    def _upload(self, group: Sequence[tuple[Entry, OpenFeature]], task: Task) -> None:
+        left = task.left
         try:
             placed, failed = self._place(group, left)
             with trace("gpucache::upload"):
                 for part in self._parts(placed):
                     upload = self._backend.upload([entry.pages for entry, _ in part])
                     for number, (entry, feature) in enumerate(part):
+                        task.begin(entry)
                         try:
                             feature.read_into(upload.buffers(number))
                         except Exception as error:
                             failed[entry] = error
+                        finally:
+                            task.end()
                     upload.finish()
         finally:
             for _, feature in group:

@@ -12,6 +12,7 @@ class StoreStats:
         misses: features requested for which a file had to be read.
         evictions: features that went so that others could come.
         failures: files that could not be loaded.
+        skipped: features that were left out of batches, or replaced, because of that.
         files_read: files that were read, for requests or ahead of them.
         bytes_read: bytes read from storage for them.
         items: features cached now.
@@ -28,6 +29,7 @@ class StoreStats:
     misses: int
     evictions: int
     failures: int
+    skipped: int
     files_read: int
     bytes_read: int
     items: int
@@ -54,6 +56,7 @@ _COUNTERS = (
     "misses",
     "evictions",
     "failures",
+    "skipped",
     "files_read",
     "bytes_read",
     "wait_seconds",

@@ -66,6 +66,9 @@ class GPUFeatureStore:
             disk, for each file of a batch, in the thread that asks. A file that was written
             less than two seconds before it was read is read again at its next hit, since
             clocks are too coarse to tell; a path that is no file, as load_fn may take it, always.
+        read_timeout: seconds after which a file that is still being read counts as failed, with a
+            TimeoutError as the cause. Its reader is replaced by another thread, and ends when the
+            read returns, if ever. None waits for as long as it takes.
 
     Raises:
         ValueError: an argument is out of range; the message names it and its value.
@@ -85,9 +88,16 @@ class GPUFeatureStore:
         page_bytes: int | None = None,
         staging_bytes: int | str | None = None,
         revalidate: bool = False,
+        read_timeout: float | None = None,
     ) -> None:
         if load_fn is not None and not callable(load_fn):
             raise ValueError(f"load_fn={load_fn!r} must be callable")
+        if read_timeout is not None and (not asynchronous or not read_timeout > 0):
+            raise ValueError(
+                f"read_timeout={read_timeout!r} must be a positive number of seconds"
+                if asynchronous
+                else "read_timeout needs reader threads: asynchronous=True"
+            )
         if page_bytes is not None and positive_int("page_bytes", page_bytes) % 16:
             raise ValueError(f"page_bytes={page_bytes} must be a multiple of 16")
         threads = positive_int(
@@ -117,6 +127,7 @@ class GPUFeatureStore:
             page_bytes,
             _power_of_two_below(staging // (2 * threads)),
             revalidate,
+            read_timeout,
             lock,
             changed,
         )
@@ -178,7 +189,8 @@ class GPUFeatureStore:
         """The features of several tickets as one batch, in order. Uses the tickets up.
 
         Waits for files that are still being read. The gather runs on the current stream of the
-        calling thread. Raises the first error among the features, in their order.
+        calling thread. Raises the first error among the features, in their order, that was not
+        dealt with by `Ticket.replace`.
         """
         return self._desk.collect(tickets)
 
@@ -275,6 +287,7 @@ class GPUFeatureStore:
                 files_read=self._loader.files_read,
                 bytes_read=self._loader.bytes_read,
                 evictions=self._cache.evictions,
+                skipped=self._desk.skipped,
                 items=ledger.cached_items,
                 cached_bytes=ledger.cached_bytes,
                 padding_bytes=ledger.cached_pages * ledger.page_bytes - ledger.cached_bytes,

@@ -1,10 +1,11 @@
 """A batch that is on its way."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from gpucache_pipes.batch import FeatureBatch
 from gpucache_pipes.cache import Entry
+from gpucache_pipes.files import LoadedFeature
 
 
 class Issuer(Protocol):
@@ -18,6 +19,12 @@ class Issuer(Protocol):
 
     def abandon(self, number: int) -> None:
         """Take one back later, without a lock."""
+
+    def settle(self, ticket: "Ticket") -> dict[int, Exception]:
+        """Wait for its files; what failed, by position."""
+
+    def replace(self, ticket: "Ticket", position: int, feature: LoadedFeature | None) -> None:
+        """Put a feature in the place of one that failed, or nothing."""
 
 
 class Ticket:
@@ -38,6 +45,8 @@ class Ticket:
         # of the store.
         self.pending = 0
         self.errors: dict[Entry, BaseException] = {}
+        # What is taken, by position, instead of features that failed; None leaves one out.
+        self.instead: dict[int, LoadedFeature | None] = {}
         # What must live for as long as this: the store.
         self.holder: object = None
         self._issuer = issuer
@@ -47,6 +56,21 @@ class Ticket:
     def result(self) -> FeatureBatch:
         """The features, gathered on the current stream of this thread; waits for files."""
         return self._issuer.collect([self])
+
+    def wait(self) -> dict[int, Exception]:
+        """Wait until all files have been read. The errors of those that failed, by position.
+
+        They are what `result` would raise.
+        """
+        return self._issuer.settle(self)
+
+    def replace(self, position: int, feature: Any = None) -> None:
+        """Take `feature` instead of the one at that position, which has failed.
+
+        Without one, it is left out of the result, which is shorter then.
+        """
+        found = None if feature is None else LoadedFeature(feature)
+        self._issuer.replace(self, position, found)
 
     def cancel(self) -> None:
         """Let go. Harmless if the ticket was used."""

@@ -35,10 +35,11 @@ def parse_bytes(name: str, value: int | str) -> int:
     return positive_int(name, value)
 
 
-def positive_int(name: str, value: int) -> int:
+def positive_int(name: str, value: int, least: int = 1) -> int:
     """`value`, or a ValueError that names the parameter unless it is an int of at least 1."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive whole number")
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        kind = "positive whole number" if least == 1 else f"whole number of at least {least}"
+        raise ValueError(f"{name}={value!r} must be a {kind}")
     return operator.index(value)
 
 

@@ -27,9 +27,10 @@ ALLOWED = {
     "pages": set(),
     "batch": {"cache", "device", "files", "ragged"},
     "ragged": {"files"},
-    "loader": {"cache", "device", "files", "pages"},
-    "ticket": {"batch", "cache"},
-    "desk": {"batch", "cache", "device", "loader", "ticket"},
+    "loader": {"cache", "device", "files", "pages", "task"},
+    "task": {"cache"},
+    "ticket": {"batch", "cache", "files"},
+    "desk": {"batch", "cache", "device", "files", "loader", "ticket"},
     "warming": {"cache", "desk", "files", "ticket"},
     "store": {
         "batch",

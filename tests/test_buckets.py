@@ -120,6 +120,13 @@ def test_by_the_size_of_files(make_files: Files) -> None:
     assert padded <= 4  # batches that have both lengths: one in each window
 
 
+def test_another_batch_size_is_another_order() -> None:
+    paths = names([5, 1, 4] * 8)
+    state = PathLister(paths, bucket_by=length_of, batch_size=4).state_dict()
+    with pytest.raises(ValueError, match=r"batch_size=4, and this lister has .*batch_size=8"):
+        PathLister(paths, bucket_by=length_of, batch_size=8).reset(state)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

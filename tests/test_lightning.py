@@ -198,7 +198,65 @@ def test_two_ranks_have_a_part_each_and_are_told_about_samplers(
     parts = [eval(line[5:]) for line in run.stdout.splitlines() if line.startswith("seen")]
     assert len(parts) == 2 and sorted(chain.from_iterable(parts)) == list(range(12))
     assert "Trainer(use_distributed_sampler=True) has no effect" in run.stderr
-    assert "each of the 2 ranks will train on all files" in run.stderr
+    assert "each of the 2 ranks may read all files of this DataLoader" in run.stderr
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 5])
+def test_resuming_where_lightning_ends_epochs_early(
+    make_files: Files, tmp_path: Path, after: int
+) -> None:
+    paths = make_files(21)
+    options: dict[str, Any] = {"max_epochs": 3, "limit_train_batches": 2}
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    with GPUFeatureStore("cpu") as store:
+        whole, resumed = Recorder(), Recorder()
+        trainer(tmp_path, **options, callbacks=[keep]).fit(whole, datamodule=Data(paths, store))
+        trainer(tmp_path, **options).fit(
+            resumed, datamodule=Data(paths, store), ckpt_path=tmp_path / f"step={after}.ckpt"
+        )
+    assert len(whole.seen["train"]) == 6
+    assert resumed.seen["train"] == whole.seen["train"][after:]
+
+
+EARLY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_lightning import *
+paths = sys.argv[3:]
+store = GPUFeatureStore("cpu")
+# Before anybody knows that there are ranks.
+loader = GPUCachedPathDataLoader(PathLister(paths, batch_size=3, shuffle=True), store=store)
+model = Recorder()
+runner = trainer(Path(sys.argv[2]), max_epochs=1, devices=2, strategy="ddp",
+    use_distributed_sampler=False, enable_checkpointing=False)
+runner.fit(model, loader)
+print("seen", sorted(chain.from_iterable(model.seen["train"])), len(loader), flush=True)
+store.close()
+"""
+
+
+def test_a_lister_that_is_made_before_the_ranks_are_known(
+    make_files: Files, tmp_path: Path
+) -> None:
+    script = tmp_path / "early.py"  # which Lightning starts once more
+    script.write_text(EARLY)
+    run = subprocess.run(
+        [sys.executable, script, str(ROOT / "tests"), str(tmp_path), *make_files(12)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    parts = [line[5:-2] for line in run.stdout.splitlines() if line.startswith("seen")]
+    assert sorted(chain.from_iterable(map(eval, parts))) == list(range(12))
+
+
+def test_what_the_callback_says_of_overfitting(tmp_path: Path) -> None:
+    with GPUFeatureStore("cpu") as store:
+        runner = trainer(tmp_path, overfit_batches=2)
+        with pytest.warns(UserWarning, match="overfit_batches"):
+            GPUCacheCallback(store).setup(runner, Recorder(), "fit")
 
 
 def test_the_example(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.datapipes.iter import IterableWrapper
 
-from gpucache_pipes import PathLister
+from gpucache_pipes import FeaturePathDataset, PathLister
 
 Files = Callable[..., list[str]]
 NAMES = [f"/f/{n:03d}.pt" for n in range(10)]
@@ -122,11 +122,18 @@ def test_set_epoch_and_states(drop_last: bool) -> None:
             resumed = make()
             resumed.set_epoch(following)
             resumed.reset(state)
-            # In the middle of an epoch the state says where; at its end, set_epoch may.
-            expected = epochs[0][len(epochs[0]) - left :]
-            if not left and following == 3:
-                expected = epochs[3]
+            expected = epochs[0][len(epochs[0]) - left :] if following == 0 else epochs[3]
             assert list(resumed) == expected
+    later = make()
+    for _ in epochs[0]:
+        list(later)
+        later.reset()
+    next(later)
+    # An earlier epoch does not move a state.
+    resumed = make()
+    resumed.set_epoch(0)
+    resumed.reset(later.state_dict())
+    assert list(resumed) == list(later)
 
 
 def test_an_epoch_that_was_not_begun_is_not_skipped() -> None:
@@ -262,6 +269,46 @@ def test_batch_samplers() -> None:
     assert list(lister.upcoming()) == NAMES[4:] + NAMES
     with pytest.raises(ValueError, match="batches already"):
         next(PathLister(NAMES, sampler=batches, batch_size=2))
+
+
+def test_the_epoch_reaches_a_sampler_within_a_batch_sampler() -> None:
+    inner: Any = DistributedSampler(NAMES, num_replicas=2, rank=0)  # type: ignore[arg-type]
+    lister = PathLister(NAMES, sampler=BatchSampler(inner, 2, drop_last=False))
+    orders = [[path for batch in epoch(lister) for path in batch] for _ in range(3)]
+    for number, order in enumerate(orders):
+        inner.set_epoch(number)
+        assert order == [NAMES[at] for at in inner]
+    assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("files", ["list", "glob"])
+def test_the_same_names_in_other_directories(tmp_path: Path, files: str) -> None:
+    def lister(*names: str) -> PathLister:
+        for name in "abcde":
+            path = tmp_path / name / "0.pt"
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)
+            if name in names:
+                path.touch()
+        if files == "glob":
+            return PathLister(str(tmp_path / "*" / "*.pt"))
+        return PathLister([tmp_path / name / "0.pt" for name in names])
+
+    before = lister("a", "b", "c", "d")
+    next(before)
+    with pytest.raises(ValueError, match="other names"):
+        lister("b", "c", "d", "e").reset(before.state_dict())
+    lister("a", "b", "c", "d").reset(before.state_dict())
+
+
+def test_what_is_no_state() -> None:
+    with pytest.raises(ValueError, match="no state of a PathLister"):
+        PathLister(NAMES).reset({})
+
+
+def test_a_dataset_of_paths(tree: Path) -> None:
+    dataset = FeaturePathDataset(tree)
+    assert epoch(PathLister(dataset)) == dataset.paths  # type: ignore[arg-type]
 
 
 def test_upcoming_is_the_rest_of_this_epoch_and_all_of_the_next() -> None:

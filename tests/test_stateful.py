@@ -1,7 +1,7 @@
 """States of GPUCachedPathDataLoader: those of the loader, at the batch that was consumed."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 import torchdata.nodes as tn
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from gpucache_pipes import FeaturePathDataset, GPUCachedPathDataLoader, GPUFeatureStore, PathLister
@@ -146,6 +146,71 @@ def test_with_worker_processes(paths: list[str], context: str) -> None:
         assert len(seen) + len(rest) == 7
 
 
+class Stream(IterableDataset[str]):
+    """Whose state is no copy: a list that gets shorter."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.left = list(paths)
+
+    def __iter__(self) -> Iterator[str]:
+        while self.left:
+            yield self.left.pop(0)
+
+    def state_dict(self) -> Any:
+        return {"left": self.left}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.left = list(state["left"])
+
+
+@pytest.mark.parametrize("steps", range(7))
+def test_a_state_that_changes_while_more_is_drawn(paths: list[str], steps: int) -> None:
+    def cached() -> GPUCachedPathDataLoader:
+        inner: Any = StatefulDataLoader(Stream(paths), batch_size=3)
+        return GPUCachedPathDataLoader(inner, device="cpu", prefetch_batches=3)
+
+    with cached() as whole, cached() as resumed:
+        iterator = iter(whole)
+        for _ in range(steps):
+            next(iterator)
+        resumed.load_state_dict(whole.state_dict())
+        rest = [n for batch in resumed for n in labels(batch)]
+        assert rest == list(range(FILES))[3 * steps :]
+
+
+def test_an_iterator_has_one_pass(paths: list[str]) -> None:
+    batches = (paths[at : at + 5] for at in range(0, FILES, 5))
+    with GPUCachedPathDataLoader(batches, device="cpu") as cached:
+        assert len(list(cached)) == 4 and cached
+        with pytest.raises(RuntimeError, match="only once"):
+            list(cached)
+    nonsense: list[tuple[Any, str]] = [(3, "a node or an iterable"), ("abc", "is a path")]
+    for wrong, message in nonsense:
+        with pytest.raises(TypeError, match=message):
+            GPUCachedPathDataLoader(wrong, device="cpu")
+    with (
+        GPUCachedPathDataLoader([paths], device="cpu", path_extractor=str) as cached,
+        pytest.raises(TypeError, match="path_extractor must give a list"),
+    ):
+        list(cached)
+
+
+def test_a_pass_that_is_dropped_late_takes_nothing_from_the_next(paths: list[str]) -> None:
+    options: dict[str, Any] = {"device": "cpu", "max_cache_items": 10, "asynchronous": False}
+    rates = []
+    with GPUCachedPathDataLoader(lister(paths), **options) as cached:
+        for _ in range(6):
+            before = cached.store.stats()
+            first = iter(cached)
+            next(first)
+            for _batch in first:
+                pass
+            rates.append(cached.store.stats().since(before).hit_rate)
+            last = first  # the one from before goes only now
+        del last
+    assert rates == [0] + [0.5] * 5
+
+
 def test_a_loader_without_a_state_has_none(paths: list[str]) -> None:
     loader: Any = DataLoader(FeaturePathDataset(paths), batch_size=4)
     with GPUCachedPathDataLoader(loader, device="cpu") as cached:
@@ -182,6 +247,15 @@ def test_an_error_does_not_end_the_pass(paths: list[str]) -> None:
         for _ in range(2):
             with pytest.raises(ValueError, match="over 20 files, but there are 19"):
                 next(iter(other))
+
+
+@pytest.mark.parametrize("make", [lister, nodes_loader])
+def test_two_at_once_over_one_node_are_an_error(paths: list[str], make: Any) -> None:
+    with (
+        GPUCachedPathDataLoader(make(paths), device="cpu") as cached,
+        pytest.raises(RuntimeError, match="iterated anew"),
+    ):
+        list(zip(cached, cached, strict=True))
 
 
 def test_a_node_is_iterated_by_one_at_a_time(paths: list[str]) -> None:

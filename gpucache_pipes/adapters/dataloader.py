@@ -7,13 +7,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.adapters.iteration import Iteration, Progress
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
+from gpucache_pipes.nodes.failures import Failures, OnError
 from gpucache_pipes.nodes.sharding import find_rank
-from gpucache_pipes.nodes.sources import guarded
+from gpucache_pipes.nodes.sources import as_node, guarded
 from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.units import positive_int
 
@@ -48,6 +49,8 @@ class GPUCachedPathDataLoader:
         build_batch_fn: (gpu_batch, original_batch, paths) -> what to yield.
         store: a store to share; else one is made, and closed with this loader.
         ragged, padding_value, pad_to_multiple: as in GPUCollator.
+        on_error, max_failures: as in GPUPrefetcher. With path_extractor a batch of which a file
+            fails is skipped as a whole.
 
     Raises:
         ValueError: prefetch_batches < 1, or store options beside a store.
@@ -73,6 +76,8 @@ class GPUCachedPathDataLoader:
         ragged: str | Mapping[str, str] = "error",
         padding_value: float = 0.0,
         pad_to_multiple: int = 1,
+        on_error: OnError = "raise",
+        max_failures: int | None = None,
         **store_options: Any,
     ) -> None:
         options = {
@@ -85,14 +90,19 @@ class GPUCachedPathDataLoader:
         if store is not None and given:
             raise ValueError(f"set {', '.join(sorted(given))} on the store that is given")
         self._prefetch_batches = positive_int("prefetch_batches", prefetch_batches)
+        as_node(loader)  # or a TypeError
         self._loader = loader
+        # An iterator has one pass, and a second one is an error.
+        self._source = as_node(loader) if isinstance(loader, Iterator) else loader
         self._collate_options: dict[str, Any] = {
             "collate_fn": collate_fn,
             "ragged": ragged,
             "padding_value": padding_value,
             "pad_to_multiple": pad_to_multiple,
         }
-        GPUCollator((), **self._collate_options)  # wrong options: now, and not while training
+        Failures(on_error, max_failures)  # wrong options: now, and not while training
+        GPUCollator((), **self._collate_options)
+        self._error_options: dict[str, Any] = {"on_error": on_error, "max_failures": max_failures}
         self._path_extractor = path_extractor
         self._build_batch_fn = build_batch_fn
         self._progress = Progress(loader)
@@ -106,7 +116,11 @@ class GPUCachedPathDataLoader:
     def __iter__(self) -> Iterator[Any]:
         # Nodes of its own for each iteration: two at once do not disturb each other.
         features = GPUPrefetcher(
-            self._loader, self.store, depth=self._prefetch_batches, path_fn=self._paths_of
+            self._source,
+            self.store,
+            depth=self._prefetch_batches,
+            path_fn=self._paths_of,
+            **self._error_options,
         )
         batches = GPUCollator(features, **self._collate_options)
         return Iteration(batches, features, self._progress, self._join)
@@ -124,6 +138,8 @@ class GPUCachedPathDataLoader:
             or not isinstance(paths, Sequence)
             or not all(isinstance(path, (str, os.PathLike)) for path in paths)
         ):
+            if self._path_extractor is not None:
+                raise TypeError(f"path_extractor must give a list of paths, not {paths!r:.200}")
             raise TypeError(
                 f"the loader must yield batches of paths, not {paths!r:.200}; give it a "
                 "batch_size, or say by path_extractor where in a batch the paths are"
@@ -132,6 +148,10 @@ class GPUCachedPathDataLoader:
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        """True, also over a loader that has no length."""
+        return True
 
     @property
     def sampler(self) -> Any:
@@ -175,13 +195,17 @@ class GPUCachedPathDataLoader:
 def _warn_of_ranks_that_read_the_same(loader: Any) -> None:
     """Nobody can put a DistributedSampler into a DataLoader that is wrapped, as Lightning does."""
     ranks, _ = find_rank()
+    batches = getattr(loader, "batch_sampler", None)
     if (
         ranks > 1
         and isinstance(loader, DataLoader)
-        and type(loader.sampler) in (RandomSampler, SequentialSampler)
+        and isinstance(batches, BatchSampler)
+        and isinstance(batches.sampler, (RandomSampler, SequentialSampler))
+        # and not something of the user's own that may know its rank
+        and all(type(s).__module__.startswith("torch") for s in (batches, batches.sampler))
     ):
         warnings.warn(
-            f"each of the {ranks} ranks will train on all files: give the DataLoader a "
+            f"each of the {ranks} ranks may read all files of this DataLoader: give it a "
             "DistributedSampler, or wrap PathLister(files, batch_size=...), which takes the part "
             "of its rank",
             stacklevel=3,

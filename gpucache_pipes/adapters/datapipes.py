@@ -6,6 +6,7 @@ from typing import Any
 from torch.utils.data import IterDataPipe
 
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
+from gpucache_pipes.nodes.failures import OnError
 from gpucache_pipes.store import GPUFeatureStore
 
 
@@ -19,11 +20,19 @@ class GPUPrefetchIterDataPipe(IterDataPipe[Any]):
         depth: int = 2,
         path_fn: Callable[[Any], Any] | None = None,
         join_fn: Callable[[Any, Any], Any] | None = None,
+        on_error: OnError = "raise",
+        max_failures: int | None = None,
     ) -> None:
         super().__init__()
         self.source_datapipe = source_datapipe
         self.store = store
-        self._options: dict[str, Any] = {"depth": depth, "path_fn": path_fn, "join_fn": join_fn}
+        self._options: dict[str, Any] = {
+            "depth": depth,
+            "path_fn": path_fn,
+            "join_fn": join_fn,
+            "on_error": on_error,
+            "max_failures": max_failures,
+        }
         GPUPrefetcher((), store, **self._options)  # wrong options: now, and not while training
 
     def new_node(self) -> GPUPrefetcher:

@@ -49,6 +49,9 @@ class FeaturePathDataset(Dataset[str]):
         return len(self.paths)
 
 
+Sequence.register(FeaturePathDataset)  # of paths: PathLister takes it for a list
+
+
 class FeatureFileDataset(Dataset[Any]):
     """The features in files, read when they are asked for, on the CPU: plain torch, no cache.
 

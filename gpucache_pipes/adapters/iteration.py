@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torchdata.nodes import BaseNode, IterableWrapper
+from torchdata.nodes import BaseNode, IterableWrapper, Loader
 
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
 
@@ -18,6 +18,8 @@ class Progress:
     def __init__(self, loader: Any) -> None:
         self._loader = loader
         self._is_node = isinstance(loader, BaseNode)
+        # Whether it has one place only, for all who iterate.
+        self._one_at_a_time = isinstance(loader, (BaseNode, Loader))
         self.has_state = self._is_node or (
             hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         )
@@ -73,10 +75,10 @@ class Progress:
 
     def require_latest(self, features: GPUPrefetcher) -> None:
         """Raise RuntimeError if somebody else has begun to iterate over the same node."""
-        if self._is_node and features is not self._latest:
+        if self._one_at_a_time and features is not self._latest:
             raise RuntimeError(
-                "the node is iterated anew, and a node has one place only; make a second one for "
-                "two iterations at once"
+                "the node is iterated anew, or has got another state, and a node has one place "
+                "only; make a second one for two iterations at once"
             )
 
 

@@ -57,6 +57,12 @@ class GPUCacheCallback(pl.Callback):
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Say so if the Trainer is to replace samplers, which it cannot do in our loaders."""
+        if getattr(trainer, "overfit_batches", 0):
+            warnings.warn(
+                "Trainer(overfit_batches=...) cannot turn off shuffling in our loaders: give one "
+                "over PathLister(..., shuffle=False), with limit_train_batches=...",
+                stacklevel=2,
+            )
         connector = getattr(trainer, "_accelerator_connector", None)
         if trainer.world_size > 1 and getattr(connector, "use_distributed_sampler", False):
             warnings.warn(

@@ -251,6 +251,23 @@ class Cache:
         waiters, entry.waiters = entry.waiters, ()
         return waiters
 
+    def forsake(self, entry: Entry) -> Sequence[Any]:
+        """Give up a LOADING entry whose reader is stuck. Returns the tickets that waited.
+
+        If it has pages, the reader may yet write to them: it stays LOADING until somebody gives it
+        up, and the file goes on as another entry.
+        """
+        if not entry.pages:
+            return self.give_up(entry)
+        self.release([entry])
+        waiters, entry.waiters = entry.waiters, ()
+        self.entries.renew(entry)
+        return waiters
+
+    def start_again(self, entry: Entry) -> None:
+        """LOADING by another reader, without what it has got so far; who waits goes on waiting."""
+        self.ledger.give_back(entry)
+
     # Going
 
     def release(self, entries: Iterable[Entry]) -> None:

@@ -1,7 +1,17 @@
 """Files: their keys, their formats, and the threads that read them."""
 
 from gpucache_pipes.files.formats import FileOpener, opener
-from gpucache_pipes.files.layout import Branch, Layout, Leaf, Tree, build, flatten, leaf_names, own
+from gpucache_pipes.files.layout import (
+    ALIGNMENT,
+    Branch,
+    Layout,
+    Leaf,
+    Tree,
+    build,
+    flatten,
+    leaf_names,
+    own,
+)
 from gpucache_pipes.files.paths import PathLike, PathTable
 from gpucache_pipes.files.pool import ReaderPool
 from gpucache_pipes.files.sampling import sample_file_sizes
@@ -9,6 +19,7 @@ from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature
 from gpucache_pipes.files.versions import file_version, has_version
 
 __all__ = [
+    "ALIGNMENT",
     "Branch",
     "FileOpener",
     "Layout",

@@ -3,10 +3,12 @@
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
-Task = Callable[[Any], None]
+Task = Callable[[Any], Any]
+"""Returns something true if the thread is to end: another has taken its place."""
 
 
 class ReaderPool:
@@ -24,12 +26,35 @@ class ReaderPool:
         # Set by stop(). Tasks that take long look at it and end early.
         self.stopping = False
         self._tasks: queue.SimpleQueue[tuple[Task, Any] | None] = queue.SimpleQueue()
-        self.threads = [
-            threading.Thread(target=_work, args=(self._tasks,), name=f"{name}-{i}", daemon=True)
-            for i in range(threads)
-        ]
-        for thread in self.threads:
-            thread.start()
+        self._name = name
+        self._started = 0
+        self._watched: queue.SimpleQueue[None] | None = None
+        self._watcher: threading.Thread | None = None
+        self.threads = [self._start() for _ in range(threads)]
+
+    def _start(self) -> threading.Thread:
+        name = f"{self._name}-{self._started}"
+        thread = threading.Thread(target=_work, args=(self._tasks,), name=name, daemon=True)
+        thread.start()
+        self._started += 1
+        return thread
+
+    def replace(self, stuck: threading.Thread) -> None:
+        """Have another thread in the place of one that will end when its task does."""
+        self.threads.append(self._start())
+        self.threads.remove(stuck)
+
+    def watch(self, seconds: float, method: "weakref.WeakMethod[Callable[[], None]]") -> None:
+        """Call it every so often, until stop() or until its object is gone."""
+        self._watched = queue.SimpleQueue()
+        thread = threading.Thread(
+            target=_watch,
+            args=(self._watched, seconds, method),
+            name=f"{self._name}-watch",
+            daemon=True,
+        )
+        thread.start()
+        self._watcher = thread
 
     def submit(self, task: Task, argument: Any) -> None:
         """Run `task(argument)` in one of the threads. The task handles its own errors."""
@@ -43,13 +68,18 @@ class ReaderPool:
                 self._tasks.get_nowait()
         except queue.Empty:
             pass
-        for _ in self.threads:
+        # One for each thread that may be there: one that is being replaced leaves its own.
+        for _ in range(self._started):
             self._tasks.put(None)
+        if self._watched is not None:
+            self._watched.put(None)
 
     def join(self, seconds: float) -> list[str]:
         """Wait for the threads to end, at most so long; returns the names of those that run on."""
         deadline = time.monotonic() + seconds
-        others = [t for t in self.threads if t is not threading.current_thread()]
+        watchers = [] if self._watcher is None else [self._watcher]
+        threads = [*self.threads, *watchers]
+        others = [thread for thread in threads if thread is not threading.current_thread()]
         for thread in others:
             thread.join(max(0.0, deadline - time.monotonic()))
         return [thread.name for thread in others if thread.is_alive()]
@@ -58,6 +88,24 @@ class ReaderPool:
 def _work(tasks: "queue.SimpleQueue[tuple[Task, Any] | None]") -> None:
     while (item := tasks.get()) is not None:
         task, argument = item
-        task(argument)
+        if task(argument):
+            return
         # An idle thread must not keep the last task's store alive.
         del item, task, argument
+
+
+def _watch(
+    stopped: "queue.SimpleQueue[None]",
+    seconds: float,
+    method: "weakref.WeakMethod[Callable[[], None]]",
+) -> None:
+    while True:
+        try:
+            stopped.get(timeout=seconds)
+        except queue.Empty:
+            call = method()
+            if call is not None:
+                call()
+                del call
+                continue
+        return

@@ -50,6 +50,9 @@ class Buckets:
                 raise TypeError(f"bucket_by gave {size!r} for {path!r}, not a number") from error
         return cls(sizes, batch_size)
 
+    def __str__(self) -> str:
+        return f"batch_size={self._batch_size}"
+
     def group(self, order: Sequence[int], random: torch.Generator | None) -> list[int]:
         """The same positions; every `batch_size` of them are a batch."""
         positions = torch.tensor(order)

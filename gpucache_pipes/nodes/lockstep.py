@@ -26,7 +26,9 @@ class Lockstep(BaseNode[Any]):
       The elements of that step are left out on all ranks, and all may go on with the next;
     - if a rank has no more elements, the epoch ends for all.
 
-    All ranks must iterate. Where torch.distributed is not initialised, elements are passed on.
+    All ranks must iterate. A GPUCachedPathDataLoader may be the source:
+    `torchdata.nodes.Loader(Lockstep(loader))`. Where torch.distributed is not initialised, elements
+    are passed on.
 
     Args:
         source: a node or an iterable, usually the last one of a pipeline.
@@ -38,15 +40,10 @@ class Lockstep(BaseNode[Any]):
     def __init__(self, source: BaseNode[Any] | Iterable[Any]) -> None:
         super().__init__()
         self.source = as_node(source)
-        self._group: Any = None
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """See BaseNode. The first one is a collective operation."""
+        """See BaseNode."""
         super().reset(initial_state)
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several and self._group is None:
-            # Of its own, and on the host: no device has to be waited for.
-            self._group = dist.new_group(backend="gloo")
         self.source.reset(None if initial_state is None else initial_state["source"])
 
     def get_state(self) -> dict[str, Any]:
@@ -55,7 +52,8 @@ class Lockstep(BaseNode[Any]):
 
     def next(self) -> Any:
         """See BaseNode."""
-        if self._group is None:
+        group = _host_group()
+        if group is None:
             return next(self.source)
         mine, element, error = _ELEMENT, None, None
         try:
@@ -65,17 +63,34 @@ class Lockstep(BaseNode[Any]):
         except Exception as raised:
             mine, error = _ERROR, raised
         worst = torch.tensor(mine)
-        dist.all_reduce(worst, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
         if worst == _ERROR:
-            raise self._agree_on(error)
+            raise _agree_on(error, group)
         if worst == _END:
             raise StopIteration
         return element
 
-    def _agree_on(self, error: Exception | None) -> Exception:
-        texts: list[str | None] = [None] * dist.get_world_size()
-        text = None if error is None else f"{type(error).__name__}: {error}"
-        dist.all_gather_object(texts, text, group=self._group)
-        if error is not None:
-            return error
-        return RankError({rank: text for rank, text in enumerate(texts) if text is not None})
+
+def _agree_on(error: Exception | None, group: Any) -> Exception:
+    texts: list[str | None] = [None] * dist.get_world_size()
+    text = None if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(texts, text, group=group)
+    if error is not None:
+        return error
+    return RankError({rank: text for rank, text in enumerate(texts) if text is not None})
+
+
+_groups: list[Any] = [None, None]
+"""All ranks, and the group of ours that has them."""
+
+
+def _host_group() -> Any:
+    """All ranks, on the host: no device has to be waited for. None if there is one only.
+
+    Making it is a collective operation, and done once in a process.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    if _groups[0] is not dist.group.WORLD:
+        _groups[:] = [dist.group.WORLD, dist.new_group(backend="gloo")]
+    return _groups[1]

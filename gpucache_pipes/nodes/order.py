@@ -43,7 +43,7 @@ class DrawnOrder:
         words = f"shuffle={self._shuffle}, seed={self._seed}"
         if self._shards.static:
             words += ', shard="static"'
-        return words if self._buckets is None else words + ", bucket_by"
+        return words if self._buckets is None else f"{words}, bucket_by, {self._buckets}"
 
 
 class SampledOrder:
@@ -58,15 +58,15 @@ class SampledOrder:
         self._seed = seed
         # A generator of the sampler's own: its seed stays part of the order, and is remembered
         # because seeding it for an epoch changes what it says of itself.
-        inner = getattr(sampler, "sampler", sampler)  # of a BatchSampler
-        self._generator: torch.Generator | None = getattr(inner, "generator", None)
+        self._inner: Any = getattr(sampler, "sampler", sampler)  # of a BatchSampler
+        self._generator: torch.Generator | None = getattr(self._inner, "generator", None)
         self._generator_seed = self._generator.initial_seed() if self._generator else 0
 
     def draw(self, epoch: int) -> Sequence[Any]:
         """Positions in the list of files, or lists of them."""
-        set_epoch = getattr(self._sampler, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
+        for sampler in (self._sampler, self._inner):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
         # The CPU's generator only, which is the one that samplers draw from: torch.manual_seed
         # would seed the devices as well.
         before = torch.default_generator.get_state()

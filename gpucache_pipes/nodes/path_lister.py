@@ -112,16 +112,14 @@ class PathLister(BaseNode[Any]):
             )
         else:
             self._stream = as_node(source)
-        self.shards = self._choose_shards(num_shards, shard_index, shard)
         self._buckets = None
         if bucket_by is not None and batch_size is not None:
             self._buckets = Buckets.of(self._paths, bucket_by, batch_size)
-        self._drawing: DrawnOrder | SampledOrder
-        if sampler is not None:
-            self._drawing = SampledOrder(sampler, seed)
-        else:
-            files = len(self._paths)
-            self._drawing = DrawnOrder(files, shuffle, seed, self.shards, self._buckets)
+        # Which rank this is may become known later than there is a lister.
+        self._rank_unknown = num_shards is None and sampler is None and self._stream is None
+        self._shard = shard
+        self.shards = self._choose_shards(num_shards, shard_index, shard)
+        self._drawing = self._new_order()
         self._fingerprint: int | None = None
         # The epoch under way, its order, how many paths of it have gone out, and for a batch
         # sampler the same in elements.
@@ -151,6 +149,18 @@ class PathLister(BaseNode[Any]):
             )
         return shards
 
+    def _new_order(self) -> DrawnOrder | SampledOrder:
+        if self.sampler is not None:
+            return SampledOrder(self.sampler, self.seed)
+        files = len(self._paths)
+        return DrawnOrder(files, self.shuffle, self.seed, self.shards, self._buckets)
+
+    def _find_rank_again(self) -> None:
+        """As when torch.distributed is initialised after this was made."""
+        if self._rank_unknown and find_rank() != (self.shards.count, self.shards.index):
+            self.shards = self._choose_shards(None, None, self._shard)
+            self._drawing = self._new_order()
+
     @property
     def paths(self) -> Sequence[str]:
         """All files, sorted. Raises TypeError if the source is a stream."""
@@ -161,16 +171,19 @@ class PathLister(BaseNode[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Let the next reset begin this epoch; without it each reset begins the next one.
 
-        A reset from a state goes on where that was taken, whatever this says; unless that was the
-        very end of another epoch.
+        A reset from a state goes on where that was taken; unless this names a later epoch, or
+        another one and the state is from the very end of its own.
         """
         self._next_epoch = epoch
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """See BaseNode: begins the next epoch, or goes on where a state was taken."""
         super().reset(initial_state)
+        self._find_rank_again()
         following, self._next_epoch = self._next_epoch, None
         if initial_state is not None:
+            if "epoch" not in initial_state:
+                raise ValueError("this is no state of a PathLister")
             self._epoch, self._position = initial_state["epoch"], initial_state["position"]
         elif following is not None:
             self._epoch, self._position = following, 0
@@ -181,12 +194,16 @@ class PathLister(BaseNode[Any]):
             return
         if initial_state is not None:
             per_rank = self.shards.static or self._buckets is not None
-            self._position = place(initial_state, self._identity(), per_rank, self.if_files_changed)
+            self._position = place(
+                initial_state, self._identity(), self._end, per_rank, self.if_files_changed
+            )
         self._order = self._drawing.draw(self._epoch)
-        if following not in (None, self._epoch) and not self._flat(self._order, self._position):
-            # A framework that resumes at the end of an epoch says which one it goes on with.
-            self._epoch, self._position = following, 0
-            self._order = self._drawing.draw(self._epoch)
+        if initial_state is not None and following is not None:
+            # A framework that resumes where it ended an epoch says which one it goes on with.
+            ended = not self._flat(self._order, self._position)
+            if following > self._epoch or (ended and following != self._epoch):
+                self._epoch, self._position = following, 0
+                self._order = self._drawing.draw(self._epoch)
 
     def next(self) -> Any:
         """See BaseNode."""
@@ -238,6 +255,8 @@ class PathLister(BaseNode[Any]):
         """
         if self._stream is not None:
             return Upcoming((), (), 0)
+        if self._order is None:
+            self._find_rank_again()
         begun = self._order is not None
         following = self._epoch + begun if self._next_epoch is None else self._next_epoch
         if self._order is not None:
@@ -266,10 +285,18 @@ class PathLister(BaseNode[Any]):
         """Elements in an epoch. Raises TypeError if the source is a stream."""
         if self._stream is not None:
             raise TypeError("how many paths a stream has is not known in advance")
+        self._find_rank_again()
         count = len(self._drawing)
         if self.batch_size is None:
             return count
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+
+    def _end(self, shards: int) -> int:
+        """How many files a rank has of an epoch on so many."""
+        if self.sampler is not None:
+            return len(self._drawing)
+        size = Shards(shards, 0, self.shards.static, self.drop_last).size(len(self._paths))
+        return size - size % self.batch_size if self.drop_last and self.batch_size else size
 
     def _identity(self) -> dict[str, Any]:
         """What a state says of the lister that it was taken from."""

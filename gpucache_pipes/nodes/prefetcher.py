@@ -1,34 +1,26 @@
 """GPUPrefetcher: paths in, features on the device out, a few elements ahead."""
 
+import copy
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batch import FeatureBatch
+from gpucache_pipes.nodes.ahead import Ahead
 from gpucache_pipes.nodes.consumer import ConsumerStream
+from gpucache_pipes.nodes.failures import Failures, OnError
+from gpucache_pipes.nodes.sharding import find_rank
 from gpucache_pipes.nodes.sources import as_node, call, guarded
 from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.units import positive_int
 
-
-class _Ahead:
-    """An element that was drawn from the source and is not consumed yet."""
-
-    __slots__ = ("element", "error", "paths", "single", "state", "ticket")
-
-    def __init__(self, element: Any) -> None:
-        self.element = element
-        self.paths: Sequence[Any] = ()
-        self.single = False
-        self.ticket: Ticket | None = None
-        # What drawing or requesting it raised; the consumer gets it in its turn.
-        self.error: Exception | None = None
-        # The source's state behind it, None if the source failed to give the element.
-        self.state: dict[str, Any] | None = None
+_latest: "WeakValueDictionary[tuple[int, int], GPUPrefetcher]" = WeakValueDictionary()
+"""Of the pipelines over one source and store, the one that has begun last."""
 
 
 class GPUPrefetcher(BaseNode[Any]):
@@ -55,10 +47,19 @@ class GPUPrefetcher(BaseNode[Any]):
         depth: elements ahead of the consumer, at least 1.
         path_fn: element -> path or sequence of paths.
         join_fn: (features, element) -> what to yield.
+        on_error: what to do about a file that cannot be loaded: "raise"; "skip", to leave the
+            feature out, with one line in the log for each file; or a function (path, error) ->
+            a feature to take instead, or None to skip. It is called in the thread that trains. Of
+            an element of path_fn that holds more than paths, nothing can be left out: it is
+            skipped as a whole. An element of which nothing is left is not yielded; where
+            torch.distributed has several ranks, which must have equally many batches, the last
+            one that could be loaded is yielded again in its place. Lack of memory is raised.
+        max_failures: how many different files may fail before that is raised after all.
 
     Raises:
         FeatureLoadError: in `next()`, at the element that needed the file. The node goes on
             with the following element.
+        RuntimeError: with on_error, if more than max_failures files fail, or all of an epoch.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class GPUPrefetcher(BaseNode[Any]):
         depth: int = 2,
         path_fn: Callable[[Any], Any] | None = None,
         join_fn: Callable[[Any, Any], Any] | None = None,
+        on_error: OnError = "raise",
+        max_failures: int | None = None,
     ) -> None:
         super().__init__()
         if join_fn is not None and path_fn is None:
@@ -82,13 +85,21 @@ class GPUPrefetcher(BaseNode[Any]):
         self.depth = positive_int("depth", depth)
         self.path_fn = path_fn
         self.join_fn = join_fn
-        self._ahead: deque[_Ahead] = deque()
+        self.failures = Failures(on_error, max_failures)
+        self._ahead: deque[Ahead] = deque()
         self._exhausted = False
         self._state: dict[str, Any] = {}
         # Names this pipeline to the policy; the same for all over one source, since some make
         # a new pipeline in each epoch.
         self._owner = ("pipeline over", id(source))
+        self._key = (id(store), id(source))
+        self._knows_order = find_upstream(self.source, "upcoming") is not None
         self._stream = ConsumerStream(store)
+        # With on_error: how many ranks must have as many batches, the last element of which
+        # something was left, and whether there was one in this epoch.
+        self._ranks = 1
+        self._last_good: Any = None
+        self._served = False
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """See BaseNode. Nothing is read before the first `next()`."""
@@ -96,8 +107,12 @@ class GPUPrefetcher(BaseNode[Any]):
         self._stream = ConsumerStream(self.store)
         self._let_go()
         self.source.reset(None if initial_state is None else initial_state["source"])
-        self._state = self.source.state_dict()
+        self._state = copy.deepcopy(self.source.state_dict())
+        _latest[self._key] = self
         self._exhausted = False
+        self._ranks, _ = find_rank() if self.failures.tolerant else (1, 0)
+        self._served = initial_state is not None
+        self.failures.last = None
         self.store.begin_epoch(self._owner)
         upcoming = find_upstream(self.source, "upcoming")
         if upcoming is not None:
@@ -107,14 +122,13 @@ class GPUPrefetcher(BaseNode[Any]):
     def next(self) -> Any:
         """See BaseNode."""
         with self._stream():
-            self._draw(1)
-            if not self._ahead:
+            if not self._have(1):
                 raise StopIteration
             head = self._ahead[0]
             batch = self._use([head])
             return self._join(batch[0] if head.single else batch, head)
 
-    def _join(self, features: Any, head: "_Ahead") -> Any:
+    def _join(self, features: Any, head: Ahead) -> Any:
         if self.path_fn is not None:
             element = head.element
             return call(self.join_fn, "join_fn", features, element) if self.join_fn else (
@@ -131,8 +145,7 @@ class GPUPrefetcher(BaseNode[Any]):
 
         For elements of one path each. Without path_fn a FeatureBatch. On the current stream.
         """
-        self._draw(count)
-        heads = [self._ahead[i] for i in range(min(count, len(self._ahead)))]
+        heads = [self._ahead[i] for i in range(self._have(count))]
         for head in heads:
             if head.error is None:
                 self._ticket_of(head)
@@ -155,36 +168,110 @@ class GPUPrefetcher(BaseNode[Any]):
     def shutdown(self) -> None:
         """Let go of what is on its way. The node can be reset and used again. Takes no lock."""
         self._let_go()
-        self.store.withdraw(self._owner)
+        self._withdraw()
 
     def __del__(self) -> None:
         # Tickets cancel themselves when they are collected; and an __init__ may have failed.
-        if hasattr(self, "_owner"):
+        if hasattr(self, "_key"):
+            self._withdraw()
+
+    def _withdraw(self) -> None:
+        # What another pipeline over the same source has announced since stays.
+        if _latest.get(self._key) in (None, self):
             self.store.withdraw(self._owner)
+
+    def _have(self, count: int) -> int:
+        """Draw elements until `count` are there of which something is left; how many there are."""
+        self._draw(count)
+        have = 0
+        while have < min(count, len(self._ahead)):
+            if not self.failures.tolerant or self._settle(self._ahead[have]):
+                have += 1
+                continue
+            self._leave_out(have)
+            self._draw(count)
+        if have:
+            self._served = True
+        elif not self._served and self.failures.last is not None:
+            self._served = True
+            raise RuntimeError(
+                f"nothing of this epoch could be loaded; the last error: {self.failures.last}"
+            ) from self.failures.last
+        return have
+
+    def _settle(self, head: Ahead) -> bool:
+        """Decide what is taken instead of what failed; False if nothing is left of the element."""
+        if head.error is not None:
+            return True  # which is raised
+        try:
+            ticket = self._ticket_of(head)
+            if head.settled is ticket:
+                return True
+            left_out = self.failures.settle(ticket, head.paths)
+            if left_out and head.paths is head.element:
+                rest = [path for at, path in enumerate(head.paths) if at not in left_out]
+                head.element = rest
+                left = bool(rest)
+            else:
+                # Nothing can be taken out of an element whose parts nobody here knows.
+                left = not left_out
+            if not left and self._ranks > 1:
+                self._repeat_last(head)
+                left = True
+        except Exception as error:
+            head.error = error
+            return True
+        head.settled = head.ticket
+        if left:
+            self._last_good = head.element
+        return left
+
+    def _repeat_last(self, head: Ahead) -> None:
+        """Other ranks wait for a batch: take the last one that could be loaded."""
+        if self._last_good is None:
+            assert self.failures.last is not None
+            raise self.failures.last
+        if head.ticket is not None:
+            head.ticket.cancel()
+        head.element = self._last_good
+        self._request(head)
+
+    def _leave_out(self, at: int) -> None:
+        head = self._ahead[at]
+        del self._ahead[at]
+        if head.ticket is not None:
+            head.ticket.cancel()
+        # What comes before it is consumed together with it.
+        if at:
+            self._ahead[at - 1].state = head.state
+        elif head.state is not None:
+            self._state = head.state
 
     def _draw(self, needed: int) -> None:
         """Have `needed` elements, and `depth` behind them, requested."""
         while len(self._ahead) < needed + self.depth and not self._exhausted:
             try:
-                head = _Ahead(next(self.source))
+                head = Ahead(next(self.source))
             except StopIteration:
                 self._exhausted = True
                 return
             except Exception as error:
                 # What was drawn before it comes first.
-                head = _Ahead(None)
+                head = Ahead(None)
                 head.error = error
                 self._ahead.append(head)
                 return
             # In the queue first: an interrupt while it is requested must not lose it.
             self._ahead.append(head)
-            head.state = self.source.state_dict()
+            # A copy: what users keep in a state may change as more is drawn.
+            state = self.source.state_dict()
+            head.state = state if self._knows_order else copy.deepcopy(state)
             try:
                 self._request(head)
             except Exception as error:
                 head.error = error
 
-    def _request(self, head: _Ahead) -> None:
+    def _request(self, head: Ahead) -> None:
         element = head.element
         paths = element
         if self.path_fn is not None:
@@ -201,7 +288,7 @@ class GPUPrefetcher(BaseNode[Any]):
         head.paths = paths
         head.ticket = self.store.request(paths, owner=self._owner)
 
-    def _use(self, heads: Sequence[_Ahead]) -> FeatureBatch:
+    def _use(self, heads: Sequence[Ahead]) -> FeatureBatch:
         """Gather the first elements in the queue and take them out."""
         try:
             tickets = []
@@ -216,14 +303,14 @@ class GPUPrefetcher(BaseNode[Any]):
         self._pass(heads)
         return batch
 
-    def _ticket_of(self, head: _Ahead) -> Ticket:
+    def _ticket_of(self, head: Ahead) -> Ticket:
         """Its ticket; a new one after an interrupt."""
         if head.ticket is None or head.ticket.used:
             self._request(head)
         assert head.ticket is not None
         return head.ticket
 
-    def _pass(self, heads: Sequence[_Ahead]) -> None:
+    def _pass(self, heads: Sequence[Ahead]) -> None:
         for head in heads:
             self._ahead.popleft()
             if head.ticket is not None:

@@ -1,0 +1,24 @@
+"""What a GPUPrefetcher has drawn and not given out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gpucache_pipes.ticket import Ticket
+
+
+class Ahead:
+    """An element that was drawn from the source and is not consumed yet."""
+
+    __slots__ = ("element", "error", "paths", "settled", "single", "state", "ticket")
+
+    def __init__(self, element: Any) -> None:
+        self.element = element
+        self.paths: Sequence[Any] = ()
+        self.single = False
+        self.ticket: Ticket | None = None
+        # The ticket of which it is known what to do about what failed.
+        self.settled: Ticket | None = None
+        # What drawing or requesting it raised; the consumer gets it in its turn.
+        self.error: Exception | None = None
+        # The source's state behind it, None if the source failed to give the element.
+        self.state: dict[str, Any] | None = None

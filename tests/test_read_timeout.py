@@ -1,0 +1,168 @@
+"""GPUFeatureStore(read_timeout=): readers that hang are left behind, and nothing else is."""
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Gate, device_for, sample
+
+from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher
+from gpucache_pipes.files.planned import PlannedFeature
+
+Files = Callable[..., list[str]]
+NAMES = [f"/f/{number:02d}" for number in range(40)]
+
+
+def a_gate() -> Gate:
+    gate = Gate({name: sample(number) for number, name in enumerate(NAMES)})
+    gate.open(*NAMES)
+    return gate
+
+
+def label(feature: Any) -> int:
+    return int(feature["label"])
+
+
+@pytest.mark.parametrize("kind", ["host", "staged", "simulated"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_load_fn_that_hangs(kind: str, threads: int, caplog: pytest.LogCaptureFixture) -> None:
+    gate = a_gate()
+    gate.opened[NAMES[7]].clear()
+    store = GPUFeatureStore(
+        device_for(kind), load_fn=gate, read_timeout=0.2, reader_threads=threads
+    )
+    with store:
+        # What lies before and behind it in the same task is served.
+        ticket = store.request(NAMES)
+        with caplog.at_level(logging.WARNING, "gpucache_pipes"):
+            errors = ticket.wait()
+        assert list(errors) == [7] and isinstance(errors[7].__cause__, TimeoutError)
+        assert "another thread goes on" in caplog.text
+        with pytest.raises(FeatureLoadError, match=r"07.*read_timeout=0\.2"):
+            ticket.result()
+        others = [*NAMES[:7], *NAMES[8:]]
+        assert [label(f) for f in store.get_batch(others)] == [*range(7), *range(8, 40)]
+        store.check()
+        # The next request tries again, by another reader, and may hang again.
+        assert gate.loads.count(NAMES[7]) == 1
+        with pytest.raises(FeatureLoadError, match="07"):
+            store.get(NAMES[7])
+        gate.open(NAMES[7])
+        assert label(store.get(NAMES[7])) == 7
+        assert gate.loads.count(NAMES[7]) == 3
+        store.check()
+    assert store.stats().failures == 2
+
+
+@pytest.mark.parametrize("kind", ["host", "staged", "simulated"])
+def test_a_read_that_hangs_keeps_its_pages(
+    make_files: Files, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a reader that was left behind may yet write to belongs to nobody else."""
+    paths = make_files(12)
+    go_on = threading.Event()
+    hung: list[Any] = []
+    through = threading.Event()
+    read_into = PlannedFeature.read_into
+
+    def slow(self: PlannedFeature, buffers: Sequence[memoryview]) -> None:
+        if self._path == paths[3] and not hung:
+            hung.append(self)
+            assert go_on.wait(60)
+            for buffer in buffers:
+                buffer[:] = b"\xff" * len(buffer)
+            through.set()
+            return
+        read_into(self, buffers)
+
+    monkeypatch.setattr(PlannedFeature, "read_into", slow)
+    store = GPUFeatureStore(device_for(kind), read_timeout=0.2, max_cache_items=6)
+    with store:
+        assert list(store.request(paths).wait()) == [3]
+        store.check()
+        assert label(store.get(paths[3])) == 3  # by another reader, while the first one hangs
+        for _ in range(2):
+            assert [label(f) for f in store.get_batch(paths)] == list(range(12))
+        store.check()
+        before = store.stats()
+        go_on.set()
+        assert through.wait(60)
+        for _ in range(3):
+            assert [label(f) for f in store.get_batch(paths)] == list(range(12))
+        # Its pages come back when it does.
+        with store._desk.lock:
+            while store._cache.loading:
+                store._desk.changed.wait(1)
+        assert store.stats().reserved_bytes == before.reserved_bytes
+        store.check()
+
+
+def test_nobody_waits_at_the_end_for_a_reader_that_hangs(tmp_path: Path) -> None:
+    code = """
+import threading, time, torch
+from gpucache_pipes import *
+def load(path):
+    if "bad" in path: threading.Event().wait()
+    return torch.zeros(3)
+stores = [GPUFeatureStore("cpu", load_fn=load, read_timeout=0.1) for _ in range(3)]
+for store in stores:
+    try: store.get("/bad")
+    except FeatureLoadError as error: print(error)
+    store.get("/good")
+    store.prefetch(["/bad"])
+begun = time.monotonic()
+import atexit
+atexit._run_exitfuncs()
+print("took", time.monotonic() - begun)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert run.stdout.count("read_timeout=0.1 seconds") == 3
+    assert "Fatal" not in run.stderr and "Traceback" not in run.stderr
+
+
+def test_in_a_pipeline() -> None:
+    gate = a_gate()
+    for number in (4, 11, 17):
+        gate.opened[NAMES[number]].clear()
+    with GPUFeatureStore("cpu", load_fn=gate, read_timeout=0.2) as store:
+        batches = [NAMES[at : at + 5] for at in range(0, 20, 5)]
+        node = GPUPrefetcher(batches, store, depth=4, on_error="skip")
+        got = [[label(f) for f in batch] for batch in node]
+        assert got == [[0, 1, 2, 3], [5, 6, 7, 8, 9], [10, 12, 13, 14], [15, 16, 18, 19]]
+        store.clear()
+        gate.open(*NAMES)
+
+
+def test_closing_while_a_reader_is_replaced() -> None:
+    for _ in range(20):
+        gate = a_gate()
+        gate.opened[NAMES[0]].clear()
+        store = GPUFeatureStore("cpu", load_fn=gate, read_timeout=0.01)
+        store.prefetch(NAMES)
+        gate.wait_until_started(NAMES[0])
+        store._pool._watched.put(None)  # type: ignore[union-attr]  # from now on by hand
+        closer = threading.Thread(target=store.shut, args=(0.0,))
+        with store._desk.lock:
+            closer.start()
+        store._loader.take_over_from_the_stuck()
+        closer.join()
+        gate.open(*NAMES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"read_timeout": 0}, "read_timeout=0 must be a positive number"),
+        ({"read_timeout": 5, "asynchronous": False}, "needs reader threads"),
+    ],
+)
+def test_wrong_values(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GPUFeatureStore("cpu", **options)
