@@ -153,7 +153,7 @@ class Loader:
             for entry in entries:
                 self._require_running()
                 feature = self._open(entry, task)
-                if isinstance(feature, Exception):
+                if isinstance(feature, BaseException):
                     self._end(left, failed={entry: feature})
                     continue
                 group.append((entry, feature))
@@ -177,7 +177,7 @@ class Loader:
             for _, feature in group:
                 feature.close()
 
-    def _open(self, entry: Entry, task: Task) -> OpenFeature | Exception:
+    def _open(self, entry: Entry, task: Task) -> OpenFeature | BaseException:
         task.begin(entry)
         try:
             if self.revalidate:
@@ -185,10 +185,17 @@ class Loader:
                 entry.version = file_version(entry.key)
             with trace("gpucache::read"):
                 return self._open_file(entry.path if self._as_spelled else entry.key)
-        except Exception as error:
+        except BaseException as error:
+            if not self._is_of_the_file(error):
+                raise
             return error
         finally:
             task.end()
+
+    def _is_of_the_file(self, error: BaseException) -> bool:
+        """Whether it may be told to who needs the file, and the others go on."""
+        # In a thread of ours not even a SystemExit is anybody else's: nobody interrupts it.
+        return isinstance(error, Exception) or self._pool is not None
 
     def _require_running(self) -> None:
         if self._pool is not None and self._pool.stopping:
@@ -205,7 +212,9 @@ class Loader:
                         task.begin(entry)
                         try:
                             feature.read_into(upload.buffers(number))
-                        except Exception as error:
+                        except BaseException as error:
+                            if not self._is_of_the_file(error):
+                                raise
                             failed[entry] = error
                         finally:
                             task.end()
