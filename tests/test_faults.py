@@ -189,6 +189,9 @@ def no_descriptor_is_left() -> Iterator[None]:
 
 
 def require_nothing_left(store: GPUFeatureStore) -> None:
+    with store._desk.lock:
+        while store._cache.loading:  # for pipelines that are gone
+            store._desk.changed.wait(1)
     gc.collect()
     store.check()
     assert not store._cache._tickets and not store._cache.loading
@@ -419,7 +422,6 @@ def test_collection_at_any_moment(rig: Rig) -> None:
                 assert label(store.get(rig.paths[1])) == 1
         finally:
             gc.set_threshold(*thresholds)
-        store.stats()  # what finalizers wished for is done by the next call
         require_nothing_left(store)
 
 
