@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types tests bench gpu-check clean
+.PHONY: demo test lint types tests bench soak stress gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
@@ -22,6 +22,20 @@ tests: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/warm_batch.py --json benchmarks/results/warm_batch.json
+
+soak: $(INSTALLED)
+	$(BIN)/python tests/soak.py --minutes 10 --json benchmarks/results/soak.json
+
+# Tests of what runs at the same time, under conditions that bring rare orders about.
+CONCURRENT := $(addprefix tests/test_,store.py store_machine.py nodes.py streams.py faults.py \
+	on_error.py read_timeout.py revalidate.py adapters.py stateful.py soak.py)
+
+stress: $(INSTALLED)
+	PYTHONDEVMODE=1 $(BIN)/python -m pytest -q -n 2
+	SWITCH_INTERVAL=1e-6 $(BIN)/python -m pytest -q -n 2
+	for seed in $$(seq 1 20); do \
+		$(BIN)/python -m pytest -q -n 2 --randomly-seed=$$seed $(CONCURRENT) || exit 1; \
+	done
 
 # With the Python at hand, which has a torch for its device, and not in .venv.
 gpu-check:

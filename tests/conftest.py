@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.testing import SimulatedRuntime
 
 torch.set_num_threads(1)
+if "SWITCH_INTERVAL" in os.environ:  # seconds; see `make stress`
+    sys.setswitchinterval(float(os.environ["SWITCH_INTERVAL"]))
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
 BACKENDS = ["host", "staged", "simulated", pytest.param("accelerator", marks=pytest.mark.gpu)]
 
