@@ -188,10 +188,15 @@ def no_descriptor_is_left() -> Iterator[None]:
     assert count() <= before
 
 
-def require_nothing_left(store: GPUFeatureStore) -> None:
+def wait_for_readers(store: GPUFeatureStore) -> None:
+    """Also those that read for pipelines that are gone."""
     with store._desk.lock:
-        while store._cache.loading:  # for pipelines that are gone
+        while store._cache.loading:
             store._desk.changed.wait(1)
+
+
+def require_nothing_left(store: GPUFeatureStore) -> None:
+    wait_for_readers(store)
     gc.collect()
     store.check()
     assert not store._cache._tickets and not store._cache.loading
@@ -309,17 +314,14 @@ def test_no_host_memory_for_staging(rig: Rig, monkeypatch: pytest.MonkeyPatch) -
         for number in range(3):
             with pytest.raises(MemoryError, match=f"{rig.paths[number * BATCH]}.*cannot pin"):
                 next(node)
-        require_pages_are_free(store)
+        wait_for_readers(store)
+        store.check()
+        assert store._cache.ledger.held_pages == 0
         lacking.clear()
         node.reset()
         assert epoch(node) == GOOD
         node.shutdown()
         require_nothing_left(store)
-
-
-def require_pages_are_free(store: GPUFeatureStore) -> None:
-    store.check()
-    assert store._cache.ledger.held_pages == 0
 
 
 def test_no_device_memory(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
