@@ -1,8 +1,8 @@
 """Requests become tickets, and tickets become batches: what happens under the one lock."""
 
 import logging
-import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -12,6 +12,7 @@ from gpucache_pipes.cache import Cache, Entry, State
 from gpucache_pipes.device import Backend
 from gpucache_pipes.errors import load_error
 from gpucache_pipes.files import LoadedFeature
+from gpucache_pipes.guard import Guard
 from gpucache_pipes.loader import Loader
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.tracing import trace
@@ -24,7 +25,7 @@ _USED = "this ticket has been used or cancelled; request its paths again"
 class Desk:
     """Serves requests for entries, by their numbers, to any number of consumers.
 
-    `lock` is the one lock of a store, and `changed` its condition. It guards the cache and all that
+    `lock` is the one lock of a store, with its condition. It guards the cache and all that
     is here. Nothing is read or copied under it, and nothing waited for but the condition.
     """
 
@@ -33,13 +34,9 @@ class Desk:
         cache: Cache,
         backend: Backend,
         loader: Loader,
-        lock: threading.Lock,
-        changed: threading.Condition,
+        lock: Guard,
     ) -> None:
-        # Not by way of the condition: an interrupt within its __enter__, which is Python, would
-        # leave the lock held.
         self.lock = lock
-        self.changed = changed
         self.hits = 0
         self.misses = 0
         self.skipped = 0
@@ -98,7 +95,9 @@ class Desk:
             cache = self._cache
             numbers = self._renew(numbers, stale)
             rows = list(map(cache.rows.__getitem__, numbers))
-            ticket = Ticket(self, cache.open_ticket(numbers, owner, report=not warming), numbers)
+            number = cache.open_ticket(numbers, owner, report=not warming)
+            ticket = Ticket(self, number, numbers)
+            cache.hold(number, weakref.ref(ticket))
             if rows and min(rows) >= 0:
                 ticket.rows = rows
             else:
@@ -220,7 +219,7 @@ class Desk:
             try:
                 with trace("gpucache::wait"):
                     while any(ticket.pending for ticket in tickets):
-                        self.changed.wait()
+                        self.lock.wait()
                         self._require_valid(tickets)
             finally:
                 self.wait_seconds += time.perf_counter() - start
@@ -234,15 +233,17 @@ class Desk:
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         """Give tickets up: what they held may go. Harmless for tickets that were used."""
-        numbers = [number for ticket in tickets if (number := ticket.use_up()) is not None]
-        if numbers:
+        tickets = list(tickets)
+        if not all(ticket.used for ticket in tickets):
+            # Within the lock, where no interrupt can come between a ticket and its number.
             with self.lock:
+                numbers = [n for ticket in tickets if (n := ticket.use_up()) is not None]
                 self._close(numbers)
 
     def _close(self, numbers: Sequence[int]) -> None:
         """Under the lock: unpin, and wake who waits for that."""
         self._cache.close_tickets(numbers)
-        self.changed.notify_all()
+        self.lock.changed.notify_all()
         if self._clearing:
             self._give_memory_back()
 
@@ -288,14 +289,13 @@ class Desk:
         with self.lock:
             if self.refusal is None:
                 self.refusal = "this GPUFeatureStore is closed"
-            self.changed.notify_all()
+            self.lock.changed.notify_all()
             while self._gathering:
-                self.changed.wait()
+                self.lock.wait()
 
     def refuse_after_fork(self) -> None:
         """For the child of a fork, where the lock may be held by a thread that is gone."""
-        self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)
+        self.lock = Guard()
         self._gathering = 0
         self.refusal = (
             "this GPUFeatureStore was made before a fork and does not work in the new process; "

@@ -1,7 +1,6 @@
 """From files to pages: what reader threads do."""
 
 import logging
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from gpucache_pipes.files import (
     has_version,
     sample_file_sizes,
 )
+from gpucache_pipes.guard import Guard
 from gpucache_pipes.pages import choose_page_bytes
 from gpucache_pipes.task import Revoked, Task
 from gpucache_pipes.tracing import trace
@@ -32,7 +32,7 @@ _LOOKED_AT = 100_000
 class Loader:
     """Reads LOADING entries, in the threads of `pool` or, without one, in the caller's.
 
-    `lock` is the store's, and `changed` its condition. Methods that say so are called with it held;
+    `lock` is the store's, with its condition. Methods that say so are called with it held;
     while files are opened and read it is not.
     """
 
@@ -47,8 +47,7 @@ class Loader:
         upload_bytes: int,
         revalidate: bool,
         read_timeout: float | None,
-        lock: threading.Lock,
-        changed: threading.Condition,
+        lock: Guard,
     ) -> None:
         self._cache = cache
         self._backend = backend
@@ -65,7 +64,6 @@ class Loader:
         self._read_timeout = read_timeout
         self._running: set[Task] = set()
         self._lock = lock
-        self._changed = changed
         # Counters; under the lock.
         self.files_read = 0
         self.bytes_read = 0
@@ -312,7 +310,7 @@ class Loader:
                     ticket.errors[entry] = cause
                 self._tell(waiters)
             if not cache.loading:
-                self._changed.notify_all()
+                self._lock.changed.notify_all()
 
     def _tell(self, waiters: Sequence[Any]) -> None:
         """Under the lock: an entry that they wait for is no longer LOADING."""
@@ -320,7 +318,7 @@ class Loader:
             ticket.pending -= 1
             # Not before: a consumer that is woken for nothing takes the interpreter from readers.
             if not ticket.pending:
-                self._changed.notify_all()
+                self._lock.changed.notify_all()
 
 
 def _take(task: list[list[Entry]]) -> list[Entry]:

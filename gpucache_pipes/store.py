@@ -2,7 +2,6 @@
 
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +16,7 @@ from gpucache_pipes.cache import Cache, Future, Ledger, Policy, make_policy
 from gpucache_pipes.desk import Desk
 from gpucache_pipes.device import Backend, open_backend, resolve_device
 from gpucache_pipes.files import PathLike, PathTable, ReaderPool, opener
+from gpucache_pipes.guard import Guard
 from gpucache_pipes.lifetime import watch
 from gpucache_pipes.loader import Loader
 from gpucache_pipes.stats import StoreStats
@@ -114,8 +114,7 @@ class GPUFeatureStore:
         self._backend = (
             device if isinstance(device, Backend) else open_backend(resolve_device(device))
         )
-        lock = threading.Lock()
-        changed = threading.Condition(lock)
+        lock = Guard()
         self._cache = Cache(ledger, policy, self._backend.grow)
         self._pool = ReaderPool(threads, "gpucache-reader") if asynchronous else None
         self._loader = Loader(
@@ -129,9 +128,8 @@ class GPUFeatureStore:
             revalidate,
             read_timeout,
             lock,
-            changed,
         )
-        self._desk = Desk(self._cache, self._backend, self._loader, lock, changed)
+        self._desk = Desk(self._cache, self._backend, self._loader, lock)
         self._paths = PathTable(self._cache.entries.add, lock, revalidate)
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _let_go, self._pid, self._pool, self._backend)

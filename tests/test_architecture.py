@@ -14,7 +14,7 @@ import gpucache_pipes
 ROOT = Path(gpucache_pipes.__file__).parent
 
 # What the modules of each room may import of this package; every room may use the leaves.
-LEAVES = {"errors", "stats", "tracing", "units", "upcoming"}
+LEAVES = {"errors", "guard", "stats", "tracing", "units", "upcoming"}
 ALLOWED = {
     "cache": {"cache"},
     "device": {"device"},

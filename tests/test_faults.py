@@ -192,7 +192,7 @@ def wait_for_readers(store: GPUFeatureStore) -> None:
     """Also those that read for pipelines that are gone."""
     with store._desk.lock:
         while store._cache.loading:
-            store._desk.changed.wait(1)
+            store._desk.lock.changed.wait(1)
 
 
 def require_nothing_left(store: GPUFeatureStore) -> None:

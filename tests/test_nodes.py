@@ -364,7 +364,7 @@ def test_shutting_down_takes_no_lock(store: GPUFeatureStore) -> None:
     """It happens in finalizers, which the collector may run inside the lock."""
     node = GPUPrefetcher(PathLister(PATHS), store)
     next(node)
-    with store._desk.changed:
+    with store._desk.lock:
         node.shutdown()
         del node
         gc.collect()

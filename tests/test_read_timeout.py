@@ -97,7 +97,7 @@ def test_a_read_that_hangs_keeps_its_pages(
         # Its pages come back when it does.
         with store._desk.lock:
             while store._cache.loading:
-                store._desk.changed.wait(1)
+                store._desk.lock.changed.wait(1)
         assert store.stats().reserved_bytes == before.reserved_bytes
         store.check()
 

@@ -158,7 +158,7 @@ class StoreMachine(RuleBasedStateMachine):
             # What is still on its way would come between the readings below.
             with self.store._desk.changed:
                 while self.store._cache.loading:
-                    self.store._desk.changed.wait()
+                    self.store._desk.lock.changed.wait()
             stats = self.store.stats()
             assert self.max_bytes is None or stats.cached_bytes <= self.max_bytes
             assert self.max_items is None or stats.items <= self.max_items

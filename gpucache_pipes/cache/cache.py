@@ -58,6 +58,8 @@ class Cache:
         self._grow = grow
         # What open tickets name, as numbers of entries.
         self._tickets: dict[int, Sequence[int]] = {}
+        # Who holds them, where that is known.
+        self._holders: dict[int, Callable[[], object]] = {}
         self._next_ticket = 0
         # What they name together, once somebody has asked.
         self._pinned: set[int] | None = None
@@ -84,9 +86,22 @@ class Cache:
         self._pinned = None
         return ticket
 
+    def hold(self, ticket: int, holder: Callable[[], object]) -> None:
+        """A weak reference to who has the ticket: once that is gone, it need not be closed."""
+        self._holders[ticket] = holder
+
+    def _close_what_nobody_holds(self) -> None:
+        # As after an interrupt in a finalizer.
+        gone = [ticket for ticket, holder in self._holders.items() if holder() is None]
+        if gone:
+            self.close_tickets(gone)
+
     def close_tickets(self, tickets: Iterable[int]) -> None:
         """Unpin; transient entries that nobody needs any more go. Unknown tickets are ignored."""
-        closed = [self._tickets.pop(ticket, ()) for ticket in tickets]
+        closed = []
+        for ticket in tickets:
+            closed.append(self._tickets.pop(ticket, ()))
+            self._holders.pop(ticket, None)
         self._pinned = None
         if self._loose:
             for number in set(chain.from_iterable(closed)) - self.pinned():
@@ -96,12 +111,14 @@ class Cache:
     def pinned(self) -> set[int]:
         """The numbers of the entries that open tickets name."""
         if self._pinned is None:
+            self._close_what_nobody_holds()
             self._pinned = set().union(*self._tickets.values())
         return self._pinned
 
     @property
     def idle(self) -> bool:
         """Whether no ticket is open and nothing is being loaded."""
+        self._close_what_nobody_holds()
         return not self._tickets and not self.loading
 
     @property

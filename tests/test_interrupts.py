@@ -1,0 +1,147 @@
+"""Ctrl-C at any moment: real signals, as fast as they can be sent."""
+
+import gc
+import os
+import random
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from conftest import device_for, sample
+
+from gpucache_pipes import GPUFeatureStore, GPUPrefetcher
+from gpucache_pipes.guard import Guard
+
+Files = Callable[..., list[str]]
+
+
+@contextmanager
+def interrupts(seed: int) -> Iterator[None]:
+    """Sends SIGINT to the main thread at random moments."""
+    draw = random.Random(seed)
+    done = threading.Event()
+
+    def send() -> None:
+        while not done.wait(draw.random() * 0.002):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        while thread.is_alive():
+            try:
+                done.set()
+                thread.join()
+            except KeyboardInterrupt:
+                pass
+
+
+@pytest.mark.parametrize("kind", ["host", "staged"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_cache_items": 3},
+        {"max_cache_items": 3, "asynchronous": False},
+        {"max_cache_items": 100},
+        {"max_cache_items": 2, "policy": "w-tinylfu"},
+    ],
+    ids=str,
+)
+def test_nothing_is_lost_or_left(
+    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Python swallows an interrupt that comes in a finalizer, and would say so.
+    monkeypatch.setattr("sys.unraisablehook", lambda *_: None)
+    features = {f"/{number}": sample(number) for number in range(12)}
+    paths = list(features)
+    store = GPUFeatureStore(device_for(kind), load_fn=features.__getitem__, **options)
+    came: Counter[str] = Counter()
+    draw = random.Random(0)
+
+    def use() -> None:
+        some = draw.choices(paths, k=draw.randint(1, 6))
+        batch = store.get_batch(some)
+        assert [int(f["label"]) for f in batch] == [int(path[1:]) for path in some]
+        if draw.random() < 0.1:
+            store.release(some)
+        if draw.random() < 0.05:
+            store.clear()
+        node = GPUPrefetcher([some, paths[:3]], store, depth=2)
+        next(node)
+        next(node)
+        node.shutdown()
+
+    with store:
+        try:
+            with interrupts(seed=1):
+                while came["served"] < 150:
+                    try:
+                        use()
+                        came["served"] += 1
+                    except KeyboardInterrupt:
+                        came["interrupted"] += 1
+        except KeyboardInterrupt:  # the last one, between two statements
+            pass
+        assert came["interrupted"] > 10
+        with store._desk.lock:
+            while store._cache.loading:
+                store._desk.lock.changed.wait(1)
+        gc.collect()
+        store.check()
+        assert [int(f["label"]) for f in store.get_batch(paths)] == list(range(12))
+        store.clear()
+        assert not store._cache._tickets
+        assert store.stats().reserved_bytes == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_guard_keeps_an_interrupt_until_it_is_released() -> None:
+    guard = Guard()
+    steps: list[Any] = []
+
+    def inside() -> None:
+        with guard:
+            os.kill(os.getpid(), signal.SIGINT)
+            steps.extend(["inside", guard.lock.locked()])
+        steps.append("behind")
+
+    def waiting() -> None:
+        with guard:
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            while True:
+                guard.wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        inside()
+    assert steps == ["inside", True] and not guard.lock.locked()
+    with guard:
+        pass
+    # Not while waiting: that may take long.
+    with pytest.raises(KeyboardInterrupt):
+        waiting()
+    assert not guard.lock.locked()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_guard_without_a_handler_or_outside_the_main_thread() -> None:
+    guard = Guard()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with guard:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    def elsewhere() -> None:
+        with guard:
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
