@@ -248,7 +248,11 @@ def _gather_with(
         values.append(source.values)
         if found is not None:
             # Features must begin at multiples of their alignment.
-            held = bytearray(-(-found.layout.span // ALIGNMENT) * ALIGNMENT)
+            try:
+                held = bytearray(-(-found.layout.span // ALIGNMENT) * ALIGNMENT)
+            except (MemoryError, OverflowError) as error:
+                path, size = entries[number].path, found.layout.span
+                raise MemoryError(f"what is taken for {path!r} has {size} bytes") from error
             if held:
                 found.read_into([memoryview(held)])
                 pieces.append(to_device(torch.frombuffer(held, dtype=torch.uint8), device))

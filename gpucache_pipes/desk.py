@@ -185,6 +185,8 @@ class Desk:
 
     def replace(self, ticket: Ticket, position: int, feature: LoadedFeature | None) -> None:
         """Take `feature` in the place of one that failed; None leaves it out."""
+        if not 0 <= position < len(ticket.numbers):
+            raise IndexError(f"there is no feature {position} among {len(ticket.numbers)}")
         with self.lock:
             entry = self._cache.entries[ticket.numbers[position]]
             if entry not in ticket.errors:
@@ -193,7 +195,8 @@ class Desk:
             self.skipped += 1
             error = _error_of(entry, ticket)
             new = feature is None and entry.file not in self._said
-            self._said.add(entry.file)
+            if new:
+                self._said.add(entry.file)
         if new:
             _log.warning("left out: %s", error)
 

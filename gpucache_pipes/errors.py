@@ -48,10 +48,17 @@ def load_error(path: str, cause: BaseException) -> Exception:
         if not _is_same(cause.filename, path):  # a load_fn needs more than the path it is given
             reason = f"{reason} ({cause.filename!r}, needed to load)"
         return FileNotFoundError(cause.errno, reason, path)
-    if isinstance(cause, MemoryError):
+    if isinstance(cause, MemoryError) or _is_lack_of_device_memory(cause):
         text = str(cause) or "out of memory"
         return MemoryError(text if path in text else f"cannot load {os.fspath(path)!r}: {text}")
     return FeatureLoadError(path, f"{type(cause).__name__}: {cause}".removesuffix(": "))
+
+
+def _is_lack_of_device_memory(cause: BaseException) -> bool:
+    """For most of it torch has a class of its own, a RuntimeError; for the rest it has none."""
+    return isinstance(cause, RuntimeError) and (
+        type(cause).__name__ == "OutOfMemoryError" or "error: out of memory" in str(cause)
+    )
 
 
 def _is_same(missing: Any, path: str) -> bool:

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import threading
 import time
 import weakref
 from typing import Protocol
@@ -32,11 +33,21 @@ def watch(mortal: Mortal) -> None:
     _living.add(mortal)
 
 
+_left_behind: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
+
+
+def await_at_exit(thread: threading.Thread) -> None:
+    """Nobody waits for this thread, but the end of the process does, as for readers."""
+    _left_behind.add(thread)
+
+
 @atexit.register
 def _at_exit() -> None:
     deadline = time.monotonic() + EXIT_SECONDS
     for mortal in list(_living):
         mortal.shut(max(0.0, deadline - time.monotonic()))
+    for thread in list(_left_behind):
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _in_child() -> None:

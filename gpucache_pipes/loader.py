@@ -16,6 +16,7 @@ from gpucache_pipes.files import (
     sample_file_sizes,
 )
 from gpucache_pipes.guard import Guard
+from gpucache_pipes.lifetime import await_at_exit
 from gpucache_pipes.pages import choose_page_bytes
 from gpucache_pipes.task import Revoked, Task
 from gpucache_pipes.tracing import trace
@@ -116,28 +117,46 @@ class Loader:
     def take_over_from_the_stuck(self) -> None:
         """Replace readers that have been at one file for too long. In a thread of its own."""
         assert self._pool is not None and self._read_timeout is not None
-        with self._lock:
-            for task in list(self._running):
-                stuck = task.revoke(self._read_timeout)
-                if stuck is None:
-                    continue
-                cause = TimeoutError(f"not read within read_timeout={self._read_timeout:g} seconds")
-                if stuck.pages:
-                    task.forsaken = stuck
-                rest = [entry for entry in task.left if entry is not stuck]
-                task.left.clear()
-                self.failures += 1
-                waiters = self._cache.forsake(stuck)
-                for ticket in waiters:
-                    ticket.errors[stuck] = cause
-                self._tell(waiters)
-                for entry in rest:
-                    self._cache.start_again(entry)
-                self._pool.replace(task.thread)
-                self._pool.submit(self._load_in_thread, [rest])
-                _log.warning(
-                    "%s: %s; another thread goes on with what comes behind it", stuck.path, cause
-                )
+        for task in list(self._running):
+            if not task.is_overdue(self._read_timeout):
+                continue
+            # First, as it may fail: then the next look tries again.
+            self._pool.start_another()
+            with self._lock:
+                stuck = self._revoke(task, self._read_timeout)
+            if stuck is None:  # it has got through at last
+                self._pool.end_one()
+                continue
+            self._pool.forget(task.thread)
+            await_at_exit(task.thread)
+            # Without the lock: handlers of logs have locks of their own.
+            _log.warning(
+                "%s: not read within read_timeout=%g seconds; another thread goes on with what is "
+                "behind it", stuck.path, self._read_timeout,
+            )  # fmt: skip
+
+    def _revoke(self, task: Task, seconds: float) -> Entry | None:
+        """Under the lock: fail the file that its reader is at, and hand on the others."""
+        stuck = task.revoke(seconds)
+        if stuck is None:
+            return None
+        if stuck.pages:
+            task.forsaken = stuck
+        rest = [entry for entry in task.left if entry is not stuck]
+        task.left.clear()
+        task.opened.pop(stuck, None)  # the reader may be reading from it
+        task.close_opened()
+        self.failures += 1
+        waiters = self._cache.forsake(stuck)
+        for ticket in waiters:
+            ticket.errors[stuck] = TimeoutError(f"not read within read_timeout={seconds:g} seconds")
+        self._tell(waiters)
+        for entry in rest:
+            self._cache.start_again(entry)
+        if rest:
+            assert self._pool is not None
+            self._pool.submit(self._load_in_thread, [rest])
+        return stuck
 
     def _load(self, entries: Sequence[Entry]) -> None:
         """Open, place, read and finish every entry. None is LOADING afterwards."""
@@ -172,23 +191,27 @@ class Loader:
             raise
         finally:
             self._running.discard(task)
-            for _, feature in group:
-                feature.close()
+            task.close_opened()
 
     def _open(self, entry: Entry, task: Task) -> OpenFeature | BaseException:
+        version = None
         task.begin(entry)
         try:
             if self.revalidate:
                 # First: if it changes now, what is read is taken for older than it is.
-                entry.version = file_version(entry.key)
+                version = file_version(entry.key)
             with trace("gpucache::read"):
-                return self._open_file(entry.path if self._as_spelled else entry.key)
+                feature = self._open_file(entry.path if self._as_spelled else entry.key)
         except BaseException as error:
             if not self._is_of_the_file(error):
                 raise
             return error
         finally:
             task.end()
+        # Only now: a reader that was too late touches nothing.
+        entry.version = version
+        task.opened[entry] = feature
+        return feature
 
     def _is_of_the_file(self, error: BaseException) -> bool:
         """Whether it may be told to who needs the file, and the others go on."""
@@ -218,8 +241,7 @@ class Loader:
                             task.end()
                     upload.finish()
         finally:
-            for _, feature in group:
-                feature.close()
+            task.close_opened()
         self._end(left, [item for item in placed if item[0] not in failed], failed)
 
     def _parts(self, placed: list[tuple[Entry, OpenFeature]]) -> Iterator[list[Any]]:

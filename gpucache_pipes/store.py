@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -92,9 +93,10 @@ class GPUFeatureStore:
     ) -> None:
         if load_fn is not None and not callable(load_fn):
             raise ValueError(f"load_fn={load_fn!r} must be callable")
-        if read_timeout is not None and (not asynchronous or not read_timeout > 0):
+        seconds = 1.0 if read_timeout is None else read_timeout
+        if read_timeout is not None and not (asynchronous and 0 < seconds < threading.TIMEOUT_MAX):
             raise ValueError(
-                f"read_timeout={read_timeout!r} must be a positive number of seconds"
+                f"read_timeout={read_timeout!r} must be a positive, finite number of seconds"
                 if asynchronous
                 else "read_timeout needs reader threads: asynchronous=True"
             )
@@ -337,8 +339,9 @@ class GPUFeatureStore:
         )
 
     def __repr__(self) -> str:
-        stats = self.stats()
-        return f"GPUFeatureStore({self.device}, {stats.items} items, {stats.cached_bytes} bytes)"
+        # Without the lock: handlers of logs have locks of their own, and format what they get.
+        items, size = len(self), self._cache.ledger.cached_bytes
+        return f"GPUFeatureStore({self.device}, {items} items, {size} bytes)"
 
     def refuse_after_fork(self) -> None:
         """For the child of a fork: refuse to work."""

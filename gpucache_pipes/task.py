@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from threading import Thread, current_thread
 
 from gpucache_pipes.cache import Entry
+from gpucache_pipes.files import OpenFeature
 
 
 class Revoked(BaseException):
@@ -20,14 +21,16 @@ class Task:
 
     Attributes:
         left: the entries that are LOADING because of it.
+        opened: what was opened for them and not closed.
         thread: the reader.
         forsaken: the entry whose pages a reader may yet write to, after it was revoked.
     """
 
-    __slots__ = ("_hand", "_since", "forsaken", "left", "thread")
+    __slots__ = ("_hand", "_since", "forsaken", "left", "opened", "thread")
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.left = dict.fromkeys(entries)
+        self.opened: dict[Entry, OpenFeature] = {}
         self.thread: Thread = current_thread()
         self.forsaken: Entry | None = None
         self._hand: list[Entry] = []
@@ -45,10 +48,23 @@ class Task:
         except IndexError:
             raise Revoked from None
 
+    def close_opened(self) -> None:
+        """Close each once, whoever calls this how often."""
+        while self.opened:
+            try:
+                _, feature = self.opened.popitem()
+            except KeyError:
+                return
+            feature.close()
+
+    def is_overdue(self, seconds: float) -> bool:
+        """Whether the reader has been at one file for so long."""
+        return bool(self._hand) and time.monotonic() - self._since > seconds
+
     def revoke(self, seconds: float) -> Entry | None:
         """Take the task away if the reader has been at one file for so long: that one."""
         hand = self._hand
-        if not hand or time.monotonic() - self._since <= seconds:
+        if not self.is_overdue(seconds):
             return None
         try:
             return hand.pop()

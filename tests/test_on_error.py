@@ -229,6 +229,16 @@ def test_ranks_have_as_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         singles = GPUPrefetcher(PATHS, store, on_error="skip")
         got = [int(f["label"]) for f in singles]
         assert got == [0, 1, 2, 2, 2, 2, 6, 6, 8, 9, 10, 11]
+        # Substitutes are taken again.
+        sub = {3: feature(103), 7: feature(107)}
+        mixed = GPUPrefetcher(
+            PathLister(PATHS, batch_size=3, num_shards=1, shard_index=0),
+            store,
+            on_error=lambda path, error: sub.get(number_of(path)),
+        )
+        assert listed(mixed) == [[0, 1, 2], [103], [6, 107, 8], [9, 10, 11]]
+        twice = GPUPrefetcher([PATHS[6:8], PATHS[4:6]], store, on_error=mixed.failures.on_error)
+        assert listed(twice) == [[6, 107], [6, 107]]
         # With nothing to repeat, an error is better than waiting for ever.
         first = GPUPrefetcher([PATHS[3:6], PATHS[:2]], store, on_error="skip")
         with pytest.raises(FeatureLoadError, match="/f/05"):
@@ -296,3 +306,67 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
             GPUPrefetcher([], store, **options)
         with pytest.raises(ValueError, match=message):
             GPUCachedPathDataLoader([], store=store, **options)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+@pytest.mark.parametrize("divisible", [True, False])
+def test_an_interrupt_while_on_error_is_asked(calls: int, divisible: bool) -> None:
+    seen = []
+
+    def ask(path: str, error: Exception) -> Any:
+        seen.append(path)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+        return feature(100) if path == PATHS[2] else None
+
+    with GPUFeatureStore("cpu", load_fn=Faulty({0, 2, 3})) as store:
+        options: dict[str, Any] = {} if divisible else {"path_fn": lambda row: row[0]}
+        batches: list[Any] = [PATHS[:4], PATHS[4:6]]
+        rows = batches if divisible else [(batch, "row") for batch in batches]
+        node = GPUPrefetcher(rows, store, on_error=ask, **options)
+        with pytest.raises(KeyboardInterrupt):
+            next(node)
+        rest = list(node)
+        if divisible:
+            assert listed(rest) == [[1, 100], [4, 5]]
+        else:
+            assert [(listed([batch]), row[1]) for batch, row in rest] == [([[4, 5]], "row")]
+
+
+def test_a_skip_after_a_substitute_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with GPUFeatureStore("cpu", load_fn=Faulty({0})) as store:
+        list(GPUPrefetcher([PATHS[:2]], store, on_error=lambda path, error: feature(9)))
+        assert not caplog.records
+        list(GPUPrefetcher([PATHS[:2]], store, on_error="skip"))
+        assert "left out" in caplog.text
+
+
+def test_torchs_own_lack_of_memory() -> None:
+    def of_cuda(text: str) -> Exception:
+        return RuntimeError(f"CUDA error: out of memory {text}")
+
+    kinds: list[Any] = [torch.OutOfMemoryError, of_cuda]
+    for kind in kinds:
+        with GPUFeatureStore("cpu", load_fn=Faulty({0}, kind)) as store:
+            node = GPUPrefetcher([PATHS[:2]], store, on_error="skip")
+            with pytest.raises(MemoryError, match="/f/00"):
+                next(node)
+
+
+def test_odd_things_to_do_in_on_error() -> None:
+    with GPUFeatureStore("cpu", load_fn=Faulty({1})) as store:
+
+        def stop(path: str, error: Exception) -> Any:
+            node.shutdown()
+
+        node = GPUPrefetcher([PATHS[1:2], PATHS[:1]], store, on_error=stop)
+        with pytest.raises(RuntimeError, match="nothing of this epoch"):
+            next(node)
+        huge = torch.ones(1).expand(1 << 60)
+        node = GPUPrefetcher([PATHS[:2]], store, on_error=lambda path, error: huge)
+        with pytest.raises(MemoryError, match="what is taken for '/f/01' has"):
+            next(node)
+        ticket = store.request(PATHS[:2])
+        ticket.wait()
+        with pytest.raises(IndexError, match="no feature -1 among 2"):
+            ticket.replace(-1)

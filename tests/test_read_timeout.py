@@ -1,6 +1,7 @@
 """GPUFeatureStore(read_timeout=): readers that hang are left behind, and nothing else is."""
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Gate, device_for, sample
 
-from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher
+from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher, loader
+from gpucache_pipes.files import FileOpener
 from gpucache_pipes.files.planned import PlannedFeature
 
 Files = Callable[..., list[str]]
@@ -127,6 +130,23 @@ print("took", time.monotonic() - begun)
     assert "Fatal" not in run.stderr and "Traceback" not in run.stderr
 
 
+def test_a_replaced_reader_is_waited_for_at_the_end() -> None:
+    """Else one that is inside torch just then aborts the process."""
+    code = """
+import time, torch
+from gpucache_pipes import *
+def load(path):
+    end = time.monotonic() + 0.4
+    while time.monotonic() < end: x = torch.randn(200, 200) @ torch.randn(200, 200)
+    return x
+store = GPUFeatureStore("cpu", load_fn=load, read_timeout=0.1)
+try: store.get("/a")
+except FeatureLoadError: print("replaced")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and "replaced" in run.stdout, run.stderr
+
+
 def test_in_a_pipeline() -> None:
     gate = a_gate()
     for number in (4, 11, 17):
@@ -156,10 +176,98 @@ def test_closing_while_a_reader_is_replaced() -> None:
         gate.open(*NAMES)
 
 
+def test_a_stat_that_hangs_says_nothing_of_what_was_read_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "a.pt")
+
+    def write(value: int, age: int) -> None:
+        torch.save(torch.full((4,), value), path + "~")
+        os.utime(path + "~", (10**9 - age, 10**9 - age))
+        os.replace(path + "~", path)
+
+    write(1, age=1000)
+    real, go_on, hung = loader.file_version, threading.Event(), [True]
+    late = threading.Event()
+
+    def version(key: str) -> Any:
+        if hung and hung.pop():
+            assert go_on.wait(60)
+            try:
+                return real(key)
+            finally:
+                late.set()
+        return real(key)
+
+    monkeypatch.setattr(loader, "file_version", version)
+    with GPUFeatureStore("cpu", revalidate=True, read_timeout=0.1) as store:
+        with pytest.raises(FeatureLoadError, match="read_timeout"):
+            store.get(path)
+        assert store.get(path).tolist() == [1] * 4
+        write(2, age=500)
+        go_on.set()
+        assert late.wait(60)
+        for thread in threading.enumerate():
+            if thread.name == "gpucache-reader-0":
+                thread.join()  # it was replaced, and ends
+        assert store.get(path).tolist() == [2] * 4
+
+
+def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = a_gate()
+    gate.opened[NAMES[0]].clear()
+    start, failed = threading.Thread.start, threading.Event()
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name.startswith("gpucache-reader") and not failed.is_set():
+            failed.set()
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with GPUFeatureStore("cpu", load_fn=gate, read_timeout=0.1) as store:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        ticket = store.request(NAMES[:4])
+        assert list(ticket.wait()) == [0] and failed.is_set()
+        gate.open(NAMES[0])
+
+
+def test_descriptors_behind_a_hang_are_closed(
+    make_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_files(32, lambda number: sample(number, 30_000))
+    go_on = threading.Event()
+    opened = FileOpener.open
+
+    def hang(self: FileOpener, path: str) -> Any:
+        if path == paths[-1] and not go_on.is_set():
+            assert go_on.wait(60)
+        return opened(self, path)
+
+    def descriptors() -> int:
+        return sum(
+            os.readlink(f"/proc/self/fd/{fd}").endswith(".pt")
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.islink(f"/proc/self/fd/{fd}")
+        )
+
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("no way to count them here")
+    monkeypatch.setattr(FileOpener, "open", hang)
+    with GPUFeatureStore("cpu", read_timeout=0.1, staging_bytes="64MiB") as store:
+        for _ in range(3):
+            store.clear()
+            assert list(store.request(paths).wait()) == [31]
+        store.clear()
+        store.stats()
+        assert descriptors() == 0
+        go_on.set()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"read_timeout": 0}, "read_timeout=0 must be a positive number"),
+        ({"read_timeout": 0}, "read_timeout=0 must be a positive"),
+        ({"read_timeout": float("inf")}, "read_timeout=inf must be a positive, finite number"),
         ({"read_timeout": 5, "asynchronous": False}, "needs reader threads"),
     ],
 )

@@ -486,7 +486,7 @@ def test_a_ticket_that_is_cancelled_wakes_who_waits_for_it() -> None:
 
         consumer = threading.Thread(target=wait)
         consumer.start()
-        while not store._desk.changed._waiters:  # type: ignore[attr-defined]
+        while not store._desk.lock.changed._waiters:  # type: ignore[attr-defined]
             pass
         ticket.cancel()
         consumer.join(60)

@@ -156,7 +156,7 @@ class StoreMachine(RuleBasedStateMachine):
         if hasattr(self, "store"):
             self.store.check()
             # What is still on its way would come between the readings below.
-            with self.store._desk.changed:
+            with self.store._desk.lock:
                 while self.store._cache.loading:
                     self.store._desk.lock.changed.wait()
             stats = self.store.stats()

@@ -276,7 +276,9 @@ class Cache:
         """
         if not entry.pages:
             return self.give_up(entry)
-        self.release([entry])
+        entry.keep = False
+        if entry.cached:
+            self.ledger.make_transient(entry)
         waiters, entry.waiters = entry.waiters, ()
         self.entries.renew(entry)
         return waiters

@@ -1,11 +1,14 @@
 """The threads that read files ahead of the consumer."""
 
+import logging
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any
+
+_log = logging.getLogger("gpucache_pipes")
 
 Task = Callable[[Any], Any]
 """Returns something true if the thread is to end: another has taken its place."""
@@ -39,9 +42,16 @@ class ReaderPool:
         self._started += 1
         return thread
 
-    def replace(self, stuck: threading.Thread) -> None:
-        """Have another thread in the place of one that will end when its task does."""
+    def start_another(self) -> None:
+        """Have one thread more."""
         self.threads.append(self._start())
+
+    def end_one(self) -> None:
+        """Have one thread less, as soon as one is idle."""
+        self._tasks.put(None)
+
+    def forget(self, stuck: threading.Thread) -> None:
+        """Do not count on a thread, which ends when its task does."""
         self.threads.remove(stuck)
 
     def watch(self, seconds: float, method: "weakref.WeakMethod[Callable[[], None]]") -> None:
@@ -105,7 +115,10 @@ def _watch(
         except queue.Empty:
             call = method()
             if call is not None:
-                call()
+                try:
+                    call()
+                except Exception:
+                    _log.exception("cannot replace a reader that hangs; trying again")
                 del call
                 continue
         return

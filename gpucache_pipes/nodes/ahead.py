@@ -9,12 +9,23 @@ from gpucache_pipes.ticket import Ticket
 class Ahead:
     """An element that was drawn from the source and is not consumed yet."""
 
-    __slots__ = ("element", "error", "paths", "settled", "single", "state", "ticket")
+    __slots__ = (
+        "divisible",
+        "element",
+        "error",
+        "paths",
+        "settled",
+        "single",
+        "state",
+        "ticket",
+    )  # fmt: skip
 
     def __init__(self, element: Any) -> None:
         self.element = element
         self.paths: Sequence[Any] = ()
         self.single = False
+        # It is its paths and nothing else, so that some of them may be left out.
+        self.divisible = False
         self.ticket: Ticket | None = None
         # The ticket of which it is known what to do about what failed.
         self.settled: Ticket | None = None

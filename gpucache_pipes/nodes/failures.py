@@ -48,11 +48,8 @@ class Failures:
 
     def settle(self, ticket: Ticket, paths: Sequence[Any]) -> set[int]:
         """Wait for a ticket's files and deal with those that failed; what is left out of them."""
-        left_out = set()
         for position, error in ticket.wait().items():
             path = os.fspath(paths[position])
-            feature = guarded(self.substitute, "on_error", path, error)
-            ticket.replace(position, feature)
-            if feature is None:
-                left_out.add(position)
-        return left_out
+            ticket.replace(position, guarded(self.substitute, "on_error", path, error))
+        # Also what was decided before an interrupt.
+        return {position for position, feature in ticket.instead.items() if feature is None}

@@ -185,11 +185,12 @@ class GPUPrefetcher(BaseNode[Any]):
         self._draw(count)
         have = 0
         while have < min(count, len(self._ahead)):
-            if not self.failures.tolerant or self._settle(self._ahead[have]):
+            head = self._ahead[have]
+            if not self.failures.tolerant or self._settle(head):
                 have += 1
-                continue
-            self._leave_out(have)
-            self._draw(count)
+            elif have < len(self._ahead) and self._ahead[have] is head:
+                self._leave_out(have)
+                self._draw(count)
         if have:
             self._served = True
         elif not self._served and self.failures.last is not None:
@@ -207,34 +208,34 @@ class GPUPrefetcher(BaseNode[Any]):
             ticket = self._ticket_of(head)
             if head.settled is ticket:
                 return True
-            left_out = self.failures.settle(ticket, head.paths)
-            if left_out and head.paths is head.element:
-                rest = [path for at, path in enumerate(head.paths) if at not in left_out]
-                head.element = rest
-                left = bool(rest)
-            else:
-                # Nothing can be taken out of an element whose parts nobody here knows.
-                left = not left_out
+            left = self._sift(head, ticket)
             if not left and self._ranks > 1:
-                self._repeat_last(head)
-                left = True
+                # Other ranks wait for a batch: it is the last one that could be loaded.
+                if self._last_good is not None:
+                    ticket.cancel()
+                    head.element = copy.copy(self._last_good)
+                    self._request(head)
+                    left = self._sift(head, self._ticket_of(head))
+                if not left:
+                    assert self.failures.last is not None
+                    raise self.failures.last
         except Exception as error:
             head.error = error
             return True
         head.settled = head.ticket
-        if left:
-            self._last_good = head.element
+        if left and self._ranks > 1:
+            self._last_good = copy.copy(head.element)  # the consumer's own from now on
         return left
 
-    def _repeat_last(self, head: Ahead) -> None:
-        """Other ranks wait for a batch: take the last one that could be loaded."""
-        if self._last_good is None:
-            assert self.failures.last is not None
-            raise self.failures.last
-        if head.ticket is not None:
-            head.ticket.cancel()
-        head.element = self._last_good
-        self._request(head)
+    def _sift(self, head: Ahead, ticket: Ticket) -> bool:
+        """Leave out of the element what failed; whether anything is left."""
+        left_out = self.failures.settle(ticket, head.paths)
+        if head.divisible and left_out:
+            rest = [path for at, path in enumerate(head.paths) if at not in left_out]
+            head.element = rest
+            return bool(rest)
+        # Nothing can be taken out of an element whose parts nobody here knows.
+        return not left_out
 
     def _leave_out(self, at: int) -> None:
         head = self._ahead[at]
@@ -276,8 +277,9 @@ class GPUPrefetcher(BaseNode[Any]):
         paths = element
         if self.path_fn is not None:
             paths = guarded(self.path_fn, "path_fn", element)
+        head.divisible = paths is element
         if isinstance(paths, (str, os.PathLike)):
-            head.single = True
+            head.single, head.divisible = True, False
             paths = [paths]
         elif not isinstance(paths, Sequence) or isinstance(paths, bytes):
             what = "an element" if self.path_fn is None else "what path_fn gave"
