@@ -1,11 +1,19 @@
 """A lock under which Ctrl-C waits: bookkeeping is done as a whole or not at all."""
 
 import os
-import signal
 import threading
-from collections.abc import Callable
+from signal import SIGINT
+from threading import get_ident
 from types import FrameType
 from typing import Any
+
+try:
+    # What the functions of `signal` call: those look for enums first, for several microseconds.
+    from _signal import getsignal  # type: ignore[import-not-found]
+    from _signal import signal as set_handler
+except ImportError:
+    from signal import getsignal
+    from signal import signal as set_handler
 
 _PATIENCE = 0.1
 """Seconds within which a wait notices that there was an interrupt."""
@@ -26,12 +34,14 @@ class Guard:
         self.changed = threading.Condition(self.lock)
 
     def __enter__(self) -> None:
-        _mask.begin()
+        if get_ident() == _mask.thread:
+            _mask.begin()
         self.lock.acquire()
 
     def __exit__(self, *_: object) -> None:
         self.lock.release()
-        _mask.end()
+        if get_ident() == _mask.thread:
+            _mask.end()
 
     def wait(self) -> None:
         """Wait for `changed`. With the lock held; Ctrl-C is raised within a tenth of a second."""
@@ -46,54 +56,51 @@ class _Mask:
     """Whether the main thread is inside a Guard, and what it is to hear of afterwards."""
 
     def __init__(self) -> None:
+        self.thread = threading.main_thread().ident
         self.depth = 0
         self._noted = False
-        self._handler: Callable[[int, FrameType | None], Any] | None = None
+        self._handler: Any = None
 
     @property
     def on(self) -> bool:
         """Whether this is the main thread, and its interrupts are noted only."""
-        return self.depth > 0 and threading.current_thread() is threading.main_thread()
+        return self.depth > 0 and get_ident() == self.thread
 
     def begin(self) -> None:
-        """From now on interrupts are noted, if this is the main thread."""
-        if threading.get_ident() != threading.main_thread().ident:
-            return
-        if self.depth:
-            self.depth += 1
-            return
-        handler = signal.getsignal(signal.SIGINT)
-        if not callable(handler):
-            return  # nobody's, or the system's own: nothing is raised
-        self._handler = handler
-        try:
-            # From the end of this call on, which is one instruction.
-            signal.signal(signal.SIGINT, self._note)
-        except ValueError:
-            return  # not the main interpreter
-        self.depth = 1
+        """From now on interrupts are noted. In the main thread, as all that follows."""
+        if not self.depth:
+            handler = getsignal(SIGINT)
+            if not callable(handler):
+                return  # nobody's, or the system's own: nothing is raised
+            self._handler = handler
+            try:
+                # From the end of this call on, which is one instruction.
+                set_handler(SIGINT, self._note)
+            except ValueError:
+                return  # not the main interpreter
+        self.depth += 1
 
     def end(self) -> None:
         """What was noted is raised, once there is nobody inside any more."""
-        if not self.depth or threading.get_ident() != threading.main_thread().ident:
-            return
-        self.depth -= 1
-        if not self.depth:
-            signal.signal(signal.SIGINT, self._handler)
-            self.raise_noted()
+        if self.depth:
+            self.depth -= 1
+            if not self.depth:
+                set_handler(SIGINT, self._handler)
+                if self._noted:
+                    self.raise_noted()
 
     def raise_noted(self) -> None:
         """Call the handler for an interrupt that was noted, if there was one."""
         if self._noted:
             self._noted = False
-            assert self._handler is not None
-            self._handler(signal.SIGINT, None)
+            self._handler(int(SIGINT), None)
 
     def forget(self) -> None:
         """In a forked child: the thread that was inside is not there."""
+        self.thread = threading.main_thread().ident
         if self.depth:
             self.depth = 0
-            signal.signal(signal.SIGINT, self._handler)
+            set_handler(SIGINT, self._handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = True
