@@ -97,7 +97,7 @@ class Desk:
             rows = list(map(cache.rows.__getitem__, numbers))
             number = cache.open_ticket(numbers, owner, report=not warming)
             ticket = Ticket(self, number, numbers)
-            cache.hold(number, weakref.ref(ticket))
+            cache.pins.hold(number, weakref.ref(ticket))
             if rows and min(rows) >= 0:
                 ticket.rows = rows
             else:

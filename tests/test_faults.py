@@ -199,7 +199,7 @@ def require_nothing_left(store: GPUFeatureStore) -> None:
     wait_for_readers(store)
     gc.collect()
     store.check()
-    assert not store._cache._tickets and not store._cache.loading
+    assert not store._cache.pins.tickets and not store._cache.loading
     assert store.stats().transient_items == 0
 
 

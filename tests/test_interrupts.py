@@ -1,13 +1,12 @@
 """Ctrl-C at any moment: real signals, as fast as they can be sent."""
 
 import gc
-import os
 import random
 import signal
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,27 +18,46 @@ from gpucache_pipes.guard import Guard
 Files = Callable[..., list[str]]
 
 
-@contextmanager
-def interrupts(seed: int) -> Iterator[None]:
-    """Sends SIGINT to the main thread at random moments."""
+def interrupt() -> None:
+    """To the main thread itself, so that it has come when that thread goes on."""
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
+
+
+def under_interrupts(seed: int, count: int, work: Callable[[], None]) -> Counter[str]:
+    """Do `work` again and again while interrupts come at random moments; what came of it.
+
+    One at a time: the next is let through when work begins anew.
+    """
     draw = random.Random(seed)
-    done = threading.Event()
+    armed: list[bool] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if armed:
+            armed.clear()
+            raise KeyboardInterrupt
 
     def send() -> None:
-        while not done.wait(draw.random() * 0.002):
-            os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(count):
+            time.sleep(draw.random() * 0.002)
+            interrupt()
 
+    came: Counter[str] = Counter()
+    before = signal.signal(signal.SIGINT, handler)
     thread = threading.Thread(target=send)
     thread.start()
-    try:
-        yield
-    finally:
-        while thread.is_alive():
-            try:
-                done.set()
-                thread.join()
-            except KeyboardInterrupt:
-                pass
+    while thread.is_alive():
+        try:
+            armed.append(True)
+            work()
+            armed.clear()
+            came["done"] += 1
+        except KeyboardInterrupt:
+            came["interrupted"] += 1
+    time.sleep(0.01)  # the last one may still be on its way
+    assert signal.signal(signal.SIGINT, before) is handler
+    return came
 
 
 @pytest.mark.parametrize("kind", ["host", "staged"])
@@ -61,7 +79,6 @@ def test_nothing_is_lost_or_left(
     features = {f"/{number}": sample(number) for number in range(12)}
     paths = list(features)
     store = GPUFeatureStore(device_for(kind), load_fn=features.__getitem__, **options)
-    came: Counter[str] = Counter()
     draw = random.Random(0)
 
     def use() -> None:
@@ -78,17 +95,8 @@ def test_nothing_is_lost_or_left(
         node.shutdown()
 
     with store:
-        try:
-            with interrupts(seed=1):
-                while came["served"] < 150:
-                    try:
-                        use()
-                        came["served"] += 1
-                    except KeyboardInterrupt:
-                        came["interrupted"] += 1
-        except KeyboardInterrupt:  # the last one, between two statements
-            pass
-        assert came["interrupted"] > 10
+        came = under_interrupts(1, 150, use)
+        assert came["interrupted"] > 10 and came["done"]
         with store._desk.lock:
             while store._cache.loading:
                 store._desk.lock.changed.wait(1)
@@ -96,7 +104,7 @@ def test_nothing_is_lost_or_left(
         store.check()
         assert [int(f["label"]) for f in store.get_batch(paths)] == list(range(12))
         store.clear()
-        assert not store._cache._tickets
+        assert not store._cache.pins.tickets
         assert store.stats().reserved_bytes == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -107,13 +115,13 @@ def test_a_guard_keeps_an_interrupt_until_it_is_released() -> None:
 
     def inside() -> None:
         with guard:
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
             steps.extend(["inside", guard.lock.locked()])
         steps.append("behind")
 
     def waiting() -> None:
         with guard:
-            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.05, interrupt).start()
             while True:
                 guard.wait()
 

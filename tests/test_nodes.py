@@ -308,14 +308,14 @@ def test_nothing_is_held_for_a_pipeline_that_is_gone(store: GPUFeatureStore) -> 
     next(node)
     node.shutdown()
     store.check()
-    assert not store._cache.pinned()
+    assert not store._cache.pins.numbers()
     node.reset()
     next(node)
     del node
     store.get_batch(PATHS)  # what was being loaded has come
     gc.collect()
     store.check()
-    assert not store._cache.pinned()
+    assert not store._cache.pins.numbers()
 
 
 def test_train_and_validation_share_a_store() -> None:

@@ -13,6 +13,7 @@ from gpucache_pipes.cache.entries import Entries
 from gpucache_pipes.cache.entry import Entry, State
 from gpucache_pipes.cache.future import Future
 from gpucache_pipes.cache.ledger import Ledger
+from gpucache_pipes.cache.pins import Pins
 from gpucache_pipes.cache.policies import Policy
 
 LAYOUT_SHIFT = 40
@@ -30,11 +31,7 @@ Grow = Callable[[int, int | None], int]
 
 
 class Cache:
-    """Entries, the ledger that counts them, the policy that orders them, and open tickets.
-
-    A pin is not a counter: an entry is pinned while an open ticket names it. So pins cannot
-    leak or go below zero, pinning a batch costs one dict insertion whatever its size, and the
-    set is computed only when something must go.
+    """Entries, the ledger that counts them, the policy that orders them, and what is pinned.
 
     Attributes:
         entries: of all known files, by number.
@@ -56,13 +53,7 @@ class Cache:
         # Entries that are LOADING.
         self.loading = 0
         self._grow = grow
-        # What open tickets name, as numbers of entries.
-        self._tickets: dict[int, Sequence[int]] = {}
-        # Who holds them, where that is known.
-        self._holders: dict[int, Callable[[], object]] = {}
-        self._next_ticket = 0
-        # What they name together, once somebody has asked.
-        self._pinned: set[int] | None = None
+        self.pins = Pins()
         # READY entries that go with their last ticket.
         self._loose: set[Entry] = set()
         # Accesses that the policy has not been told of.
@@ -80,46 +71,26 @@ class Cache:
             if len(self._unreported) >= _BUNDLE:
                 self.report_accesses()
             self._unreported.append((owner, numbers))
-        ticket = self._next_ticket
-        self._next_ticket = ticket + 1
-        self._tickets[ticket] = numbers
-        self._pinned = None
-        return ticket
-
-    def hold(self, ticket: int, holder: Callable[[], object]) -> None:
-        """A weak reference to who has the ticket: once that is gone, it need not be closed."""
-        self._holders[ticket] = holder
-
-    def _close_what_nobody_holds(self) -> None:
-        # As after an interrupt in a finalizer.
-        gone = [ticket for ticket, holder in self._holders.items() if holder() is None]
-        if gone:
-            self.close_tickets(gone)
+        return self.pins.open(numbers)
 
     def close_tickets(self, tickets: Iterable[int]) -> None:
         """Unpin; transient entries that nobody needs any more go. Unknown tickets are ignored."""
-        closed = []
-        for ticket in tickets:
-            closed.append(self._tickets.pop(ticket, ()))
-            self._holders.pop(ticket, None)
-        self._pinned = None
-        if self._loose:
-            for number in set(chain.from_iterable(closed)) - self.pinned():
+        closed = self.pins.close(tickets)
+        if self._loose and closed:
+            for number in closed - self.pins.numbers():
                 if self.entries[number] in self._loose:
                     self._drop(self.entries[number])
 
-    def pinned(self) -> set[int]:
-        """The numbers of the entries that open tickets name."""
-        if self._pinned is None:
-            self._close_what_nobody_holds()
-            self._pinned = set().union(*self._tickets.values())
-        return self._pinned
+    def close_lost_tickets(self) -> None:
+        """Close those that nobody holds any more."""
+        if lost := self.pins.lost():
+            self.close_tickets(lost)
 
     @property
     def idle(self) -> bool:
         """Whether no ticket is open and nothing is being loaded."""
-        self._close_what_nobody_holds()
-        return not self._tickets and not self.loading
+        self.close_lost_tickets()
+        return not self.pins.tickets and not self.loading
 
     @property
     def transient_items(self) -> int:
@@ -150,7 +121,7 @@ class Cache:
             )
         pages, charge = ledger.pages_for(span), ledger.charge(span)
         cached = entry.keep and self._make_room(entry, pages, charge)
-        if not cached and (entry.number not in self.pinned() or not entry.evict):
+        if not cached and (entry.number not in self.pins.numbers() or not entry.evict):
             return False
         if ledger.free_pages < pages and not self._find_pages(entry, pages, cached):
             raise MemoryError(
@@ -168,7 +139,8 @@ class Cache:
         if not wanted.evict or not self.ledger.could_fit(pages, charge):
             return False
         self.report_accesses()
-        pinned = self.pinned()
+        self.close_lost_tickets()
+        pinned = self.pins.numbers()
         going: dict[Entry, None] = {}
         freed_pages = freed = 0
         for victim in self.policy.victims(wanted.file):
@@ -223,7 +195,7 @@ class Cache:
     def _evictable(self, wanted: Entry) -> Iterator[Entry]:
         """What may go where something must: in the order of the policy, and then anything."""
         chosen = map(self.entries.latest, self.policy.victims(wanted.file))
-        pinned = self.pinned()
+        pinned = self.pins.numbers()
         for entry in chain(chosen, self.entries.values()):
             if entry.cached and entry.state is State.READY and entry.number not in pinned:
                 yield entry
@@ -243,7 +215,7 @@ class Cache:
             self.rows[entry.number] = self._row(layout, entry.pages[0])
         if not entry.cached:
             self._loose.add(entry)
-            if entry.number not in self.pinned():
+            if entry.number not in self.pins.numbers():
                 self._drop(entry)
         waiters, entry.waiters = entry.waiters, ()
         return waiters
@@ -292,7 +264,7 @@ class Cache:
     def release(self, entries: Iterable[Entry]) -> None:
         """Stop caching these. What in-flight batches need stays until they have it."""
         self.report_accesses()
-        pinned = self.pinned()
+        pinned = self.pins.numbers()
         for entry in entries:
             entry.keep = False
             if entry.cached and entry.state is State.READY and entry.number not in pinned:
@@ -356,7 +328,7 @@ class Cache:
         """Recompute what can be recomputed; raises AssertionError on a difference."""
         entries = list(self.entries.values())
         self.ledger.check(entries)
-        pinned = self.pinned()
+        pinned = self.pins.numbers()
         loading = sum(entry.state is State.LOADING for entry in entries)
         if self.loading != loading:
             raise AssertionError(f"cache: {self.loading} != {loading} entries are loading")
