@@ -92,6 +92,13 @@ def make_files(tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
+def wait_for_readers(store: GPUFeatureStore) -> None:
+    """Also those that read for pipelines that are gone, or that have been replaced."""
+    with store._desk.lock:
+        while store._cache.loading:
+            store._desk.lock.changed.wait(1)
+
+
 def in_threads(work: Callable[[int], None], count: int) -> None:
     """`work(0)`, `work(1)`, ... at the same time; raises what the first of them raised."""
     errors: list[BaseException] = []

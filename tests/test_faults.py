@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import device_for, in_threads, sample
+from conftest import device_for, in_threads, sample, wait_for_readers
 
 from gpucache_pipes import FeatureLoadError, GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.device import InOrderRuntime
@@ -186,13 +186,6 @@ def no_descriptor_is_left() -> Iterator[None]:
     before = count()
     yield
     assert count() <= before
-
-
-def wait_for_readers(store: GPUFeatureStore) -> None:
-    """Also those that read for pipelines that are gone."""
-    with store._desk.lock:
-        while store._cache.loading:
-            store._desk.lock.changed.wait(1)
 
 
 def require_nothing_left(store: GPUFeatureStore) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import device_for, sample
+from conftest import device_for, sample, wait_for_readers
 
 from gpucache_pipes import GPUFeatureStore, GPUPrefetcher
 from gpucache_pipes.guard import Guard
@@ -97,9 +97,7 @@ def test_nothing_is_lost_or_left(
     with store:
         came = under_interrupts(1, 150, use)
         assert came["interrupted"] > 10 and came["done"]
-        with store._desk.lock:
-            while store._cache.loading:
-                store._desk.lock.changed.wait(1)
+        wait_for_readers(store)
         gc.collect()
         store.check()
         assert [int(f["label"]) for f in store.get_batch(paths)] == list(range(12))

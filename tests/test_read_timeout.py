@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Gate, device_for, sample
+from conftest import Gate, device_for, sample, wait_for_readers
 
 from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher, loader
 from gpucache_pipes.files import FileOpener
@@ -99,9 +99,7 @@ def test_a_read_that_hangs_keeps_its_pages(
         for _ in range(3):
             assert [label(f) for f in store.get_batch(paths)] == list(range(12))
         # Its pages come back when it does.
-        with store._desk.lock:
-            while store._cache.loading:
-                store._desk.lock.changed.wait(1)
+        wait_for_readers(store)
         assert store.stats().reserved_bytes == before.reserved_bytes
         store.check()
 

@@ -64,7 +64,7 @@ class SampledOrder:
 
     def draw(self, epoch: int) -> Sequence[Any]:
         """Positions in the list of files, or lists of them."""
-        for sampler in (self._sampler, self._inner):
+        for sampler in {id(s): s for s in (self._sampler, self._inner)}.values():
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
         # The CPU's generator only, which is the one that samplers draw from: torch.manual_seed

@@ -93,7 +93,8 @@ class GPUPrefetcher(BaseNode[Any]):
         # a new pipeline in each epoch.
         self._owner = ("pipeline over", id(source))
         self._key = (id(store), id(source))
-        self._knows_order = find_upstream(self.source, "upcoming") is not None
+        # What comes, where a lister knows it.
+        self._upcoming = find_upstream(self.source, "upcoming")
         self._stream = ConsumerStream(store)
         # With on_error: how many ranks must have as many batches, the last element of which
         # something was left, and whether there was one in this epoch.
@@ -114,10 +115,9 @@ class GPUPrefetcher(BaseNode[Any]):
         self._served = initial_state is not None
         self.failures.last = None
         self.store.begin_epoch(self._owner)
-        upcoming = find_upstream(self.source, "upcoming")
-        if upcoming is not None:
+        if self._upcoming is not None:
             # With a path_fn the paths may be others, which the policy would notice.
-            self.store.foresee(self._owner, upcoming())
+            self.store.foresee(self._owner, self._upcoming())
 
     def next(self) -> Any:
         """See BaseNode."""
@@ -266,7 +266,7 @@ class GPUPrefetcher(BaseNode[Any]):
             self._ahead.append(head)
             # A copy: what users keep in a state may change as more is drawn.
             state = self.source.state_dict()
-            head.state = state if self._knows_order else copy.deepcopy(state)
+            head.state = copy.deepcopy(state) if self._upcoming is None else state
             try:
                 self._request(head)
             except Exception as error:
