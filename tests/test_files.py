@@ -3,7 +3,8 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,64 @@ def test_relative_spellings_follow_the_working_directory(
     monkeypatch.chdir(tmp_path / "one")
     assert numbers.table.numbers(["x.pt"]) == [0]
     assert len(numbers.keys) == 2
+
+
+@pytest.mark.parametrize("link_at", [None, 0, 399])
+def test_a_directory_is_listed_instead_of_looking_at_each_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link_at: int | None
+) -> None:
+    paths = [str(tmp_path / f"{number}.pt") for number in range(400)]
+    for number, path in enumerate(paths):
+        Path(path).symlink_to("0.pt") if number == link_at else Path(path).touch()
+    os.utime(tmp_path, (1, 1))  # or it is listed each time, since it has just been changed
+    listed, looked = [], []
+    scandir, islink = os.scandir, os.path.islink
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(path) or scandir(path))
+    monkeypatch.setattr(os.path, "islink", lambda path: looked.append(path) or islink(path))
+    numbers = Numbers()  # which looks whether keys are without links
+    for first in range(0, 400, 25):
+        numbers.table.numbers(paths[first : first + 25])
+    assert len(listed) == 1
+    if link_at is None:
+        # Nobody lists a directory for a few files.
+        assert len(looked) == 225
+
+    # A new link is seen, though the directory was found to have none.
+    late = [str(tmp_path / f"late{number}.pt") for number in range(20)]
+    for path in late:
+        Path(path).symlink_to("1.pt")
+    assert set(numbers.table.numbers(late)) == {numbers.table.numbers(paths[1:2])[0]}
+
+
+def test_a_large_directory_is_not_listed_for_a_few_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [str(tmp_path / f"{number}.pt") for number in range(3000)]
+    for path in paths:
+        Path(path).touch()
+    os.utime(tmp_path, (1, 1))
+    looked_at = 0
+    scandir = os.scandir
+
+    @contextmanager
+    def counting(path: str) -> Iterator[Iterator[Any]]:
+        def count(entries: Iterator[Any]) -> Iterator[Any]:
+            nonlocal looked_at
+            for entry in entries:
+                looked_at += 1
+                yield entry
+
+        with scandir(path) as entries:
+            yield count(entries)
+
+    monkeypatch.setattr(os, "scandir", counting)
+    numbers = Numbers()
+    for first in range(0, 300, 50):
+        numbers.table.numbers(paths[first : first + 50])
+    assert looked_at <= 4 * 300 + 2
+    for first in range(300, 3000, 50):
+        numbers.table.numbers(paths[first : first + 50])
+    assert looked_at <= 4 * 3000
 
 
 @pytest.mark.parametrize("paths", [[3], [None], [b"x"], [""], [["a"]]])

@@ -6,10 +6,12 @@ from contextlib import AbstractContextManager
 from pathlib import PurePath
 from typing import Any
 
+from gpucache_pipes.files.links import LinkFinder
+
 PathLike = str | os.PathLike[str]
 
-_MANY = 250
-"""Files of a directory, from which on it is faster to list it than to look at each of them."""
+_MANY = 8
+"""New files of a directory that are worth numbering together."""
 
 _NO_NAMES = ("/", "/.", "/..")
 """Ends of paths whose last part is not the name of a file."""
@@ -40,6 +42,7 @@ class PathTable:
         # Of spellings; keys are spellings, too.
         self._numbers: dict[PathLike, int] = {}
         self._directories: dict[str, str] = {}
+        self._link_finder = LinkFinder()
         # What relative spellings in _numbers refer to.
         self._cwd: str | None = None
 
@@ -68,7 +71,7 @@ class PathTable:
             return list(map(numbers.__getitem__, spellings))
 
     def _learn_directory(self, paths: Sequence[PathLike]) -> int | None:
-        """Number many new files of one directory, at 1 us each; None if these are not such.
+        """Number new files of one directory, at well under 1 us each; None if these are not such.
 
         Nothing here takes a step of Python for each file: it adds up when a million are announced.
         """
@@ -87,7 +90,7 @@ class PathTable:
             or text.count("/") != count * (head.count("/") + 1)
             or any(f"{end}\0" in text for end in _NO_NAMES)
             or self._directory(head) != head
-            or _has_links(head, count)
+            or self._link_finder.may_find(head, count)
         ):
             return None
         files: list[Any] = list(paths)
@@ -144,18 +147,6 @@ class PathTable:
             found = os.path.realpath(head or "/").rstrip("/")
             directory = self._directories.setdefault(head, found)
         return directory
-
-
-def _has_links(directory: str, files: int) -> bool:
-    """Whether there may be symbolic links in a directory of which so many files are of interest."""
-    try:
-        with os.scandir(directory or "/") as entries:
-            for number, entry in enumerate(entries):
-                if entry.is_symlink() or number > 4 * files:  # it takes too long to look further
-                    return True
-    except OSError:
-        return True
-    return False
 
 
 def _spelling(path: object) -> str | PurePath:
