@@ -110,16 +110,16 @@ class FeatureBatch(Sequence[Any]):
 
     def _collate(self, ragged: RaggedOptions) -> Any:
         layout = self._layouts[0]
-        dtypes = [leaf.dtype for leaf in layout.leaves]
-        for other in self._layouts[1:]:
-            if other.tree != layout.tree or [leaf.dtype for leaf in other.leaves] != dtypes:
-                return to_device(default_collate(list(self)), self.device)
-        one = len(self._layouts) == 1
-        names = [] if one and ragged.modes == "error" else leaf_names(layout.tree)
-        columns = [
-            self._column(number, names[number] if names else "", ragged)
-            for number in range(len(layout.leaves))
-        ]
+        columns: Sequence[Any]
+        if self._columns is not None and ragged.modes == "error":
+            columns = self._columns
+        else:
+            dtypes = [leaf.dtype for leaf in layout.leaves]
+            for other in self._layouts[1:]:
+                if other.tree != layout.tree or [leaf.dtype for leaf in other.leaves] != dtypes:
+                    return to_device(default_collate(list(self)), self.device)
+            names = leaf_names(layout.tree)
+            columns = [self._column(at, name, ragged) for at, name in enumerate(names)]
         values = list(zip(*self._values, strict=True))
         return self._collate_tree(layout.tree, columns, values, as_list=True)
 
@@ -193,22 +193,22 @@ def gather_batch(
     cache: Cache,
     backend: Backend,
     numbers: Sequence[int],
-    rows: Sequence[int],
+    rows: Sequence[int] | None,
     substitutes: Mapping[int, LoadedFeature] = _NONE,
 ) -> FeatureBatch:
     """Gather READY entries, which stay so meanwhile, on the current stream of this thread.
 
-    `rows` are theirs, as `Cache.rows` has them. `substitutes` are taken at their positions in
-    place of entries that could not be loaded.
+    `rows` are theirs, as `Cache.rows` has them, if all have one. `substitutes` are taken at their
+    positions in place of entries that could not be loaded.
     """
     if substitutes:
         return _gather_with(substitutes, cache, backend, numbers)
     entries, device = cache.entries, backend.device
-    least, largest = (min(rows), max(rows)) if rows else (-1, -1)
-    if least >= 0 and least >> LAYOUT_SHIFT == largest >> LAYOUT_SHIFT:
+    if rows and (len(cache.layouts) == 1 or min(rows) >> LAYOUT_SHIFT == max(rows) >> LAYOUT_SHIFT):
         # All alike and in one page each: a column of the pages is a leaf of the batch.
-        layout: Layout = cache.layouts[least >> LAYOUT_SHIFT]
-        base = least >> LAYOUT_SHIFT << LAYOUT_SHIFT
+        number_of_layout = rows[0] >> LAYOUT_SHIFT
+        layout: Layout = cache.layouts[number_of_layout]
+        base = number_of_layout << LAYOUT_SHIFT
         pages = [row - base for row in rows] if base else rows
         values = [entries[number].values for number in numbers] if layout.plain else []
         batch = FeatureBatch(device, entries, numbers, [layout], values)
@@ -272,12 +272,15 @@ def _gather_columns(pages: Sequence[int], layout: Layout, backend: Backend) -> l
     """One contiguous tensor [len(pages), *shape] for each leaf, by one gather each."""
     full = [(leaf.offset, leaf.nbytes) for leaf in layout.leaves if leaf.nbytes]
     gathered = iter(backend.gather(pages, full))
-    return [
-        next(gathered).view(leaf.dtype).view(len(pages), *leaf.shape)
-        if leaf.nbytes
-        else torch.empty(len(pages), *leaf.shape, dtype=leaf.dtype, device=backend.device)
-        for leaf in layout.leaves
-    ]
+    count = len(pages)
+    columns = []
+    for dtype, shape, _, nbytes in layout.leaves:
+        if not nbytes:
+            columns.append(torch.empty(count, *shape, dtype=dtype, device=backend.device))
+            continue
+        column = next(gathered).view(dtype)
+        columns.append(column if len(shape) == 1 else column.view(count, *shape))
+    return columns
 
 
 def _leaf(row: torch.Tensor, leaf: Leaf) -> torch.Tensor:

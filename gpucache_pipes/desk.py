@@ -162,6 +162,7 @@ class Desk:
                     rows = None
                 if rows is None:
                     rows = list(map(self._cache.rows.__getitem__, numbers))
+                    rows = rows if rows and min(rows) >= 0 else None
                 # Ours alone from now on: nobody else can close them during the gather.
                 held += [n for ticket in tickets if (n := ticket.use_up()) is not None]
                 if len(held) < len(tickets):

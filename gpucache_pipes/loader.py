@@ -77,13 +77,15 @@ class Loader:
 
         Whatever happens, those that are left in the list are not being read.
         """
+        if not entries:
+            return
         if self._pool is None:
             task = entries.copy()
             entries.clear()
             self._load(task)
             return
         # Fewer files in a task when there are few, so that all readers have work.
-        size = min(_FILES_PER_TASK, -(-len(entries) // len(self._pool.threads))) or 1
+        size = min(_FILES_PER_TASK, -(-len(entries) // len(self._pool.threads)))
         tasks = [[entries[at : at + size]] for at in range(0, len(entries), size)]
         try:
             for task_of_one in tasks:

@@ -227,15 +227,22 @@ class GPUFeatureStore:
             self._desk.require_open()
             self._cache.begin_epoch(owner)
 
-    def foresee(self, owner: object, upcoming: Iterable[PathLike] | Upcoming) -> None:
+    def foresee(
+        self,
+        owner: object,
+        upcoming: Iterable[PathLike] | Upcoming | Callable[[], Iterable[PathLike] | Upcoming],
+    ) -> None:
         """Tell the policy what `owner` will request from now on. Pipelines do this themselves.
 
         A hint: whatever it says, results stay right. It holds until the next call, or `withdraw`.
+        A function that gives it is called only where something may ever have to go.
         """
         with self._desk.lock:
             if not self._cache.ledger.bounded:
                 return  # nothing will ever have to go
         # All that takes long is done without the lock.
+        if callable(upcoming):
+            upcoming = upcoming()
         if isinstance(upcoming, Upcoming):
             numbers = self._resolve(upcoming.files)
             in_order = numbers == list(range(len(numbers)))  # as with the first pipeline

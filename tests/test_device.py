@@ -21,6 +21,7 @@ from gpucache_pipes.device import (
 )
 from gpucache_pipes.device.arena import Arena
 from gpucache_pipes.device.memory import available_host_bytes
+from gpucache_pipes.device.results import ResultMemory
 from gpucache_pipes.pages import choose_page_bytes
 
 CPU = torch.device("cpu")
@@ -50,6 +51,37 @@ def test_several_segments_are_as_one(data: st.DataObject, page_bytes: int) -> No
             assert column.is_contiguous()
             expected = torch.stack([model[p][a : a + n] for p in wanted])
             assert torch.equal(column.view(torch.uint8), expected), round_
+
+
+@given(st.data(), st.integers(1, 70), st.booleans())
+def test_long_rows_are_the_same_where_readers_are_busy(
+    data: st.DataObject, length: int, large: bool
+) -> None:
+    pages = data.draw(st.lists(st.integers(0, 4), max_size=8))
+    start = data.draw(st.integers(0, (80 - length) // 16)) * 16
+    memory = torch.randint(0, 256, (5 * 80,), dtype=torch.uint8)
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpucache_pipes.device.arena.LONG_ROW", 1)
+        patch.setattr("gpucache_pipes.device.arena.LARGE", 1 if large and pages else 1 << 40)
+        for busy in (True, False):
+            arena = Arena(80, CPU, ResultMemory(), lambda busy=busy: busy)
+            arena.add_segment(memory)
+            results.append(arena.gather(pages, [(start, length), (0, 80)], index))
+    for one, other in zip(*results, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype and one.is_contiguous()
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("page", [-1, 5])
+def test_a_page_that_is_not_there_is_no_access_to_memory(
+    page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpucache_pipes.device.arena.LONG_ROW", 1)
+    arena = Arena(80, CPU, ResultMemory(), lambda: True)
+    arena.add_segment(torch.zeros(5 * 80, dtype=torch.uint8))
+    with pytest.raises(IndexError):
+        arena.gather([0, page], [(0, 80)], index)
 
 
 def test_large_results_use_memory_again_but_not_while_it_is_held(

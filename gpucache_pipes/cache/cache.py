@@ -76,8 +76,8 @@ class Cache:
     def close_tickets(self, tickets: Iterable[int]) -> None:
         """Unpin; transient entries that nobody needs any more go. Unknown tickets are ignored."""
         closed = self.pins.close(tickets)
-        if self._loose and closed:
-            for number in closed - self.pins.numbers():
+        if self._loose:
+            for number in set().union(*closed) - self.pins.numbers():
                 if self.entries[number] in self._loose:
                     self._drop(self.entries[number])
 

@@ -32,11 +32,11 @@ class Pins:
         """A weak reference to who has the ticket: once that is gone, nobody will close it."""
         self._holders[ticket] = holder
 
-    def close(self, tickets: Iterable[int]) -> set[int]:
-        """The entries that these named. Unknown tickets are ignored."""
-        closed: set[int] = set()
+    def close(self, tickets: Iterable[int]) -> list[Sequence[int]]:
+        """The entries that each of these named. Unknown tickets are ignored."""
+        closed = []
         for ticket in tickets:
-            closed.update(self.tickets.pop(ticket, ()))
+            closed.append(self.tickets.pop(ticket, ()))
             self._holders.pop(ticket, None)
         self._numbers = None
         return closed

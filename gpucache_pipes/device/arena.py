@@ -1,5 +1,6 @@
 """Pages: rows of device memory, in segments."""
 
+import ctypes
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
@@ -24,14 +25,19 @@ Index = Callable[[Sequence[int]], torch.Tensor]
 class Arena:
     """Rows of `page_bytes`, numbered through over the segments that hold them.
 
-    `results` is where large results of gathers from one segment go; None is wherever torch puts
-    them.
+    On the host `results` is where large results of gathers from one segment go, and
+    `cores_are_busy` says whether other threads are reading files.
     """
 
     def __init__(
-        self, page_bytes: int, device: torch.device, results: ResultMemory | None = None
+        self,
+        page_bytes: int,
+        device: torch.device,
+        results: ResultMemory | None = None,
+        cores_are_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._results = results
+        self.cores_are_busy = cores_are_busy
         self.page_bytes = page_bytes
         self.pages = 0
         self._segments: list[torch.Tensor] = []
@@ -79,13 +85,16 @@ class Arena:
         return results
 
     def _select(self, view: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        if self._results is not None:
-            shape = (len(at), view.shape[1])
-            nbytes = shape[0] * shape[1] * view.element_size()
-            if nbytes >= LARGE:
-                out = self._results.empty(nbytes).view(view.dtype).view(shape)
-                return torch.index_select(view, 0, at, out=out)
-        return view.index_select(0, at)
+        if self._results is None:
+            return view.index_select(0, at)
+        shape = (len(at), view.shape[1])
+        row_bytes = shape[1] * view.element_size()
+        out = None
+        if shape[0] * row_bytes >= LARGE:
+            out = self._results.empty(shape[0] * row_bytes).view(view.dtype).view(shape)
+        if row_bytes >= LONG_ROW and self.cores_are_busy():
+            return _copy_rows(view, at, view.new_empty(shape) if out is None else out)
+        return view.index_select(0, at) if out is None else torch.index_select(view, 0, at, out=out)
 
     def scatter(self, pages: Sequence[int], rows: torch.Tensor, index: Index) -> None:
         """Write `rows` (uint8 [len(pages), page_bytes]) into pages."""
@@ -135,6 +144,26 @@ class Arena:
             self._views[key] = view
         return view
 
+
+def _copy_rows(view: torch.Tensor, at: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`view.index_select(0, at, out=out)` on the host, in this thread alone.
+
+    torch shares the work among as many threads as there are cores. Where readers have some of
+    these, the threads wait for each other, and take longer than one of them would.
+    """
+    size = view.element_size()
+    row_bytes, stride = view.shape[1] * size, view.stride(0) * size
+    source, target = view.data_ptr(), out.data_ptr()
+    rows = at.tolist()
+    if rows and not 0 <= min(rows) <= max(rows) < len(view):
+        raise IndexError(f"rows {min(rows)} to {max(rows)} of {len(view)}")
+    for number, row in enumerate(rows):
+        ctypes.memmove(target + number * row_bytes, source + row * stride, row_bytes)
+    return out
+
+
+LONG_ROW = 256 << 10
+"""Bytes of a row that take much longer to copy than a step of Python takes."""
 
 _MAX_VIEWS = 4096
 """More than any uniform data set needs; a bound for those where each file has its own layout."""

@@ -1,6 +1,7 @@
 """The CPU: files are read straight into their pages, and everything happens at once."""
 
 import logging
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,9 @@ _log = logging.getLogger("gpucache_pipes")
 
 _SHARE = 0.9
 """Part of the memory that is available at the first upload which a store may come to use."""
+
+_MOMENT = 0.05
+"""Seconds. What is uploaded at once takes a reader less."""
 
 _FIRST_PAGES = 1 << 20
 """Bytes opened at first; then what there is doubles."""
@@ -36,6 +40,8 @@ class HostBackend:
         self._arena: Arena | None = None
         self._memory = memoryview(b"")
         self._results = ResultMemory()
+        # When readers had bytes to write for the last time.
+        self._last_upload = 0.0
         self._opened = 0
         self._warned = False
 
@@ -75,7 +81,7 @@ class HostBackend:
         return 0
 
     def _map_everything(self, needed: int) -> Arena:
-        arena = Arena(self.page_bytes, self.device, self._results)
+        arena = Arena(self.page_bytes, self.device, self._results, self._readers_are_busy)
         pages = int(available_host_bytes() * _SHARE) // self.page_bytes
         while pages >= needed:
             try:
@@ -89,8 +95,13 @@ class HostBackend:
             break
         return arena
 
+    def _readers_are_busy(self) -> bool:
+        # Those that were a moment ago likely are.
+        return time.monotonic() - self._last_upload < _MOMENT
+
     def upload(self, placements: Sequence[Sequence[int]]) -> "HostUpload":
         """See Backend."""
+        self._last_upload = time.monotonic()
         return HostUpload(self._memory, self.page_bytes, placements)
 
     def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:

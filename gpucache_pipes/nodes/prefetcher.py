@@ -117,7 +117,7 @@ class GPUPrefetcher(BaseNode[Any]):
         self.store.begin_epoch(self._owner)
         if self._upcoming is not None:
             # With a path_fn the paths may be others, which the policy would notice.
-            self.store.foresee(self._owner, self._upcoming())
+            self.store.foresee(self._owner, self._upcoming)
 
     def next(self) -> Any:
         """See BaseNode."""
