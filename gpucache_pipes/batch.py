@@ -114,10 +114,8 @@ class FeatureBatch(Sequence[Any]):
         if self._columns is not None and ragged.modes == "error":
             columns = self._columns
         else:
-            dtypes = [leaf.dtype for leaf in layout.leaves]
-            for other in self._layouts[1:]:
-                if other.tree != layout.tree or [leaf.dtype for leaf in other.leaves] != dtypes:
-                    return to_device(default_collate(list(self)), self.device)
+            if any(other.kind is not layout.kind for other in self._layouts):
+                return to_device(default_collate(list(self)), self.device)
             names = leaf_names(layout.tree)
             columns = [self._column(at, name, ragged) for at, name in enumerate(names)]
         values = list(zip(*self._values, strict=True))
@@ -219,15 +217,18 @@ def gather_batch(
     if layouts.count(layouts[0]) == len(layouts) if layouts else False:
         layouts = layouts[:1]
     batch = FeatureBatch(device, entries, numbers, layouts, [entry.values for entry in found])
-    sizes = (len(entry.pages) * backend.page_bytes for entry in found)
-    batch._starts = list(accumulate(sizes, initial=0))
-    pages = [page for entry in found for page in entry.pages]
-    if pages:
-        [block] = backend.gather(pages, [(0, backend.page_bytes)])
-        batch._block = block.view(torch.uint8).view(-1)
+    placements = [entry.pages for entry in found]
+    batch._starts = _starts_of(placements, backend.page_bytes)
+    if batch._starts[-1]:
+        batch._block = backend.join(placements)
     else:
         batch._block = torch.empty(0, dtype=torch.uint8, device=device)
     return batch
+
+
+def _starts_of(placements: Sequence[Sequence[int]], page_bytes: int) -> list[int]:
+    """Where the pages of each feature begin if they lie end to end, and where the last ends."""
+    return [page_bytes * pages for pages in accumulate(map(len, placements), initial=0)]
 
 
 def _gather_with(
@@ -258,8 +259,7 @@ def _gather_with(
                 pieces.append(to_device(torch.frombuffer(held, dtype=torch.uint8), device))
                 continue
         elif source.pages:
-            [block] = backend.gather(source.pages, [(0, backend.page_bytes)])
-            pieces.append(block.view(torch.uint8).view(-1))
+            pieces.append(backend.join([source.pages]))
             continue
         pieces.append(torch.empty(0, dtype=torch.uint8, device=device))
     batch = FeatureBatch(device, entries, numbers, layouts, values)

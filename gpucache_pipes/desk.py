@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from gpucache_pipes.batch import FeatureBatch, gather_batch
-from gpucache_pipes.cache import Cache, Entry, State
+from gpucache_pipes.cache import NOT_READY, SCATTERED, Cache, Entry, State
 from gpucache_pipes.device import Backend
 from gpucache_pipes.errors import load_error
 from gpucache_pipes.files import LoadedFeature
@@ -98,9 +98,10 @@ class Desk:
             number = cache.open_ticket(numbers, owner, report=not warming)
             ticket = Ticket(self, number, numbers)
             cache.pins.hold(number, weakref.ref(ticket))
-            if rows and min(rows) >= 0:
+            least = min(rows, default=NOT_READY)
+            if least > SCATTERED:
                 ticket.rows = rows
-            else:
+            elif least == NOT_READY:
                 self._start_loading(numbers, loading, evict=not warming)
                 for number in set(numbers):
                     entry = cache.entries[number]
@@ -162,7 +163,7 @@ class Desk:
                     rows = None
                 if rows is None:
                     rows = list(map(self._cache.rows.__getitem__, numbers))
-                    rows = rows if rows and min(rows) >= 0 else None
+                    rows = rows if min(rows, default=NOT_READY) > SCATTERED else None
                 # Ours alone from now on: nobody else can close them during the gather.
                 held += [n for ticket in tickets if (n := ticket.use_up()) is not None]
                 if len(held) < len(tickets):

@@ -73,6 +73,26 @@ def test_long_rows_are_the_same_where_readers_are_busy(
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
+@given(st.data(), st.booleans(), st.booleans())
+def test_pages_in_a_row_are_joined_as_any_pages(
+    data: st.DataObject, busy: bool, long: bool
+) -> None:
+    memory = torch.randint(0, 256, (9 * 48,), dtype=torch.uint8)
+    ranges = st.builds(range, st.integers(0, 5), st.integers(1, 9))
+    runs = data.draw(st.lists(ranges, max_size=5))
+    others = data.draw(st.lists(st.lists(st.integers(0, 8), max_size=3).map(tuple), max_size=1))
+    placements = [*others, *runs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpucache_pipes.device.arena.LONG_ROW", 1 if long else 1 << 40)
+        arena = Arena(48, CPU, ResultMemory(), lambda: busy)
+        arena.add_segment(memory)
+        joined = arena.join(placements, index)
+    rows = memory.view(9, 48)
+    expected = [rows[page] for pages in placements for page in pages]
+    assert joined.dtype == torch.uint8 and joined.dim() == 1
+    assert torch.equal(joined, torch.cat([torch.empty(0, dtype=torch.uint8), *expected]))
+
+
 @pytest.mark.parametrize("page", [-1, 5])
 def test_a_page_that_is_not_there_is_no_access_to_memory(
     page: int, monkeypatch: pytest.MonkeyPatch
@@ -82,6 +102,8 @@ def test_a_page_that_is_not_there_is_no_access_to_memory(
     arena.add_segment(torch.zeros(5 * 80, dtype=torch.uint8))
     with pytest.raises(IndexError):
         arena.gather([0, page], [(0, 80)], index)
+    with pytest.raises(IndexError):
+        arena.join([range(1), range(page, page + 1)], index)
 
 
 def test_large_results_use_memory_again_but_not_while_it_is_held(

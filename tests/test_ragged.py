@@ -1,6 +1,6 @@
 """Sequences of different lengths in one batch, against torch's own functions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -30,6 +30,15 @@ class Numbered:
     @property
     def paths(self) -> list[str]:
         return [f"/features/{number}" for number in range(len(self.features))]
+
+
+@pytest.fixture(autouse=True, params=["on the host", "as on a device"])
+def place(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On the host, bytes are copied one sequence after the other; elsewhere by an index."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "on the host":
+            patch.setattr("gpucache_pipes.ragged._is_on_host", lambda block: False)
+        yield
 
 
 def collated(features: Sequence[Any], page_bytes: int | None = None, **options: Any) -> Any:

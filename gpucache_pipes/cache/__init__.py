@@ -1,7 +1,7 @@
 """Bookkeeping without torch, threads or locks: what is held, by whom, and what goes next."""
 
 from gpucache_pipes.cache.cache import LAYOUT_SHIFT, Cache
-from gpucache_pipes.cache.entry import Entry, State
+from gpucache_pipes.cache.entry import NOT_READY, SCATTERED, Entry, State
 from gpucache_pipes.cache.future import Future
 from gpucache_pipes.cache.ledger import Ledger
 from gpucache_pipes.cache.policies import Policy, make_policy, register
@@ -10,6 +10,8 @@ from gpucache_pipes.cache.trace import Trace
 
 __all__ = [
     "LAYOUT_SHIFT",
+    "NOT_READY",
+    "SCATTERED",
     "Cache",
     "Entry",
     "Future",

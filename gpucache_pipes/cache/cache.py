@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 from gpucache_pipes.cache.entries import Entries
-from gpucache_pipes.cache.entry import Entry, State
+from gpucache_pipes.cache.entry import NOT_READY, SCATTERED, Entry, State
 from gpucache_pipes.cache.future import Future
 from gpucache_pipes.cache.ledger import Ledger
 from gpucache_pipes.cache.pins import Pins
@@ -36,9 +36,10 @@ class Cache:
     Attributes:
         entries: of all known files, by number.
         rows: for each number, what a batch needs to know in the usual case, as one number:
-            the layout and the page, if it is READY in one page, else -1. So a batch that is
-            all there, and all alike, is told from any other by its least and largest row,
-            without looking at 256 objects.
+            the layout and the page, if it is READY in one page; SCATTERED if it is READY in
+            any other way, else NOT_READY, which is less. So a batch that is all there, and all
+            alike, is told from any other by its least and largest row, without looking at 256
+            objects.
         layouts: the layouts by their number.
     """
 
@@ -211,8 +212,9 @@ class Cache:
         entry.state = State.READY
         entry.layout = layout
         entry.values = values
-        if len(entry.pages) == 1:
-            self.rows[entry.number] = self._row(layout, entry.pages[0])
+        self.rows[entry.number] = (
+            self._row(layout, entry.pages[0]) if len(entry.pages) == 1 else SCATTERED
+        )
         if not entry.cached:
             self._loose.add(entry)
             if entry.number not in self.pins.numbers():
@@ -225,7 +227,7 @@ class Cache:
         if number is None:
             number = len(self.layouts)
             if number == _MOST_LAYOUTS:
-                return -1
+                return SCATTERED
             self._layout_numbers[layout] = number
             self.layouts.append(layout)
         return (number << LAYOUT_SHIFT) + page
@@ -299,7 +301,7 @@ class Cache:
         entry.state = State.ABSENT
         entry.layout = None
         entry.values = ()
-        self.rows[entry.number] = -1
+        self.rows[entry.number] = NOT_READY
 
     # The policy's news
 
@@ -340,10 +342,10 @@ class Cache:
                 and entry.cached != (entry in self._loose)
                 and (entry.cached or entry.number in pinned),
             }[entry.state]
-            row = -1
+            row = SCATTERED if entry.state is State.READY else NOT_READY
             if entry.state is State.READY and len(entry.pages) == 1:
                 layout = self._layout_numbers.get(entry.layout)
-                row = -1 if layout is None else (layout << LAYOUT_SHIFT) + entry.pages[0]
+                row = SCATTERED if layout is None else (layout << LAYOUT_SHIFT) + entry.pages[0]
             if (
                 not ok
                 or (entry.waiters and entry.state is not State.LOADING)

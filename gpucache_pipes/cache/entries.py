@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import repeat
 
-from gpucache_pipes.cache.entry import Entry, State
+from gpucache_pipes.cache.entry import NOT_READY, Entry, State
 
 
 class Entries(dict[int, Entry]):
@@ -34,7 +34,7 @@ class Entries(dict[int, Entry]):
         # What an interrupt has left behind is overwritten.
         self._keys[start:] = keys
         self.paths[start:] = paths
-        self.rows.extend(repeat(-1, len(keys)))
+        self.rows.extend(repeat(NOT_READY, len(keys)))
         return start
 
     def __missing__(self, number: int) -> Entry:

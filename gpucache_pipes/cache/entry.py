@@ -1,7 +1,12 @@
 """One known file, as the cache sees it."""
 
 import enum
+from collections.abc import Sequence
 from typing import Any
+
+NOT_READY = -2
+SCATTERED = -1
+"""What `Cache.rows` has for entries of which there is no row to tell."""
 
 
 class State(enum.Enum):
@@ -29,7 +34,7 @@ class Entry:
             entry that is not cached is transient: it goes with the last ticket that needs it.
         keep: while LOADING, whether it may become cached; release() says no.
         evict: while LOADING, whether others may go for it.
-        pages: ids of the arena rows that hold its bytes, in order.
+        pages: ids of the arena rows that hold its bytes, in order; a range where they are fresh.
         nbytes: bytes of its tensors, while it has pages.
         charge: what it counts against the budget in bytes; see Ledger.
         layout, values: how to read the pages and the plain values; opaque to the cache.
@@ -64,7 +69,7 @@ class Entry:
         self.cached = False
         self.keep = False
         self.evict = False
-        self.pages: tuple[int, ...] = ()
+        self.pages: Sequence[int] = ()
         self.nbytes = 0
         self.charge = 0
         self.layout: Any = None

@@ -90,7 +90,7 @@ class Ledger:
         freed = self._freed
         reused = min(pages, len(freed))
         fresh = range(self._fresh, self._fresh + pages - reused)
-        entry.pages = (*reversed(freed[len(freed) - reused :]), *fresh) if reused else tuple(fresh)
+        entry.pages = (*reversed(freed[len(freed) - reused :]), *fresh) if reused else fresh
         del freed[len(freed) - reused :]
         self._fresh = fresh.stop
         entry.nbytes = nbytes

@@ -200,6 +200,12 @@ class AcceleratorBackend:
         self._note(self._gathers, done, pages, arena)
         return results
 
+    def join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See Backend."""
+        pages = [page for pages in placements for page in pages]
+        [block] = self.gather(pages, [(0, self.page_bytes)])
+        return block.view(torch.uint8).view(-1)
+
     def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
         """See Backend."""
         return partial(self._runtime.on, self._runtime.current_stream())

@@ -87,14 +87,37 @@ class Arena:
     def _select(self, view: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         if self._results is None:
             return view.index_select(0, at)
-        shape = (len(at), view.shape[1])
-        row_bytes = shape[1] * view.element_size()
-        out = None
-        if shape[0] * row_bytes >= LARGE:
-            out = self._results.empty(shape[0] * row_bytes).view(view.dtype).view(shape)
-        if row_bytes >= LONG_ROW and self.cores_are_busy():
-            return _copy_rows(view, at, view.new_empty(shape) if out is None else out)
-        return view.index_select(0, at) if out is None else torch.index_select(view, 0, at, out=out)
+        row_bytes = view.shape[1] * view.element_size()
+        alone = row_bytes >= LONG_ROW and self.cores_are_busy()
+        if len(at) * row_bytes < LARGE and not alone:
+            return view.index_select(0, at)
+        out = self._empty(len(at) * row_bytes).view(view.dtype).view(len(at), view.shape[1])
+        return _copy_rows(view, at, out) if alone else torch.index_select(view, 0, at, out=out)
+
+    def join(self, placements: Sequence[Sequence[int]], index: Index) -> torch.Tensor:
+        """The pages of several features end to end, uint8. On the host, where one segment is."""
+        size = self.page_bytes
+        runs = [(p.start, len(p) * size) for p in placements if type(p) is range]
+        longest = max((nbytes for _, nbytes in runs), default=0)
+        if len(runs) < len(placements) or (longest >= LONG_ROW and not self.cores_are_busy()):
+            pages = [page for pages in placements for page in pages]
+            [block] = self.gather(pages, [(0, size)], index)
+            return block.view(torch.uint8).view(-1)
+        # Fresh pages lie in a row: a copy for each feature, and no index of all their pages.
+        out = self._empty(sum(nbytes for _, nbytes in runs))
+        source, target = self._segments[0].data_ptr(), out.data_ptr()
+        for first, nbytes in runs:
+            if not 0 <= first * size <= self.nbytes - nbytes:
+                raise IndexError(f"{nbytes} bytes from page {first} of {self.pages}")
+            ctypes.memmove(target, source + first * size, nbytes)
+            target += nbytes
+        return out
+
+    def _empty(self, nbytes: int) -> torch.Tensor:
+        """Room for a result, uint8."""
+        if self._results is not None and nbytes >= LARGE:
+            return self._results.empty(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8)
 
     def scatter(self, pages: Sequence[int], rows: torch.Tensor, index: Index) -> None:
         """Write `rows` (uint8 [len(pages), page_bytes]) into pages."""

@@ -64,6 +64,9 @@ class Backend(Protocol):
         The dtype is whatever moves fastest. On the caller's current stream; no lock held.
         """
 
+    def join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The pages of several features end to end, as one new tensor uint8. As `gather`."""
+
     def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
         """What enters, in any thread, the stream that is current in this one now."""
 

@@ -109,6 +109,11 @@ class HostBackend:
         assert self._arena is not None
         return self._arena.gather(pages, columns, _index)
 
+    def join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See Backend."""
+        assert self._arena is not None
+        return self._arena.join(placements, _index)
+
     def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
         """See Backend."""
         return nullcontext

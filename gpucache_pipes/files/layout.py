@@ -43,11 +43,27 @@ Place = tuple[Any, Any] | None
 """Where something stands in a feature: (the place of its container, its key there)."""
 
 
+class Kind:
+    """What layouts share that differ in the shapes of tensors only. Equal ones are one object.
+
+    Attributes:
+        tree: see Layout.
+        dtypes: of the leaves.
+    """
+
+    __slots__ = ("__weakref__", "dtypes", "tree")
+
+    def __init__(self, tree: Tree, dtypes: tuple[torch.dtype, ...]) -> None:
+        self.tree = tree
+        self.dtypes = dtypes
+
+
 class Layout:
     """The shape of a feature, without its bytes. Equal layouts are one object (`Layout.of`).
 
     Attributes:
         tree: where leaves and plain values stand.
+        kind: the tree and the dtypes.
         leaves: the tensors, in the order of the tree.
         nbytes: bytes of all leaves; this is what a budget counts.
         span: bytes from the first to the last leaf, alignment gaps included; what pages hold.
@@ -55,9 +71,10 @@ class Layout:
         cost: about how many bytes it takes to remember it, without its plain values.
     """
 
-    __slots__ = ("__weakref__", "cost", "leaves", "nbytes", "plain", "span", "tree")
+    __slots__ = ("__weakref__", "cost", "kind", "leaves", "nbytes", "plain", "span", "tree")
 
     tree: Tree
+    kind: Kind
     leaves: tuple[Leaf, ...]
     nbytes: int
     span: int
@@ -81,7 +98,12 @@ class Layout:
                 nbytes *= size
             leaves.append(Leaf(dtype, shape, offset, nbytes))
             end = offset + nbytes
-        layout.tree = tree
+        dtypes = tuple(dtype for dtype, _ in tensors)
+        kind = _kinds.get((tree, dtypes))
+        if kind is None:
+            kind = _kinds.setdefault((tree, dtypes), Kind(tree, dtypes))
+        layout.kind = kind
+        layout.tree = kind.tree
         layout.leaves = tuple(leaves)
         layout.nbytes = sum(leaf.nbytes for leaf in leaves)
         layout.span = end
@@ -93,6 +115,7 @@ class Layout:
 
 
 _known: "WeakValueDictionary[Any, Layout]" = WeakValueDictionary()
+_kinds: "WeakValueDictionary[Any, Kind]" = WeakValueDictionary()
 
 
 def _count(tree: Tree) -> tuple[int, int]:
