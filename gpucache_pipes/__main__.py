@@ -1,4 +1,4 @@
-"""`python -m gpucache_pipes`: what is in feature files, and what a cache would make of them."""
+"""`python -m gpucache_pipes`: what is in feature files, and what a cache makes of them."""
 
 import argparse
 import io
@@ -21,7 +21,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True)
     plan.add_argument("--seed", type=int, default=0)
     plan.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
-    for command in (inspect, plan):
+    bench = commands.add_parser("bench", help="what these files gain, beside other loaders")
+    bench.set_defaults(run=_bench)
+    bench.add_argument("--device", default="auto", help='"cuda", "cpu"; by default the GPU')
+    bench.add_argument("--batch-size", type=int, default=256)
+    bench.add_argument(
+        "--cache", type=float, default=0.5, metavar="PART", help="of the data, where not all fits"
+    )
+    bench.add_argument("--epochs", type=int, default=5, help="of a run with --cache")
+    bench.add_argument("--rounds", type=int, default=3, help="how often each takes its turn")
+    bench.add_argument("--files", type=int, default=2000, help="how many to read at most")
+    bench.add_argument("--bytes", default="512MiB", metavar="SIZE", help="how much, at most")
+    bench.add_argument(
+        "--overlap", action="store_true", help="also beside training steps, which takes longer"
+    )
+    bench.add_argument(
+        "--cold-storage", action="store_true", help="read from the disk, not from the page cache"
+    )
+    bench.add_argument("--only", action="append", metavar="NAME", help="some of the contenders")
+    bench.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
+    for command in (inspect, plan, bench):
         command.add_argument("path", help="a feature file, a directory or a glob")
         command.add_argument("--pattern", default="*.pt", help="which files of a directory")
         command.add_argument("--recursive", action="store_true", help="subdirectories too")
@@ -37,6 +56,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{args.path}: {error}", file=sys.stderr)
         return 1
     return status
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import torch
+
+    from gpucache_pipes import bench, charts
+    from gpucache_pipes.nodes import PathLister
+    from gpucache_pipes.units import parse_bytes, positive_int
+
+    if not 0 < args.cache <= 1:
+        raise ValueError(f"--cache={args.cache}: a part of the data, above 0 and at most 1")
+    for name, least in (("batch_size", 1), ("rounds", 1), ("files", 2), ("epochs", 2)):
+        positive_int(f"--{name.replace('_', '-')}", getattr(args, name), least)
+    most_bytes = parse_bytes("--bytes", args.bytes)
+    contenders = bench.choose(args.only)
+    if args.plot is not None:
+        charts.require_matplotlib()  # now, and not after everything has been measured
+    found = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device(found or "cpu") if args.device == "auto" else torch.device(args.device)
+    paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
+    with bench.Work(
+        bench.sample(paths, args.files, most_bytes, seed=0),
+        args.batch_size,
+        device,
+        known=len(paths),
+        epochs=args.epochs,
+        weights_only=not args.unsafe,
+        cold_storage=args.cold_storage,
+    ) as work:
+        if not args.json:
+            _print(f"{work}\n")
+        report = bench.bench(
+            work,
+            contenders=contenders,
+            rounds=args.rounds,
+            share=args.cache,
+            overlap=args.overlap,
+            progress=not args.json,
+        )
+    if args.plot is not None and bench.headings(report):
+        bench.draw(report, args.plot)
+    text = f"{bench.as_text(report)}\n\n{bench.advice(report, bench.free_bytes(device))}"
+    _print(json.dumps(report, indent=1) if args.json else text)
+    if not report["complete"]:
+        return 130
+    return 1 if report["contenders"][bench.OURS.name]["problem"] else 0
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -1,0 +1,86 @@
+"""Whether gpucache_pipes has become slower: two reports of `scenarios.py` beside each other.
+
+What counts is the time as a ratio to that of the limit, which is measured in the same rounds: a
+machine that is slow is slow for both. On another kind of machine system calls and Python may be
+of other speeds; so a case has become slower only if it has by its ratio to DataLoader, too.
+
+    python benchmarks/check.py BASE HEAD [--tolerance 0.2]
+    python benchmarks/check.py BASE             # measures the scenario of BASE, here and now
+
+Fails with status 1 if a case is slower by more than the tolerance. What is measured here and now
+is measured again, at most three times in all, before that is believed.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpucache_pipes import bench
+
+TOLERANCE = 0.2
+ATTEMPTS = 3
+
+
+def slower(base: bench.Report, head: bench.Report) -> dict[str, float]:
+    """By case, how many times as long gpucache_pipes takes in `head`; the milder of two views."""
+    ratios = {}
+    before = base["contenders"][bench.OURS.name]
+    after = head["contenders"][bench.OURS.name]
+    if after["problem"]:
+        raise ValueError(f"gpucache_pipes was not measured: {after['problem']}")
+    for case, was in before["cases"].items():
+        if not was["to_limit"]:
+            continue
+        now = after["cases"][case]
+        if not now["to_limit"]:
+            raise ValueError(f"{case!r} is in BASE and was not measured in HEAD")
+        ratios[case] = min(
+            now["to_limit"][0] / was["to_limit"][0],
+            was["times_as_fast"][0] / now["times_as_fast"][0],
+        )
+    if not ratios:
+        raise ValueError("there is nothing to compare: BASE has no ratios to the limits")
+    return ratios
+
+
+def measure(name: str) -> bench.Report:
+    """A scenario, here and now."""
+    from scenarios import SCENARIOS, run
+
+    scenario = SCENARIOS[name]
+    return run(scenario, torch.device("cpu"), scenario.rounds, progress=False)
+
+
+def judge(base: bench.Report, head: bench.Report, tolerance: float) -> bool:
+    """Print the ratios; whether all of them can be tolerated."""
+    fine = True
+    for case, ratio in slower(base, head).items():
+        verdict = "slower" if ratio > 1 + tolerance else "ok"
+        fine &= verdict == "ok"
+        print(f"{case:10} takes {ratio:.2f} times as long as in BASE: {verdict}")
+    return fine
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base", metavar="BASE")
+    parser.add_argument("head", metavar="HEAD", nargs="?")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE)
+    args = parser.parse_args()
+    base: dict[str, Any] = json.loads(Path(args.base).read_text())
+    try:
+        if args.head:
+            return not judge(base, json.loads(Path(args.head).read_text()), args.tolerance)
+        return not any(
+            judge(base, measure(base["scenario"]), args.tolerance) for _ in range(ATTEMPTS)
+        )
+    except (ValueError, KeyError) as error:
+        print(f"cannot compare: {error}")
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""The fixed scenarios: all contenders on the same made-up files, one scenario a command.
+
+- small: 4,000 files of {"feature": f32[1024], "label": int64[1]}, 6 KB, in batches of 256.
+- large: 64 files of 4 MB in batches of 8.
+- ragged: 4,000 files of {"frames": f32[T, 32], "label": int64[]}, T log-normal about 60 (a median
+  of 8 KB), in batches of 256, padded.
+- quick: 1,000 of the small ones in batches of 64, against the limits: for `check.py`.
+
+Each is measured as `python -m gpucache_pipes bench` measures it: a first epoch, later ones with
+everything cached, five epochs with room for half of the data, and a first epoch with as much
+compute as DataLoader takes to load. Page cache warm, shuffled, the same batches for everybody.
+
+    python benchmarks/scenarios.py small [--device cuda] [--json FILE] [--plot FILE]
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _common import temporary_directory, write_files
+
+from gpucache_pipes import bench
+
+
+def write_ragged(directory: str | Path, count: int) -> list[str]:
+    """`count` files of sequences of 1 to 500 rows."""
+    random = torch.Generator().manual_seed(0)
+    lengths = (
+        torch.empty(count).log_normal_(4.1, 0.6, generator=random).long().clamp(1, 500).tolist()
+    )
+    paths = []
+    for number, length in enumerate(lengths):
+        path = Path(directory) / f"{number:06d}.pt"
+        torch.save({"frames": torch.randn(length, 32), "label": torch.tensor(number)}, path)
+        paths.append(str(path))
+    return paths
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Files, and how they are gone through."""
+
+    write: Callable[[str], Sequence[str]]
+    batch_size: int
+    rounds: int = 5
+    only: tuple[str, ...] = ()
+    overlap: bool = True
+
+
+LIMITS = ("preadv", "index_select")
+SCENARIOS = {
+    "small": Scenario(lambda directory: write_files(directory, 4000), 256),
+    "large": Scenario(lambda directory: write_files(directory, 64, 1 << 20), 8, rounds=7),
+    "ragged": Scenario(lambda directory: write_ragged(directory, 4000), 256),
+    "quick": Scenario(lambda directory: write_files(directory, 1000), 64, 9, LIMITS, False),
+}
+
+
+def run(
+    scenario: Scenario, device: torch.device, rounds: int, progress: bool = True
+) -> bench.Report:
+    """Everything that `bench` measures, with overlap."""
+    with temporary_directory() as directory:
+        paths = scenario.write(directory)
+        with bench.Work(paths, scenario.batch_size, device) as work:
+            print(f"{work}\n")
+            contenders = bench.choose(scenario.only)
+            return bench.bench(
+                work,
+                contenders=contenders,
+                rounds=rounds,
+                overlap=scenario.overlap,
+                progress=progress,
+            )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("scenario", choices=SCENARIOS)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--plot", help="draw them to this file")
+    args = parser.parse_args()
+    scenario = SCENARIOS[args.scenario]
+    found = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device(found or "cpu") if args.device == "auto" else torch.device(args.device)
+    report = {"scenario": args.scenario, **run(scenario, device, args.rounds or scenario.rounds)}
+    print(bench.as_text(report))
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+    if args.plot:
+        bench.draw(report, args.plot)
+    return 0 if report["complete"] else 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,24 @@
+"""`python -m gpucache_pipes bench`: what these files gain, beside what else there is."""
+
+from gpucache_pipes.bench.contender import Contender
+from gpucache_pipes.bench.loaders import BASELINE, OURS
+from gpucache_pipes.bench.report import Report, advice, as_text, draw, headings
+from gpucache_pipes.bench.running import CONTENDERS, bench, choose, free_bytes
+from gpucache_pipes.bench.work import Work, sample
+
+__all__ = [
+    "BASELINE",
+    "CONTENDERS",
+    "OURS",
+    "Contender",
+    "Report",
+    "Work",
+    "advice",
+    "as_text",
+    "bench",
+    "choose",
+    "draw",
+    "free_bytes",
+    "headings",
+    "sample",
+]
