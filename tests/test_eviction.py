@@ -286,3 +286,34 @@ def test_the_farthest_mark_is_found(marked: set[int], unmarked: set[int]) -> Non
     for position in unmarked:
         future.unmark(position)
     assert future.farthest() == max(marked - unmarked, default=-1)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_batch_of_misses_does_not_walk_past_itself_for_each_of_them(warm: bool) -> None:
+    feature = torch.ones(4)
+    files = [f"/data/{number}" for number in range(2000)]
+    named = 0
+    with GPUFeatureStore(
+        "cpu", load_fn=lambda path: feature, max_cache_items=1000, asynchronous=False
+    ) as store:
+        if warm:
+            store.warm(files, progress=False)
+        policy = store._cache.policy
+        victims = policy.victims
+
+        def counted(key: int) -> Iterator[int]:
+            nonlocal named
+            for victim in victims(key):
+                named += 1
+                yield victim
+
+        nodes = GPUPrefetcher(PathLister(files, batch_size=100, shuffle=True), store, depth=2)
+        for epoch in range(4):
+            if epoch == 1:
+                policy.victims = counted
+            before = store.stats()
+            nodes.reset()
+            assert sum(len(batch) for batch in nodes) == 2000
+            if epoch:
+                assert store.stats().since(before).misses == 1000
+    assert 0 < named < 5 * 3 * 1000

@@ -13,6 +13,10 @@ _DISTRUST = 8
 """So many announcements are not believed after that: each trial disturbs the order of an epoch."""
 
 
+Named = dict[Key, tuple[Future, int]]
+"""Keys that a walk has named, and the marks by which they are found."""
+
+
 class Clairvoyant:
     """The feature whose next use lies farthest ahead goes first; a new one that would be the
     farthest is not kept.
@@ -40,6 +44,8 @@ class Clairvoyant:
         self._latest: Pipeline | None = None
         # Who holds a cached key; None: its next use is marked in a future.
         self._cached: dict[Key, Pipeline | None] = {}
+        # Marks of keys that walks have passed over, out of sight until there are new requests.
+        self._passed: Named = {}
 
     def _pipeline(self, owner: object) -> Pipeline:
         pipeline = self._pipelines.get(owner)
@@ -82,6 +88,7 @@ class Clairvoyant:
 
     def on_access(self, keys: Sequence[Key], owner: object) -> None:
         """See Policy."""
+        self._show_passed()
         pipeline = self._latest = self._pipeline(owner)
         pipeline.withdrawn = False
         pipeline.schedule.request(self._now, len(keys))
@@ -116,11 +123,13 @@ class Clairvoyant:
     def on_remove(self, key: Key) -> None:
         """See Policy."""
         holder = self._cached.pop(key)
+        self._passed.pop(key, None)
         if holder is not None:
             holder.drop(key)
 
     def begin_epoch(self, owner: object) -> None:
         """See Policy."""
+        self._show_passed()
         pipeline = self._pipeline(owner)
         pipeline.schedule.begin_epoch(self._now)
         pipeline.habits.begin_epoch()
@@ -129,6 +138,7 @@ class Clairvoyant:
 
     def foresee(self, owner: object, future: Future) -> None:
         """See Policy."""
+        self._show_passed()
         pipeline = self._pipeline(owner)
         if pipeline.distrust:
             pipeline.distrust -= 1
@@ -141,9 +151,15 @@ class Clairvoyant:
                 self._place(key, holder)
             elif future.next_use(key) == future.end:
                 self._place(key, pipeline)
+        # Such as the one that stood for files that were loaded in advance.
+        for other, old in list(self._pipelines.items()):
+            if old is not pipeline and old.holds_nothing() and not old.schedule.begun:
+                del self._pipelines[other]
+        self._note_only()
 
     def forget(self, owner: object) -> None:
         """See Policy."""
+        self._show_passed()
         pipeline = self._pipelines.get(owner)
         if pipeline is None:
             return
@@ -174,7 +190,7 @@ class Clairvoyant:
 
     def _victims_of_one(self, pipeline: Pipeline, future: Future, key: Key) -> Iterator[Key]:
         limit = future.next_use(key)
-        named: dict[Key, int] = {}
+        named: Named = {}
         try:
             yield from pipeline.beyond
             while (position := future.farthest()) > limit:
@@ -182,14 +198,15 @@ class Clairvoyant:
                 candidate = future.keys[position]
                 if candidate in self._cached and candidate not in named:
                     if future.next_use(candidate) == position:
-                        named[candidate] = position
+                        named[candidate] = future, position
                         yield candidate
                     else:
                         self._place(candidate, pipeline)
-        finally:
-            # What was passed over can still be found.
-            for position in named.values():
-                future.mark(position)
+        except GeneratorExit:
+            self._pass_over(named)
+            raise
+        for future, position in named.values():
+            future.mark(position)
 
     def _victims_of_all(self, key: Key) -> Iterator[Key]:
         self._look_around()
@@ -199,7 +216,7 @@ class Clairvoyant:
             limit = self._user(key).groups(key)[0][0]
         groups = [group for p in self._pipelines.values() for group in p.groups(key)]
         groups.sort(key=lambda group: -group[0])
-        named: dict[Key, tuple[Future, int]] = {}
+        named: Named = {}
         try:
             for due, keys in groups:
                 if due < limit or (known and due == limit):
@@ -207,11 +224,31 @@ class Clairvoyant:
                 yield from self._due_after(due, named)
                 yield from keys
             yield from self._due_after(limit, named)
-        finally:
-            for future, position in named.values():
-                future.mark(position)
+        except GeneratorExit:
+            self._pass_over(named)
+            raise
+        for future, position in named.values():
+            future.mark(position)
 
-    def _due_after(self, limit: float, named: dict[Key, tuple[Future, int]]) -> Iterator[Key]:
+    def _pass_over(self, named: Named) -> None:
+        """A walk has ended before its end: the last that it has named was taken.
+
+        Those before are taken as well, or batches in flight need them, and the next walk would name
+        them again, to no avail: a batch of which many files are new would take the square of its
+        size. So they stay out of sight until something is requested, and with it batches change.
+        """
+        if named:
+            _, (future, position) = named.popitem()
+            future.mark(position)
+        self._passed.update(named)
+
+    def _show_passed(self) -> None:
+        """What was passed over can be found again."""
+        for future, position in self._passed.values():
+            future.mark(position)
+        self._passed.clear()
+
+    def _due_after(self, limit: float, named: Named) -> Iterator[Key]:
         """Cached keys whose next use is known, and farther ahead than `limit`; farthest first."""
         pipelines = [p for p in self._pipelines.values() if p.future is not None]
         while True:

@@ -50,6 +50,11 @@ class Schedule:
         return requests * self._stretch
 
     @property
+    def begun(self) -> bool:
+        """Whether it has ever requested anything."""
+        return bool(self.requests or self.length)
+
+    @property
     def epoch(self) -> float:
         """How long an epoch takes, pauses left out."""
         return self.lasts(max(self.length, self.requests))
