@@ -150,7 +150,13 @@ def draw(figures: dict[str, dict[str, Curve]], path: str) -> None:
     for axes, (title, curves) in zip(panels.flat, figures.items(), strict=False):
         for name, curve in curves.items():
             axes.plot(list(curve), list(curve.values()), marker="o", label=name)
-        axes.set(xscale="log", yscale="log", xlabel=title, ylabel="us for a feature")
+        values = [us for curve in curves.values() for us in curve.values()]
+        axes.set(xscale="log", xlabel=title, ylabel="us for a feature")
+        if max(values) > 10 * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylim(0, 1.15 * max(values))
         axes.set_xticks(list(curve), [f"{x:,}" for x in curve])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

@@ -30,10 +30,11 @@ def table(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     contenders = {n: e for n, e in report["contenders"].items() if not e["problem"]}
     left_out = {n: e["problem"] for n, e in report["contenders"].items() if e["problem"]}
+    file = f"{report['scenario']}.json"
+    source = f"[{file}](../benchmarks/results/{file})"
     lines = [
-        f"`{report['command']}`, {report['date']}: {report['rounds']} rounds, {report['system']}, "
-        f"{report['device']}, Python {report['python']}, {versions}. Figures: "
-        f"[{report['scenario']}.json](../benchmarks/results/{report['scenario']}.json).",
+        f"`{report['command']}`, {report['date']}, {report['rounds']} rounds: {source}.",
+        f"{report['system']}, {report['device']}, Python {report['python']}, {versions}.",
         "",
         f"| times as fast as {BASELINE.name} | {' | '.join(CASES.values())} |",
         "|---" * (len(CASES) + 1) + "|",

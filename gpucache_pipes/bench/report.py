@@ -171,9 +171,10 @@ def draw(report: Report, path: str) -> None:
             axes.annotate(f" {middle:.3g}", (most, row), va="center", fontsize=8)
         limit = _limit(report, case)
         if limit is not None:
-            axes.axvline(limit, color="tab:red", linestyle="--", label=f"limit: {limit:.3g}")
-            axes.legend(loc="lower right", fontsize=8)
-        axes.set(xscale="log", title=title, yticks=range(len(names)), yticklabels=names)
+            axes.axvline(limit, color="tab:red", linestyle="--", zorder=0)
+            title += f"\n(red: the limit, {limit:.3g})"
+        axes.set(xscale="log", yticks=range(len(names)), yticklabels=names)
+        axes.set_title(title, fontsize=10)
         axes.set_xlim(right=axes.get_xlim()[1] * 2)
         axes.grid(axis="x", alpha=0.3)
     figure.supxlabel(f"times as fast as {BASELINE.name} (logarithmic)", fontsize=9)
