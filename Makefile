@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types tests bench soak stress gpu-check clean
+.PHONY: demo test lint types tests speed bench soak stress gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
-test: lint types tests
+test: lint types tests speed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -20,8 +20,17 @@ types: $(INSTALLED)
 tests: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n 2
 
+# By ratios within one run, to those that are kept here.
+speed: $(INSTALLED)
+	$(BIN)/python benchmarks/check.py benchmarks/results/quick.json
+
+# The reports that the tables of docs/benchmarks.md are made of: half an hour with nothing beside it.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/warm_batch.py --json benchmarks/results/warm_batch.json
+	for scenario in small large ragged quick; do \
+		$(BIN)/python benchmarks/scenarios.py $$scenario \
+			--json benchmarks/results/$$scenario.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/tables.py
 
 soak: $(INSTALLED)
 	$(BIN)/python tests/soak.py --minutes 10 --json benchmarks/results/soak.json

@@ -1,4 +1,4 @@
-"""Everything that needs an accelerator, by one command: tests, then benchmarks, then one JSON.
+"""Everything that needs an accelerator, by one command: tests, benchmarks and scenarios.
 
 Uses the Python that runs it and what is on its path: torch, torchdata, pytest and hypothesis; no
 network. Writes device, versions, command, what became of the tests, and the figures.
@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from _common import environment
 
 ROOT = Path(__file__).resolve().parent.parent
+SCENARIOS = ("small", "large", "ragged")
 TESTS = ["tests/gpu", "tests/test_nodes.py", "tests/test_store_machine.py"]
 
 
@@ -37,6 +39,14 @@ def main() -> int:
         [sys.executable, "benchmarks/accelerator.py", "--scale", str(args.scale),
          "--json", str(figures_file)]
     )  # fmt: skip
+    scenarios = {}
+    for name in SCENARIOS:
+        # Each leaves a report of its own, beside those of the CPU.
+        report = Path(args.json).with_name(f"gpu_{name}.json")
+        scenarios[name] = run(
+            [sys.executable, "benchmarks/scenarios.py", name, "--rounds", "3",
+             "--json", str(report)]
+        )  # fmt: skip
     measured = json.loads(figures_file.read_text()) if figures_file.exists() else {}
     figures_file.unlink(missing_ok=True)
     result = {
@@ -45,14 +55,15 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d"),
         "tests": tests,
         "benchmark": bench,
+        "scenarios": scenarios,
         "figures": measured.get("figures", {}),
     }
     Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {args.json}")
-    return max(tests["exit"], bench["exit"])
+    return max(part["exit"] for part in (tests, bench, *scenarios.values()))
 
 
-def run(command: list[str]) -> dict[str, object]:
+def run(command: list[str]) -> dict[str, Any]:
     """Run a command, show what it says, and return how it ended and its last lines."""
     start = time.monotonic()
     process = subprocess.Popen(

@@ -86,8 +86,7 @@ def main() -> int:
     parser.add_argument("--plot", help="draw them to this file")
     args = parser.parse_args()
     scenario = SCENARIOS[args.scenario]
-    found = torch.accelerator.current_accelerator(check_available=True)
-    device = torch.device(found or "cpu") if args.device == "auto" else torch.device(args.device)
+    device = bench.find_device(args.device)
     report = {"scenario": args.scenario, **run(scenario, device, args.rounds or scenario.rounds)}
     print(bench.as_text(report))
     if args.json:

@@ -59,8 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    import torch
-
     from gpucache_pipes import bench, charts
     from gpucache_pipes.nodes import PathLister
     from gpucache_pipes.units import parse_bytes, positive_int
@@ -73,8 +71,7 @@ def _bench(args: argparse.Namespace) -> int:
     contenders = bench.choose(args.only)
     if args.plot is not None:
         charts.require_matplotlib()  # now, and not after everything has been measured
-    found = torch.accelerator.current_accelerator(check_available=True)
-    device = torch.device(found or "cpu") if args.device == "auto" else torch.device(args.device)
+    device = bench.find_device(args.device)
     paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
     with bench.Work(
         bench.sample(paths, args.files, most_bytes, seed=0),

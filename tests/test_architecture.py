@@ -24,7 +24,7 @@ ALLOWED = {
     "planning": {"cache", "files"},
     "charts": set(),
     "__main__": {"bench", "charts", "inspection", "nodes", "planning"},
-    "bench": {"bench", "charts", "files", "nodes", "ragged", "store"},
+    "bench": {"bench", "charts", "device", "files", "nodes", "ragged", "store"},
     "pages": set(),
     "batch": {"cache", "device", "files", "ragged"},
     "ragged": {"files"},

@@ -371,6 +371,14 @@ def test_what_is_slower_is_measured_again(
         assert len(list(reports)) == (1 if status else 0)
 
 
+def test_the_tables_of_the_page_are_those_of_the_reports(scripts: None) -> None:
+    import tables
+
+    page = tables.PAGE.read_text()
+    assert page.count("<!-- table: ") == 3
+    assert tables.render(page) == page
+
+
 def test_the_scenarios(scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import scenarios
 

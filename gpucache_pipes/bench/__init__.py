@@ -3,7 +3,7 @@
 from gpucache_pipes.bench.contender import Contender
 from gpucache_pipes.bench.loaders import BASELINE, OURS
 from gpucache_pipes.bench.report import Report, advice, as_text, draw, headings
-from gpucache_pipes.bench.running import CONTENDERS, bench, choose, free_bytes
+from gpucache_pipes.bench.running import CONTENDERS, bench, choose, find_device, free_bytes
 from gpucache_pipes.bench.work import Work, sample
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "bench",
     "choose",
     "draw",
+    "find_device",
     "free_bytes",
     "headings",
     "sample",

@@ -10,6 +10,8 @@ from gpucache_pipes.units import format_bytes
 
 Report = dict[str, Any]
 
+_FEW = 4
+
 
 def headings(report: Report) -> dict[str, str]:
     """The cases that were measured, and what to call them."""
@@ -81,6 +83,11 @@ def _remarks(report: Report) -> list[str]:
         lines.append(f"not installed: {', '.join(report['not_installed'])}")
     if report["work"]["collation"] == "list":
         lines.append(f"batches are lists of features: {report['work']['reason']}")
+    if report["work"]["batches"] < _FEW:
+        lines.append(
+            f"an epoch has {report['work']['batches']} batches only: a smaller --batch-size, or "
+            "more --files and --bytes, say more"
+        )
     if not report["complete"]:
         lines.append("interrupted: these are the figures so far")
     return ["", *lines] if lines else []

@@ -13,6 +13,10 @@ from gpucache_pipes.bench.loaders import BASELINE, LOADERS, OURS
 from gpucache_pipes.bench.measuring import measure
 from gpucache_pipes.bench.report import Report
 from gpucache_pipes.bench.work import Work
+from gpucache_pipes.device import available_host_bytes, resolve_device
+
+_SHARE = 0.9
+"""Of what is free, that a cache may have."""
 
 CONTENDERS: list[Contender] = [*LOADERS, *LIBRARIES, *FORMATS, *LIMITS]
 """All that there are. A contender of your own is one more: see `Contender`."""
@@ -57,8 +61,18 @@ def choose(names: Sequence[str] | None) -> list[Contender]:
     return [c for c in CONTENDERS if c.name.startswith(tuple(names)) or c in (OURS, BASELINE)]
 
 
+def find_device(name: str) -> torch.device:
+    """The device of that name; of "auto" the accelerator, or the CPU if there is none.
+
+    Raises ValueError if there is no such device.
+    """
+    return resolve_device(None if name == "auto" else name)
+
+
 def free_bytes(device: torch.device) -> int | None:
-    """What a cache on an accelerator could take; None where that is not known."""
+    """What a cache could take there; None where that is not known."""
+    if device.type == "cpu":
+        return int(available_host_bytes() * _SHARE)
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.9)
+        return int(torch.cuda.mem_get_info(device)[0] * _SHARE)
     return None

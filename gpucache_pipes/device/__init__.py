@@ -5,6 +5,7 @@ import torch
 from gpucache_pipes.device.accelerator import AcceleratorBackend
 from gpucache_pipes.device.backend import Backend, Column, Upload
 from gpucache_pipes.device.host import HostBackend
+from gpucache_pipes.device.memory import available_host_bytes
 from gpucache_pipes.device.runtime import InOrderRuntime, Runtime, TorchRuntime
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Runtime",
     "TorchRuntime",
     "Upload",
+    "available_host_bytes",
     "open_backend",
     "resolve_device",
 ]
