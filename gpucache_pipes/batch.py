@@ -202,7 +202,7 @@ def gather_batch(
     if substitutes:
         return _gather_with(substitutes, cache, backend, numbers)
     entries, device = cache.entries, backend.device
-    if rows and (len(cache.layouts) == 1 or min(rows) >> LAYOUT_SHIFT == max(rows) >> LAYOUT_SHIFT):
+    if rows and _are_alike(cache, rows):
         # All alike and in one page each: a column of the pages is a leaf of the batch.
         number_of_layout = rows[0] >> LAYOUT_SHIFT
         layout: Layout = cache.layouts[number_of_layout]
@@ -224,6 +224,41 @@ def gather_batch(
     else:
         batch._block = torch.empty(0, dtype=torch.uint8, device=device)
     return batch
+
+
+def _are_alike(cache: Cache, rows: Sequence[int]) -> bool:
+    """Whether all have one layout."""
+    return len(cache.layouts) == 1 or min(rows) >> LAYOUT_SHIFT == max(rows) >> LAYOUT_SHIFT
+
+
+def collate_batch(
+    cache: Cache,
+    backend: Backend,
+    numbers: Sequence[int],
+    rows: Sequence[int] | None,
+    substitutes: Mapping[int, LoadedFeature],
+    ragged: RaggedOptions,
+) -> Any:
+    """The same as `gather_batch(...).collate(ragged)`.
+
+    On the host features of different lengths are copied to their places in the batch out of the
+    pages themselves, which spares half of the copying.
+    """
+    memory = backend.memory()
+    alike = rows and _are_alike(cache, rows)
+    if memory is None or alike or substitutes or not ragged.copies:
+        return gather_batch(cache, backend, numbers, rows, substitutes).collate(ragged)
+    found = [cache.entries[number] for number in numbers]
+    layouts: list[Layout] = [entry.layout for entry in found]
+    runs = [entry.pages for entry in found if isinstance(entry.pages, range)]
+    kinds = {layout.kind for layout in layouts}
+    if len(runs) < len(found) or len(kinds) != 1 or layouts.count(layouts[0]) == len(layouts):
+        return gather_batch(cache, backend, numbers, rows).collate(ragged)
+    values = [entry.values for entry in found]
+    batch = FeatureBatch(backend.device, cache.entries, numbers, layouts, values)
+    batch._block = memory
+    batch._starts = [run.start * backend.page_bytes for run in runs]
+    return batch.collate(ragged)
 
 
 def _starts_of(placements: Sequence[Sequence[int]], page_bytes: int) -> list[int]:

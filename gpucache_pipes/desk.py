@@ -6,14 +6,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
-from gpucache_pipes.batch import FeatureBatch, gather_batch
+from gpucache_pipes.batch import collate_batch, gather_batch
 from gpucache_pipes.cache import NOT_READY, SCATTERED, Cache, Entry, State
 from gpucache_pipes.device import Backend
 from gpucache_pipes.errors import load_error
 from gpucache_pipes.files import LoadedFeature
 from gpucache_pipes.guard import Guard
 from gpucache_pipes.loader import Loader
+from gpucache_pipes.ragged import RaggedOptions
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.tracing import trace
 
@@ -148,7 +150,7 @@ class Desk:
                 loading.append(entry)
                 self._cache.start_loading(entry, evict=evict)
 
-    def collect(self, tickets: Sequence[Ticket]) -> FeatureBatch:
+    def collect(self, tickets: Sequence[Ticket], ragged: RaggedOptions | None = None) -> Any:
         """The features of several tickets as one batch; see GPUFeatureStore.collect."""
         held: list[int] = []
         gathering = False
@@ -171,7 +173,8 @@ class Desk:
                 self._gathering += 1
                 gathering = True
             with trace("gpucache::gather"):
-                return gather_batch(self._cache, self._backend, numbers, rows, substitutes)
+                what = self._cache, self._backend, numbers, rows, substitutes
+                return gather_batch(*what) if ragged is None else collate_batch(*what, ragged)
         finally:
             if held:
                 with self.lock:

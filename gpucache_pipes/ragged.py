@@ -52,6 +52,12 @@ class RaggedOptions:
             if mode not in MODES:
                 raise ValueError(f"ragged={mode!r} is not known; there are: {', '.join(MODES)}")
 
+    @property
+    def copies(self) -> bool:
+        """Whether no result is a view of what it was made of."""
+        modes = [self.modes] if isinstance(self.modes, str) else self.modes.values()
+        return "list" not in modes
+
     def mode_of(self, name: str, differs: bool) -> str | None:
         """What to do with a leaf of that name; None: nothing, it is like any other."""
         if not isinstance(self.modes, str):

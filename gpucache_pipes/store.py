@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from gpucache_pipes.batch import FeatureBatch
 from gpucache_pipes.cache import Cache, Future, Ledger, Policy, make_policy
 from gpucache_pipes.desk import Desk
 from gpucache_pipes.device import Backend, open_backend, resolve_device
@@ -20,6 +19,7 @@ from gpucache_pipes.files import PathLike, PathTable, ReaderPool, opener
 from gpucache_pipes.guard import Guard
 from gpucache_pipes.lifetime import watch
 from gpucache_pipes.loader import Loader
+from gpucache_pipes.ragged import RaggedOptions
 from gpucache_pipes.stats import StoreStats
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.units import parse_bytes, positive_int
@@ -185,14 +185,15 @@ class GPUFeatureStore:
         ticket.holder = self
         return ticket
 
-    def collect(self, tickets: Sequence[Ticket]) -> FeatureBatch:
+    def collect(self, tickets: Sequence[Ticket], ragged: RaggedOptions | None = None) -> Any:
         """The features of several tickets as one batch, in order. Uses the tickets up.
 
         Waits for files that are still being read. The gather runs on the current stream of the
         calling thread. Raises the first error among the features, in their order, that was not
-        dealt with by `Ticket.replace`.
+        dealt with by `Ticket.replace`. With `ragged` what the batch's `collate(ragged)` gives,
+        which on the host takes one copy less.
         """
-        return self._desk.collect(tickets)
+        return self._desk.collect(tickets, ragged)
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         """Give tickets up: what they held may go. Harmless for tickets that were used."""

@@ -31,7 +31,7 @@ ALLOWED = {
     "loader": {"cache", "device", "files", "lifetime", "pages", "task"},
     "task": {"cache", "files"},
     "ticket": {"batch", "cache", "files"},
-    "desk": {"batch", "cache", "device", "files", "loader", "ticket"},
+    "desk": {"batch", "cache", "device", "files", "loader", "ragged", "ticket"},
     "warming": {"cache", "desk", "files", "ticket"},
     "store": {
         "batch",
@@ -41,6 +41,7 @@ ALLOWED = {
         "files",
         "lifetime",
         "loader",
+        "ragged",
         "ticket",
         "warming",
     },

@@ -293,7 +293,7 @@ def test_an_interrupt_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         next(node)
         with monkeypatch.context() as patch:
 
-            def interrupted(tickets: Any) -> Any:
+            def interrupted(tickets: Any, ragged: Any = None) -> Any:
                 store.cancel(tickets)
                 raise KeyboardInterrupt
 

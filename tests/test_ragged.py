@@ -113,6 +113,33 @@ def test_jagged_equals_torch_nested(parts: list[torch.Tensor], page_bytes: int |
         assert_equal(one, other)
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.data(), st.sampled_from(["pad", "jagged", "list"]), st.sampled_from([16, 48, 256]))
+def test_pages_that_were_others_before(data: st.DataObject, mode: str, page_bytes: int) -> None:
+    """A feature that takes the place of several lies in pages that are no neighbours."""
+    lengths = data.draw(st.lists(st.integers(0, 9), min_size=6, max_size=6))
+    features = [{"x": torch.full((n, 3), float(at))} for at, n in enumerate(lengths)]
+    order = st.permutations(range(6)).map(lambda at: at[:3])
+    load = Numbered(features)
+    batches = [[load.paths[at] for at in batch] for batch in data.draw(st.lists(order, max_size=8))]
+    with GPUFeatureStore(
+        "cpu", load_fn=load, asynchronous=False, page_bytes=page_bytes, max_cache_items=2,
+        policy="lru",
+    ) as store:  # fmt: skip
+        node = GPUCollator(GPUPrefetcher(batches, store, depth=1), ragged={"x": mode})
+        for paths, batch in zip(batches, node, strict=True):
+            parts = [features[load.paths.index(path)]["x"] for path in paths]
+            if mode == "pad":
+                assert_equal(batch["x"].values, pad_sequence(parts, batch_first=True))
+            elif mode == "jagged":
+                assert_equal(batch["x"].values(), torch.cat(parts))
+            else:
+                for one, other in zip(batch["x"], parts, strict=True):
+                    assert_equal(one, other)
+                    one.fill_(9.0)  # changes nothing but this batch
+        store.check()
+
+
 @settings(deadline=None)
 @given(sequences(), st.sampled_from([None, 16]))
 def test_lists(parts: list[torch.Tensor], page_bytes: int | None) -> None:

@@ -206,6 +206,10 @@ class AcceleratorBackend:
         [block] = self.gather(pages, [(0, self.page_bytes)])
         return block.view(torch.uint8).view(-1)
 
+    def memory(self) -> torch.Tensor | None:
+        """See Backend."""
+        return None
+
     def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
         """See Backend."""
         return partial(self._runtime.on, self._runtime.current_stream())

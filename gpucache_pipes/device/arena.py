@@ -113,6 +113,10 @@ class Arena:
             target += nbytes
         return out
 
+    def memory(self) -> torch.Tensor:
+        """The pages of the one segment in a row, uint8."""
+        return self._segments[0].view(-1)
+
     def _empty(self, nbytes: int) -> torch.Tensor:
         """Room for a result, uint8."""
         if self._results is not None and nbytes >= LARGE:

@@ -67,6 +67,9 @@ class Backend(Protocol):
     def join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
         """The pages of several features end to end, as one new tensor uint8. As `gather`."""
 
+    def memory(self) -> torch.Tensor | None:
+        """All pages in a row, uint8, if they are in host memory in one piece: not to be kept."""
+
     def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
         """What enters, in any thread, the stream that is current in this one now."""
 

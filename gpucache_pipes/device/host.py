@@ -114,6 +114,10 @@ class HostBackend:
         assert self._arena is not None
         return self._arena.join(placements, _index)
 
+    def memory(self) -> torch.Tensor | None:
+        """See Backend."""
+        return None if self._arena is None else self._arena.memory()
+
     def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
         """See Backend."""
         return nullcontext

@@ -86,7 +86,11 @@ class GPUCollator(BaseNode[Any]):
         """See BaseNode."""
         with self._stream():
             if self.batch_size is None:
-                return self._collate(next(self.source))
+                source = self.source
+                if self.ragged.modes == "error" or not isinstance(source, GPUPrefetcher):
+                    return self._collate(next(source))
+                at_once = source.path_fn is None
+                return source.next_collated(self.ragged) if at_once else self._collate(next(source))
             features = self._take(self.batch_size)
             if not features or (self.drop_last and len(features) < self.batch_size):
                 raise StopIteration

@@ -15,6 +15,7 @@ from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.failures import Failures, OnError
 from gpucache_pipes.nodes.sharding import find_rank
 from gpucache_pipes.nodes.sources import as_node, call, guarded
+from gpucache_pipes.ragged import RaggedOptions
 from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.units import positive_int
@@ -128,6 +129,23 @@ class GPUPrefetcher(BaseNode[Any]):
             batch = self._use([head])
             return self._join(batch[0] if head.single else batch, head)
 
+    def next_collated(self, ragged: RaggedOptions) -> Any:
+        """What `collate(ragged)` makes of the next batch, with a copy less on the host.
+
+        For elements that are sequences of paths, without path_fn.
+        """
+        with self._stream():
+            if not self._have(1):
+                raise StopIteration
+            head = self._ahead[0]
+            if head.single and head.error is None:
+                self._pass([head])
+                raise TypeError(
+                    "a GPUCollator collates sequences of features, not single ones; with "
+                    "batch_size it makes batches of these itself"
+                )
+            return self._use([head], ragged)
+
     def _join(self, features: Any, head: Ahead) -> Any:
         if self.path_fn is not None:
             element = head.element
@@ -156,7 +174,7 @@ class GPUPrefetcher(BaseNode[Any]):
                 )
         if not heads:
             return []
-        batch = self._use(heads)
+        batch: FeatureBatch = self._use(heads)
         if self.path_fn is None:
             return batch
         return [self._join(feature, head) for feature, head in zip(batch, heads, strict=True)]
@@ -290,7 +308,7 @@ class GPUPrefetcher(BaseNode[Any]):
         head.paths = paths
         head.ticket = self.store.request(paths, owner=self._owner)
 
-    def _use(self, heads: Sequence[Ahead]) -> FeatureBatch:
+    def _use(self, heads: Sequence[Ahead], ragged: RaggedOptions | None = None) -> Any:
         """Gather the first elements in the queue and take them out."""
         try:
             tickets = []
@@ -298,7 +316,7 @@ class GPUPrefetcher(BaseNode[Any]):
                 if head.error is not None:
                     raise head.error
                 tickets.append(self._ticket_of(head))
-            batch = self.store.collect(tickets)
+            batch = self.store.collect(tickets, ragged)
         except Exception:
             self._pass(heads)
             raise
