@@ -22,10 +22,15 @@ from gpucache_pipes import bench
 
 TOLERANCE = 0.2
 ATTEMPTS = 3
+WORK = ("files", "feature_bytes", "batch_size", "epochs", "device")
 
 
 def slower(base: bench.Report, head: bench.Report) -> dict[str, float]:
     """By case, how many times as long gpucache_pipes takes in `head`; the milder of two views."""
+    for key in ("scenario", "complete", "share", *WORK):
+        old, new = (r["work"][key] if key in WORK else r[key] for r in (base, head))
+        if old != new:
+            raise ValueError(f"{key} is {old!r} in BASE and {new!r} in HEAD")
     ratios = {}
     before = base["contenders"][bench.OURS.name]
     after = head["contenders"][bench.OURS.name]
@@ -51,7 +56,10 @@ def measure(name: str) -> bench.Report:
     from scenarios import SCENARIOS, run
 
     scenario = SCENARIOS[name]
-    return run(scenario, torch.device("cpu"), scenario.rounds, progress=False)
+    report = run(scenario, torch.device("cpu"), scenario.rounds, progress=False)
+    if not report["complete"]:
+        raise KeyboardInterrupt
+    return {"scenario": name, **report}
 
 
 def judge(base: bench.Report, head: bench.Report, tolerance: float) -> bool:
@@ -77,9 +85,11 @@ def main() -> int:
         return not any(
             judge(base, measure(base["scenario"]), args.tolerance) for _ in range(ATTEMPTS)
         )
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
+        print(f"cannot compare: these are no reports of scenarios.py, which have {error}")
+    except ValueError as error:
         print(f"cannot compare: {error}")
-        return 2
+    return 2
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ Each is measured as `python -m gpucache_pipes bench` measures it: a first epoch,
 everything cached, five epochs with room for half of the data, and a first epoch with as much
 compute as DataLoader takes to load. Page cache warm, shuffled, the same batches for everybody.
 
-    python benchmarks/scenarios.py small [--device cuda] [--json FILE] [--plot FILE]
+    python benchmarks/scenarios.py small [--device cuda] [--cold-storage] [--json FILE]
+        [--plot FILE]
 """
 
 import argparse
@@ -60,12 +61,17 @@ SCENARIOS = {
 
 
 def run(
-    scenario: Scenario, device: torch.device, rounds: int, progress: bool = True
+    scenario: Scenario,
+    device: torch.device,
+    rounds: int,
+    *,
+    progress: bool = True,
+    cold_storage: bool = False,
 ) -> bench.Report:
     """Everything that `bench` measures, with overlap."""
     with temporary_directory() as directory:
         paths = scenario.write(directory)
-        with bench.Work(paths, scenario.batch_size, device) as work:
+        with bench.Work(paths, scenario.batch_size, device, cold_storage=cold_storage) as work:
             print(f"{work}\n")
             contenders = bench.choose(scenario.only)
             return bench.bench(
@@ -82,18 +88,24 @@ def main() -> int:
     parser.add_argument("scenario", choices=SCENARIOS)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--cold-storage", action="store_true", help="from the disk, each epoch")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--plot", help="draw them to this file")
     args = parser.parse_args()
     scenario = SCENARIOS[args.scenario]
     device = bench.find_device(args.device)
-    report = {"scenario": args.scenario, **run(scenario, device, args.rounds or scenario.rounds)}
+    rounds = args.rounds or scenario.rounds
+    report = run(scenario, device, rounds, cold_storage=args.cold_storage)
+    report = {"scenario": args.scenario, **report}
     print(bench.as_text(report))
+    if not report["complete"]:
+        print("interrupted: nothing is written")
+        return 130
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
         bench.draw(report, args.plot)
-    return 0 if report["complete"] else 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         status: int = args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except ImportError as error:
         print(error, file=sys.stderr)
         return 1
@@ -59,6 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    # As Ctrl-C: what was written in other formats goes, and what was measured is shown.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _measure(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _measure(args: argparse.Namespace) -> int:
     from gpucache_pipes import bench, charts
     from gpucache_pipes.nodes import PathLister
     from gpucache_pipes.units import parse_bytes, positive_int
@@ -70,7 +83,7 @@ def _bench(args: argparse.Namespace) -> int:
     most_bytes = parse_bytes("--bytes", args.bytes)
     contenders = bench.choose(args.only)
     if args.plot is not None:
-        charts.require_matplotlib()  # now, and not after everything has been measured
+        charts.require_plot(args.plot)  # now, and not after everything has been measured
     device = bench.find_device(args.device)
     paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
     with bench.Work(
@@ -92,10 +105,12 @@ def _bench(args: argparse.Namespace) -> int:
             overlap=args.overlap,
             progress=not args.json,
         )
+    if args.json:
+        _print(json.dumps(report, indent=1))
+    else:
+        _print(f"{bench.as_text(report)}\n\n{bench.advice(report, bench.free_bytes(device))}")
     if args.plot is not None and bench.headings(report):
         bench.draw(report, args.plot)
-    text = f"{bench.as_text(report)}\n\n{bench.advice(report, bench.free_bytes(device))}"
-    _print(json.dumps(report, indent=1) if args.json else text)
     if not report["complete"]:
         return 130
     return 1 if report["contenders"][bench.OURS.name]["problem"] else 0
@@ -124,7 +139,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     memory = None if args.gpu_memory is None else parse_bytes("--gpu-memory", args.gpu_memory)
     if args.plot is not None:
-        charts.require_matplotlib()  # now, and not after the simulation
+        charts.require_plot(args.plot)  # now, and not after the simulation
     report = planning.plan(
         PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths,
         memory=memory,

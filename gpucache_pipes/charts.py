@@ -1,5 +1,6 @@
 """Plans for people: tables, a chart of characters, a picture."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,16 @@ def require_matplotlib() -> Any:
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def require_plot(path: str) -> None:
+    """Whether a picture can be drawn to that path. Raises ImportError, OSError, ValueError."""
+    kinds = require_matplotlib().figure().canvas.get_supported_filetypes()
+    kind = os.path.splitext(path)[1].removeprefix(".")
+    if kind not in kinds:
+        raise ValueError(f"--plot {path!r}: the name must end in one of {', '.join(sorted(kinds))}")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise FileNotFoundError(f"--plot {path!r}: there is no such directory")
 
 
 def draw_plan(report: dict[str, Any], path: str) -> None:

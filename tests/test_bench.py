@@ -137,7 +137,9 @@ def test_the_files_are_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         bench.bench(work, contenders=chosen, rounds=1, progress=False)
     assert {p: (Path(p).read_bytes(), os.stat(p).st_mtime_ns) for p in paths} == before
     assert sorted(os.listdir(tmp_path / "data")) == sorted(map(os.path.basename, paths))
-    assert not os.listdir(tmp_path / "elsewhere")
+    assert not list(
+        (tmp_path / "elsewhere").glob("gpucache*")
+    )  # what torch leaves there is its own
 
 
 def test_a_contender_that_is_not_installed(tmp_path: Path) -> None:
@@ -153,7 +155,8 @@ def measurement(**seconds: dict[str, list[float]]) -> Measurement:
     kinds = {"ours": bench.OURS.name, "base": bench.BASELINE.name}
     series = {}
     for name, cases in seconds.items():
-        found = Series("limit" if name.startswith("limit") else "peer", False)
+        kind = "limit" if name.startswith("limit") else "peer"
+        found = Series("ours" if name == "ours" else kind, False)
         found.seconds.update(cases)
         series[kinds.get(name, name)] = found
     return Measurement(series, 0.5)
@@ -180,8 +183,17 @@ def test_ratios_are_those_within_a_round(tmp_path: Path) -> None:
     assert report["rounds"] == 3
     assert spread([], [1.0]) is None
     advice = bench.advice(report, room=1 << 40)
-    assert "9 times as fast in the first epoch" in advice and "once everything is cached" in advice
-    assert "50% of the data cached" in bench.advice(report, room=1)
+    assert "9 times as fast in a first epoch and 90 times as fast once everything" in advice
+    assert "which fit into the 1 TiB" in advice
+    assert "would take about 10.9 seconds instead of 15.0 minutes" in advice  # 1 + 99 * 0.1
+    assert "--cache" not in advice
+    advice = bench.advice(report, room=84)  # of 336
+    assert "over 5 epochs with room for 50% of the data" in advice
+    assert "There is room for 25% only: see --cache 0.25." in advice
+    assert "would take about 100.0 seconds" in advice  # 1 + 99 * (5 - 1) / 4
+    for part in report["contenders"].values():
+        part["cases"]["partial"]["times_as_fast"] = None
+    assert "Too little was measured" in bench.advice(report, room=84)
 
 
 def test_advice_says_where_another_is_faster(tmp_path: Path) -> None:
@@ -193,10 +205,11 @@ def test_advice_says_where_another_is_faster(tmp_path: Path) -> None:
     )
     with bench.Work(write(tmp_path, "flat"), 4, CPU) as work:
         advice = bench.advice(as_json(work, measured))
-    assert "At first other is faster, 2 times" in advice and "Later it is 1 times" in advice
+    assert "other is faster in a first epoch, 2 times" in advice
+    assert "1 times as fast as the best of the others once everything is cached" in advice
     measured.series[bench.OURS.name].problem = "it rained"
     with bench.Work(write(tmp_path, "flat"), 4, CPU) as work:
-        assert "was not measured" in bench.advice(as_json(work, measured))
+        assert "gpucache_pipes: it rained" in bench.advice(as_json(work, measured))
 
 
 @given(st.lists(features(max_leaves=4), min_size=1, max_size=1), st.integers(1, 4))
@@ -244,7 +257,7 @@ def test_a_sample_is_as_large_as_it_may_be(make_files: Files) -> None:
     few = bench.sample(paths, 5, 1 << 30, 0)
     assert len(few) == 5 and sorted(few) == few and set(few) < set(paths)
     assert len(bench.sample(paths, 50, 7 * size, 0)) == 7
-    assert len(bench.sample(paths, 50, 1, 0)) == 1
+    assert len(bench.sample(paths, 50, 1, 0)) == 2
 
 
 # The command
@@ -282,6 +295,8 @@ def test_the_command(make_files: Files, capsys: pytest.CaptureFixture[str], tmp_
         (["--bytes", "many"], "--bytes='many'"),
         (["--only", "grian"], "'grian' is none of the contenders: gpucache_pipes, DataLoader"),
         (["--device", "nothing"], "nothing"),
+        (["--plot", "no/such/place.png"], "no such directory"),
+        (["--plot", "picture.zzz"], "the name must end in one of"),
     ],
 )
 def test_bad_options(
@@ -299,14 +314,55 @@ def test_a_file_that_cannot_be_read(make_files: Files, capsys: pytest.CaptureFix
     assert paths[2] in error and "the file is empty" in error and "`inspect`" in error
 
 
-def test_ctrl_c_leaves_a_partial_table(
+@pytest.mark.parametrize("options", [["--cache", "0.01"], ["--files", "2", "--bytes", "1"]])
+def test_a_cache_of_less_than_a_file(
+    make_files: Files, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert main(command(make_files(5), *options)) == 0
+    assert "not measured" not in capsys.readouterr().out
+
+
+def test_one_file(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(make_files(1))) == 0
+    assert "batches in an epoch: only 1" in capsys.readouterr().out
+
+
+def test_a_value_that_is_odd(tmp_path: Path) -> None:
+    paths = write(tmp_path, "plain values")
+    torch.save({"x": torch.ones(2), "name": "odd", "n": None}, paths[-1])
+    with bench.Work(paths, 4, CPU, epochs=2) as work:
+        assert work.collation.mode == "list"
+        assert work.collation.reason == "values beside tensors are NoneType and int"
+        report = bench.bench(
+            work, contenders=[bench.OURS, bench.BASELINE], rounds=1, progress=False
+        )
+    assert not any(entry["problem"] for entry in report["contenders"].values())
+
+
+def test_an_interrupt_before_there_is_anything(
     make_files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def interrupted(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "Work", interrupted)
+    assert main(command(make_files(2))) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_partial_table(
+    make_files: Files,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     turns = iter(range(100))
 
     def make(batches: list[Any]) -> Iterator[Any]:
         if next(turns) == 4:  # two to compare, two in the first round
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         yield from batches
 
     mine = one_more(make)
@@ -314,7 +370,8 @@ def test_ctrl_c_leaves_a_partial_table(
     assert main([*command(make_files(12)), "--rounds", "5"]) == 130
     out = capsys.readouterr().out
     assert "interrupted: these are the figures so far" in out
-    assert "mine" in out and "gpucache_pipes is " in out
+    assert "mine" in out and "All 12 files are" in out
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # The judge
@@ -329,7 +386,11 @@ def judged(to_limit: float, times_as_fast: float, problem: str | None = None) ->
     nothing = {"to_limit": None, "times_as_fast": None}
     case = {"to_limit": [to_limit, 0, 9], "times_as_fast": [times_as_fast, 0, 9]}
     cases = {"first": case, "overlap": nothing}
-    return {"contenders": {bench.OURS.name: {"problem": problem, "cases": cases}}}
+    work = {"files": 4, "feature_bytes": 9, "batch_size": 2, "epochs": 5, "device": "cpu"}
+    return {
+        "scenario": "quick", "complete": True, "share": 0.5, "work": work,
+        "contenders": {bench.OURS.name: {"problem": problem, "cases": cases}},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -343,6 +404,9 @@ def judged(to_limit: float, times_as_fast: float, problem: str | None = None) ->
         (judged(1.0, 80.0), 0),
         (judged(4.0, 8.0, problem="it rained"), 2),
         ({"contenders": {}}, 2),
+        ({**judged(4.0, 8.0), "scenario": "large"}, 2),
+        ({**judged(4.0, 8.0), "complete": False}, 2),
+        ({**judged(4.0, 8.0), "work": {**judged(4.0, 8.0)["work"], "batch_size": 3}}, 2),
     ],
 )
 def test_the_check(scripts: None, tmp_path: Path, head: dict[str, Any], status: int,
@@ -362,7 +426,7 @@ def test_what_is_slower_is_measured_again(
     import check
 
     base = tmp_path / "base.json"
-    base.write_text(json.dumps({"scenario": "quick", **judged(4.0, 8.0)}))
+    base.write_text(json.dumps(judged(4.0, 8.0)))
     monkeypatch.setattr(sys, "argv", ["check.py", str(base)])
     for slow, status in ((2, 0), (3, 1)):
         reports = iter([*[judged(8.0, 4.0)] * slow, judged(4.0, 8.0)])

@@ -152,6 +152,36 @@ class TestClairvoyant(PolicyContract):
         hits, gone = simulate_policy(policy, trace, 4, epochs=[0, 8, 9])
         assert (hits, gone) == (4, [0, 1, 2, 3])  # by 4 to 7, which have stayed
 
+    @pytest.mark.parametrize("others", [(), ("validation",)])
+    def test_an_interrupt_within_a_walk_hides_nothing(self, others: Sequence[str]) -> None:
+        policy = Clairvoyant()
+        for owner in ("training", *others):
+            policy.foresee(owner, Future([*range(6)]))
+        for key in range(4):
+            policy.on_insert(key)
+        walk = policy.victims(0)
+        passed = [next(walk), next(walk)]
+        with pytest.raises(KeyboardInterrupt):
+            walk.throw(KeyboardInterrupt())
+        assert passed == [3, 2] and list(policy.victims(0)) == [3, 2, 1]
+
+    def test_what_was_passed_over_is_found_again(self) -> None:
+        policy = Clairvoyant()
+        policy.foresee("training", Future([*range(6)]))
+        for key in range(4):
+            policy.on_insert(key)
+        walk = policy.victims(0)
+        assert [next(walk), next(walk)] == [3, 2]
+        walk.close()  # 2 is taken, 3 is needed by a batch in flight
+        policy.on_remove(2)
+        assert list(policy.victims(0)) == [1]  # and no other for now
+        assert list(policy.victims(0)) == [3, 1]  # as nothing could be taken
+        walk = policy.victims(0)
+        next(walk), next(walk)
+        walk.close()
+        policy.on_access([0], "training")
+        assert list(policy.victims(1)) == [0, 3]
+
     def test_two_pipelines_each_know_their_own_future(self) -> None:
         policy = Clairvoyant()
         policy.foresee("somebody", Future([0, 1, 2, 0, 1, 2], 3))

@@ -30,8 +30,13 @@ class Collation:
     reason: str = ""
 
     @classmethod
-    def of(cls, layouts: Sequence[Layout], examples: Sequence[Any]) -> "Collation":
-        """What suits features of these layouts, of which there are some examples."""
+    def of(
+        cls,
+        layouts: Sequence[Layout],
+        values: Sequence[tuple[Any, ...]],
+        examples: Sequence[Any],
+    ) -> "Collation":
+        """What suits features of these layouts and plain values, of which there are examples."""
         first = layouts[0]
         names = leaf_names(first.tree)
         ragged = set()
@@ -44,6 +49,10 @@ class Collation:
                 if mine.shape != its.shape:
                     ragged.add(name)
         chosen = cls("pad" if ragged else "stack", frozenset(ragged))
+        for column in zip(*values, strict=True):
+            kinds = sorted({type(value).__qualname__ for value in column})
+            if len(kinds) > 1:
+                return cls("list", reason=f"values beside tensors are {' and '.join(kinds)}")
         try:
             chosen.by_hand(examples)
         except (TypeError, RuntimeError) as error:

@@ -28,6 +28,8 @@ def _safetensors(work: Work, share: float) -> Iterator[Run]:
 
     if work.collation.mode == "list":
         raise NotApplicableError("the features do not have one structure")
+    if all(path.endswith(".safetensors") for path in work.paths):
+        raise NotApplicableError("it is the format of these features already")
 
     def write() -> dict[str, str]:
         directory = work.directory("safetensors")

@@ -15,7 +15,7 @@ from gpucache_pipes.store import GPUFeatureStore
 
 def gpucache_pipes(work: Work, share: float) -> Iterator[Run]:
     """The pipeline of the README."""
-    budget = None if share == 1 else max(1, int(share * work.feature_bytes))
+    budget = None if share == 1 else work.budget(share)
     with GPUFeatureStore(
         work.device, max_cache_bytes=budget, weights_only=work.weights_only
     ) as store:
@@ -37,11 +37,12 @@ def gpucache_pipes(work: Work, share: float) -> Iterator[Run]:
 class Files(Dataset[Any]):
     """What most people write, but that its indices are paths."""
 
-    def __init__(self, weights_only: bool) -> None:
+    def __init__(self, weights_only: bool, mmap: bool = False) -> None:
         self.weights_only = weights_only
+        self.mmap = mmap
 
     def __getitem__(self, path: str) -> Any:
-        return load(path, self.weights_only)
+        return load(path, self.weights_only, self.mmap)
 
 
 class Batches:
@@ -57,12 +58,12 @@ class Batches:
         return len(self.chosen)
 
 
-def _dataloader(workers: int) -> Opener:
+def _dataloader(workers: int, mmap: bool = False) -> Opener:
     def run(work: Work, share: float) -> Iterator[Run]:
         sampler = Batches()
         stacked = work.collation.mode == "stack"
         loader = DataLoader(
-            Files(work.weights_only),
+            Files(work.weights_only, mmap),
             batch_sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -127,6 +128,7 @@ BASELINE = Contender("DataLoader, 0 workers", "peer", _dataloader(0))
 LOADERS = [
     OURS,
     BASELINE,
+    Contender("DataLoader, torch.load(mmap=True)", "peer", _dataloader(0, mmap=True)),
     *(
         Contender(f"DataLoader, {workers} workers", "peer", _dataloader(workers))
         for workers in (2, 4, 8)

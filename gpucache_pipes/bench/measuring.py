@@ -101,7 +101,7 @@ def measure(
                     try:
                         _measure_one(contender, work, share, found[contender.name])
                     except Exception as error:
-                        found[contender.name].problem = f"{type(error).__name__}: {error}"
+                        found[contender.name].problem = _in_a_line(error)
                         ready.remove(contender)
                     bar.update()
                 if step is not None:
@@ -135,8 +135,14 @@ def _problem(contender: Contender, work: Work, share: float) -> str | None:
     except NotApplicableError as error:
         return str(error)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return _in_a_line(error)
     return None
+
+
+def _in_a_line(error: Exception) -> str:
+    """What went wrong. Workers put a traceback in front of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 def _exhaust(batches: Iterable[Any], work: Work) -> None:

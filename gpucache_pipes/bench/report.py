@@ -34,7 +34,7 @@ def as_text(report: Report) -> str:
     lines = [f"times as fast as {BASELINE.name}: median, least and most of the rounds", ""]
     if not cases:
         return "nothing was measured"
-    lines.append(f"{'':34}" + "".join(f"{name:>22}" for name in cases.values()))
+    lines.append(f"{'':34}" + "".join(f"{name:>24}" for name in cases.values()))
     for kind, title in KINDS.items():
         rows = {n: e for n, e in contenders.items() if e["kind"] == kind and not e["problem"]}
         if not rows:
@@ -44,16 +44,16 @@ def as_text(report: Report) -> str:
         for name, entry in sorted(rows.items(), key=lambda row: _order(row[1], cases)):
             cells = [_cell(entry["cases"][case]["times_as_fast"]) for case in cases]
             indent = "" if kind == "ours" else "  "
-            lines.append(f"{indent + name:34}" + "".join(f"{cell:>22}" for cell in cells))
+            lines.append(f"{indent + name:34}" + "".join(f"{cell:>24}" for cell in cells))
     if OURS.name in contenders:
         to_limit = [_cell(contenders[OURS.name]["cases"][case]["to_limit"]) for case in cases]
         lines += [
             "",
-            f"{'time of gpucache_pipes / limit':34}" + "".join(f"{c:>22}" for c in to_limit),
+            f"{'time of gpucache_pipes / limit':34}" + "".join(f"{c:>24}" for c in to_limit),
         ]
     base = contenders.get(BASELINE.name, {"cases": {}})["cases"]
     seconds = [f"{base[c]['median_seconds']:.3g} s" if base.get(c) else "" for c in cases]
-    lines.append(f"{BASELINE.name:34}" + "".join(f"{cell:>22}" for cell in seconds))
+    lines.append(f"{BASELINE.name:34}" + "".join(f"{cell:>24}" for cell in seconds))
     lines += _remarks(report)
     return "\n".join(lines)
 
@@ -86,7 +86,7 @@ def _remarks(report: Report) -> list[str]:
         lines.append(f"batches are lists of features: {report['work']['reason']}")
     if report["work"]["batches"] < _FEW:
         lines.append(
-            f"an epoch has {report['work']['batches']} batches only: a smaller --batch-size, or "
+            f"batches in an epoch: only {report['work']['batches']}. A smaller --batch-size, or "
             "more --files and --bytes, say more"
         )
     if not report["complete"]:
@@ -99,38 +99,52 @@ def advice(report: Report, room: int | None = None) -> str:
 
     Args:
         report: of `as_json`.
-        room: bytes on the device that a cache could take.
+        room: bytes on the device that a cache could take; None is enough.
     """
-    contenders = report["contenders"]
-    ours = contenders[OURS.name]
-    if ours["problem"] or not ours["cases"]["later"]["times_as_fast"]:
-        return "Nothing can be said of gpucache_pipes: it was not measured."
-    work = report["work"]
+    ours = report["contenders"].get(OURS.name, {"problem": "it was left out"})
+    if ours["problem"]:
+        return f"Nothing can be said of gpucache_pipes: {ours['problem']}."
+    work, share = report["work"], report["share"]
     data = work["feature_bytes"] * work["known_files"] // work["files"]
     fits = room is None or data <= room
-    case = "later" if fits else "partial"
-    what = "once everything is cached" if fits else f"with {report['share']:.0%} of the data cached"
-    parts = []
-    for key, when in (("first", "in the first epoch"), (case, what)):
-        parts.append(f"{ours['cases'][key]['times_as_fast'][0]:.3g} times as fast {when}")
-    total = f"All {work['known_files']} files are {format_bytes(data)} of tensors"
+    later = "later" if fits else "partial"
+    named = {
+        "first": "in a first epoch",
+        "later": "once everything is cached",
+        "partial": f"over {work['epochs']} epochs with room for {share:.0%} of the data",
+    }
+    told = {case: named[case] for case in ("first", later) if ours["cases"][case]["times_as_fast"]}
+    if len(told) < 2:
+        return f"Too little was measured beside {BASELINE.name} to say what it comes to."
+    lines = [f"All {work['known_files']} files are {format_bytes(data)} of tensors"]
     if room is not None:
-        total += f", and {format_bytes(room)} are free on the device" if fits else (
-            f", more than the {format_bytes(room)} that are free on the device"
-        )  # fmt: skip
-    lines = [f"{total}. gpucache_pipes is {' and '.join(parts)} as {BASELINE.name}."]
-    lines += [
-        _beside_the_best(report, key, when)
-        for key, when in (("first", "At first"), (case, "Later"))
-    ]
-    scale = work["known_files"] / work["files"]
-    base = contenders[BASELINE.name]["cases"]["later"]["median_seconds"]
-    own = ours["cases"][case]["median_seconds"] / (1 if fits else work["epochs"])
-    lines.append(
-        f"100 epochs over all files would spend about {_duration(100 * own * scale)} on loading "
-        f"instead of {_duration(100 * base * scale)}."
-    )
+        there = f"{format_bytes(room)} that are free on {work['device']}"
+        lines[0] += f", which fit into the {there}" if fits else f", more than the {there}"
+    speeds = (f"{ours['cases'][c]['times_as_fast'][0]:.3g} times as fast {n}"
+              for c, n in told.items())  # fmt: skip
+    lines[0] += "."
+    lines.append(f"gpucache_pipes is {' and '.join(speeds)} as {BASELINE.name}.")
+    lines += [_beside_the_best(report, case, name) for case, name in told.items()]
+    lines.append(_hundred_epochs(report, later))
+    if room is not None and not fits and room < 0.95 * share * data:
+        lines.append(f"There is room for {room / data:.0%} only: see --cache {room / data:.2g}.")
     return " ".join(line for line in lines if line)
+
+
+def _hundred_epochs(report: Report, later: str) -> str:
+    """Hours of loading, of all files."""
+    work = report["work"]
+    scale = work["known_files"] / work["files"]
+    times = []
+    for name in (OURS.name, BASELINE.name):
+        cases = report["contenders"][name]["cases"]
+        first, rest = (cases[case]["median_seconds"] for case in ("first", later))
+        if later == "partial":
+            rest = max(0.0, rest - first) / (work["epochs"] - 1)
+        times.append(_duration((first + 99 * rest) * scale))
+    return (
+        f"Loading for 100 epochs over all files would take about {times[0]} instead of {times[1]}."
+    )
 
 
 def _beside_the_best(report: Report, case: str, when: str) -> str:
@@ -145,8 +159,8 @@ def _beside_the_best(report: Report, case: str, when: str) -> str:
     best = max(others, key=lambda name: others[name])
     ratio = report["contenders"][OURS.name]["cases"][case]["times_as_fast"][0] / others[best]
     if ratio >= 1:
-        return f"{when} it is {ratio:.2g} times as fast as the best of the others, {best}."
-    return f"{when} {best} is faster, {1 / ratio:.2g} times: if that is all you need, take it."
+        return f"That is {ratio:.2g} times as fast as the best of the others {when}, {best}."
+    return f"{best} is faster {when}, {1 / ratio:.2g} times: if that is what you need, take it."
 
 
 def _duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ _MOST_EPOCHS = 11
 """Of a run where everything is cached: the first of many epochs are slower than the others."""
 
 
-def load(path: str, weights_only: bool = True) -> Any:
+def load(path: str, weights_only: bool = True, mmap: bool = False) -> Any:
     """The feature in a file, by the library that defines its format."""
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file
@@ -30,17 +30,17 @@ def load(path: str, weights_only: bool = True) -> Any:
         import numpy as np
 
         return torch.from_numpy(np.load(path))
-    return torch.load(path, map_location="cpu", weights_only=weights_only)
+    return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap)
 
 
 def sample(paths: Sequence[str], most_files: int, most_bytes: int, seed: int) -> list[str]:
-    """Some of the files, drawn by chance and in their order: so many, and so many bytes."""
+    """Some of the files, drawn by chance, in their order: so many bytes at most, but two files."""
     drawn = random.Random(seed).sample(range(len(paths)), len(paths))
     chosen: list[int] = []
     total = 0
     for number in drawn:
         total += os.stat(paths[number]).st_size
-        if len(chosen) == most_files or (chosen and total > most_bytes):
+        if len(chosen) == most_files or (len(chosen) > 1 and total > most_bytes):
             break
         chosen.append(number)
     return [paths[number] for number in sorted(chosen)]
@@ -77,7 +77,7 @@ class Work:
             raise ValueError("--cold-storage: this system has no posix_fadvise to forget files by")
         self.known = self.known or len(self.paths)
         self.on_accelerator = self.device.type != "cpu"
-        self.layouts = self._open_all()
+        self.layouts, values = self._open_all()
         self.feature_bytes = sum(layout.span for layout in self.layouts)
         lister = self.lister()
         self.batches: list[list[list[str]]] = []
@@ -85,13 +85,13 @@ class Work:
             lister.reset()
             self.batches.append(list(lister))
         examples = [self.load(path) for path in self.batches[0][0][:8]]
-        self.collation = Collation.of(self.layouts, examples)
+        self.collation = Collation.of(self.layouts, values, examples)
         self._prepared: dict[str, Any] = {}
         self._scratch = tempfile.TemporaryDirectory(prefix="gpucache-bench-")
 
-    def _open_all(self) -> list[Layout]:
+    def _open_all(self) -> tuple[list[Layout], list[tuple[Any, ...]]]:
         opener = FileOpener(self.weights_only)
-        layouts = []
+        layouts, values = [], []
         for path in self.paths:
             try:
                 feature, _ = opener.probe(path)
@@ -101,9 +101,15 @@ class Work:
                 ) from error
             feature.close()
             layouts.append(feature.layout)
+            values.append(feature.values)
         if not any(layout.span for layout in layouts):
             raise ValueError("there are no tensors in these files")
-        return layouts
+        return layouts, values
+
+    def budget(self, share: float) -> int:
+        """Bytes for that share of the features, and for one of them at least."""
+        largest = max(layout.span for layout in self.layouts)
+        return max(int(share * self.feature_bytes), 2 * largest)
 
     def lister(self) -> PathLister:
         """What yields `batches`, epoch by epoch."""

@@ -2,7 +2,7 @@
 
 import os
 
-from gpucache_pipes.files.versions import is_racy
+from gpucache_pipes.files.versions import is_racy, version_of
 
 _MANY = 250
 """Files of a directory, from which on it is faster to list it than to look at each of them."""
@@ -24,8 +24,10 @@ class LinkFinder:
         try:
             status = os.stat(directory or "/")
             seen = self._seen.get(directory)
-            if seen is None or seen.changed != status.st_mtime_ns or is_racy(status):
-                seen = self._seen[directory] = _Seen(status.st_mtime_ns)
+            # The time of the last change of any kind is nobody's to set.
+            changed = (version_of(status), status.st_ctime_ns)
+            if seen is None or seen.changed != changed or is_racy(status):
+                seen = self._seen[directory] = _Seen(changed)
             if seen.links is None:
                 seen.files += files
                 if seen.files >= seen.enough:
@@ -41,7 +43,7 @@ class _Seen:
 
     __slots__ = ("changed", "enough", "files", "links")
 
-    def __init__(self, changed: int) -> None:
+    def __init__(self, changed: tuple[bytes, int]) -> None:
         self.changed = changed
         self.files = 0
         self.enough = _MANY

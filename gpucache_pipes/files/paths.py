@@ -95,14 +95,14 @@ class PathTable:
             return None
         files: list[Any] = list(paths)
         numbers = self._numbers
+        if len(set(files)) != count:
+            return None
         with self._lock:
             if not numbers.keys().isdisjoint(files):
                 return None
-            known = len(numbers)
             first = self._add(files, files)
             numbers.update(zip(files, range(first, first + count), strict=True))
-            # Of a file that is named twice the last number counts, and nobody hears of the others.
-            return first if len(numbers) == known + count else None
+            return first
 
     def _learn(self, spellings: Sequence[PathLike]) -> None:
         """Number these spellings, which are new."""

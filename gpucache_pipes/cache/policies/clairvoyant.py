@@ -204,9 +204,14 @@ class Clairvoyant:
                         self._place(candidate, pipeline)
         except GeneratorExit:
             self._pass_over(named)
+            named.clear()
             raise
-        for future, position in named.values():
-            future.mark(position)
+        else:
+            # Nobody was taken: what was passed over before may be free by now.
+            self._show_passed()
+        finally:
+            for future, position in named.values():
+                future.mark(position)
 
     def _victims_of_all(self, key: Key) -> Iterator[Key]:
         self._look_around()
@@ -226,9 +231,14 @@ class Clairvoyant:
             yield from self._due_after(limit, named)
         except GeneratorExit:
             self._pass_over(named)
+            named.clear()
             raise
-        for future, position in named.values():
-            future.mark(position)
+        else:
+            # Nobody was taken: what was passed over before may be free by now.
+            self._show_passed()
+        finally:
+            for future, position in named.values():
+                future.mark(position)
 
     def _pass_over(self, named: Named) -> None:
         """A walk has ended before its end: the last that it has named was taken.
@@ -240,7 +250,8 @@ class Clairvoyant:
         if named:
             _, (future, position) = named.popitem()
             future.mark(position)
-        self._passed.update(named)
+        # A walk may be closed late: what was taken is not there any more.
+        self._passed.update(item for item in named.items() if item[0] in self._cached)
 
     def _show_passed(self) -> None:
         """What was passed over can be found again."""
