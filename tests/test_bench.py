@@ -183,7 +183,7 @@ def test_ratios_are_those_within_a_round(tmp_path: Path) -> None:
     assert report["rounds"] == 3
     assert spread([], [1.0]) is None
     advice = bench.advice(report, room=1 << 40)
-    assert "9 times as fast in a first epoch and 90 times as fast once everything" in advice
+    assert "9 times as fast in a first epoch and 80 times as fast once everything" in advice
     assert "which fit into the 1 TiB" in advice
     assert "would take about 10.9 seconds instead of 15.0 minutes" in advice  # 1 + 99 * 0.1
     assert "--cache" not in advice
