@@ -17,8 +17,9 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+# Two at a time, with a thread of torch each.
 tests: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 # By ratios within one run, to those that are kept here.
 speed: $(INSTALLED)
