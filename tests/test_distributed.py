@@ -90,6 +90,7 @@ LOCKSTEP = """
 import sys
 import torch.distributed as dist
 from gpucache_pipes import *
+from gpucache_pipes.nodes import lockstep
 
 rank, place, *paths = sys.argv[1:]
 dist.init_process_group("gloo", init_method=f"file://{place}", world_size=2, rank=int(rank))
@@ -112,7 +113,11 @@ for epoch in range(2):
         print(int(batch["label"]), int(together))
 store.close()
 dist.barrier()
+ours = lockstep._groups[1]
+assert ours() is not None
 dist.destroy_process_group()
+# Nobody else keeps it: one that lives until the interpreter ends can abort the process.
+assert ours() is None
 """
 
 

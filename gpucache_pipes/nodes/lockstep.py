@@ -1,6 +1,7 @@
 """Lockstep: what happens to one rank happens to all."""
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -64,11 +65,17 @@ class Lockstep(BaseNode[Any]):
             mine, error = _ERROR, raised
         worst = torch.tensor(mine)
         dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
-        if worst == _ERROR:
-            raise _agree_on(error, group)
         if worst == _END:
             raise StopIteration
-        return element
+        if worst != _ERROR:
+            return element
+        error = _agree_on(error, group)
+        try:
+            raise error
+        finally:
+            # An error holds the frame that it comes from, and this one would hold the error and
+            # with it the group: a circle, which lives until the garbage collector runs.
+            del error, group
 
 
 def _agree_on(error: Exception | None, group: Any) -> Exception:
@@ -80,8 +87,10 @@ def _agree_on(error: Exception | None, group: Any) -> Exception:
     return RankError({rank: text for rank, text in enumerate(texts) if text is not None})
 
 
-_groups: list[Any] = [None, None]
-"""All ranks, and the group of ours that has them."""
+_groups: list[Callable[[], Any]] = [lambda: None, lambda: None]
+"""All ranks, and the group of ours that has them. By weak references: torch ends the threads of a
+group with the last reference to it, and where that comes with the end of the interpreter, the
+process may abort."""
 
 
 def _host_group() -> Any:
@@ -91,6 +100,8 @@ def _host_group() -> Any:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
-    if _groups[0] is not dist.group.WORLD:
-        _groups[:] = [dist.group.WORLD, dist.new_group(backend="gloo")]
-    return _groups[1]
+    if _groups[0]() is not dist.group.WORLD:
+        # torch holds it until destroy_process_group.
+        group = dist.new_group(backend="gloo")
+        _groups[:] = [weakref.ref(dist.group.WORLD), weakref.ref(group)]
+    return _groups[1]()
