@@ -3,10 +3,8 @@
 import argparse
 import gc
 import json
-import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from gpucache_pipes.bench.figures import environment
 
 
 def write_files(directory: str | Path, count: int, width: int = 1024) -> list[str]:
@@ -94,18 +94,6 @@ def parser_for(doc: str, rounds: int | None = None) -> argparse.ArgumentParser:
         parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--json", help="write the figures to this file")
     return parser
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return {
-        "command": "python " + " ".join(sys.argv),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": str(accelerator or "cpu"),
-    }
 
 
 def save(path: str | None, figures: dict[str, Any]) -> None:

@@ -6,8 +6,8 @@
 - cold: files of 4 MiB from the page cache, beside the smaller of what 16 threads of preadv put into
   page-locked memory and what a copy from there to the device gives.
 - overlap: a training step as long as the load of a batch: how much of the time is waited.
-- dataloader: cold and warm epochs of small files, beside DataLoader(num_workers=8,
-  pin_memory=True) and `.to(device, non_blocking=True)`.
+
+What stands beside other loaders is measured by `scenarios.py --device cuda`.
 
     python benchmarks/accelerator.py [--device cuda] [--scale 1.0] [--json FILE]
 
@@ -18,12 +18,11 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import interleaved, parser_for, report, save, temporary_directory, write_files
-from torch.utils.data import DataLoader, Dataset
+from _common import parser_for, save, temporary_directory, write_files
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 
@@ -205,65 +204,7 @@ def overlap(device: Device, scale: float) -> Figures:
     return {"waited_part": waited / total, "total_to_compute": total / alone}
 
 
-class TorchLoad(Dataset[Any]):
-    """What most people write."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Any:
-        return torch.load(self.paths[index])
-
-
-def dataloader(device: Device, scale: float) -> Figures:
-    """Epochs of small files."""
-    count = max(512, int(20_000 * scale))
-    with temporary_directory() as directory:
-        paths = write_files(directory, count, 1024)
-        loader = DataLoader(
-            TorchLoad(paths),
-            batch_size=256,
-            num_workers=min(8, os.cpu_count() or 1),
-            pin_memory=device.device.type != "cpu",
-            persistent_workers=True,
-        )
-
-        def theirs() -> Iterator[int]:
-            total = torch.zeros((), dtype=torch.int64, device=device.device)
-            for batch in loader:
-                batch = {k: v.to(device.device, non_blocking=True) for k, v in batch.items()}
-                total += batch["label"].sum()
-            yield int(total)
-
-        def ours(store: GPUFeatureStore) -> Iterator[int]:
-            total = torch.zeros((), dtype=torch.int64, device=device.device)
-            lister = PathLister(paths, batch_size=256, shuffle=True)
-            for batch in GPUCollator(GPUPrefetcher(lister, store, depth=4)):
-                total += batch["label"].sum()
-            yield int(total)
-
-        def first() -> Iterator[int]:
-            with GPUFeatureStore(device.device) as store:
-                yield from ours(store)
-
-        with GPUFeatureStore(device.device) as store:
-            store.warm(paths, progress=False)
-            epochs = {"DataLoader": theirs, "cold": first, "warm": lambda: ours(store)}
-            sums = {name: next(epoch()) for name, epoch in epochs.items()}
-            assert set(sums.values()) == {count * (count - 1) // 2}, sums
-            table = report("small files", interleaved(epochs, 5), "DataLoader", 1e3, "ms")
-    return {
-        "cold_times_as_fast": 1 / table["cold"]["ratio"],
-        "warm_times_as_fast": 1 / table["warm"]["ratio"],
-    }
-
-
-SCENARIOS = {
-    "warm": warm, "rows": rows, "cold": cold, "overlap": overlap, "dataloader": dataloader,
-}  # fmt: skip
+SCENARIOS = {"warm": warm, "rows": rows, "cold": cold, "overlap": overlap}
 
 
 def main() -> None:

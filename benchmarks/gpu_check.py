@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import environment
+
+from gpucache_pipes.bench.figures import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENARIOS = ("small", "large", "ragged")

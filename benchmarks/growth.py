@@ -21,6 +21,7 @@ import torch
 from _common import interleaved, parser_for, save, temporary_directory, write_files
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
+from gpucache_pipes.charts import require_matplotlib
 
 Point = Callable[[], Iterator[Any]]
 Curve = dict[int, float]
@@ -140,12 +141,8 @@ def by_threads(rounds: int) -> dict[str, Curve]:
 
 
 def draw(figures: dict[str, dict[str, Curve]], path: str) -> None:
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    import matplotlib.pyplot as plt
-
-    mpl.rcParams["svg.hashsalt"] = "growth"
+    plt = require_matplotlib()
+    plt.rcParams["svg.hashsalt"] = "growth"
     figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
     for axes, (title, curves) in zip(panels.flat, figures.items(), strict=False):
         for name, curve in curves.items():

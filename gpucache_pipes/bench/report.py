@@ -1,10 +1,10 @@
 """What was measured, for people: a table, a picture, and what it comes to."""
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from gpucache_pipes.bench.contender import KINDS
+from gpucache_pipes.bench.figures import spread
 from gpucache_pipes.bench.loaders import BASELINE, OURS
 from gpucache_pipes.charts import require_matplotlib
 from gpucache_pipes.units import format_bytes
@@ -209,6 +209,5 @@ def draw(report: Report, path: str) -> None:
 def _limit(report: Report, case: str) -> float | None:
     """The limit, in times of the baseline."""
     base = report["contenders"][BASELINE.name]["seconds"][case]
-    limit = report["limit_seconds"][case]
-    ratios = [a / b for a, b in zip(base, limit, strict=False)]
-    return statistics.median(ratios) if ratios else None
+    found = spread(base, report["limit_seconds"][case])
+    return None if found is None else found[0]

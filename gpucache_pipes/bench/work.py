@@ -5,11 +5,12 @@ import random
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from gpucache_pipes.bench.collation import Collation, checksum
 from gpucache_pipes.files import FileOpener, Layout, leaf_names
@@ -129,16 +130,18 @@ class Work:
     def load_batch(self, paths: Sequence[str]) -> Any:
         """A batch in host memory, from where the device can fetch it at full speed."""
         batch = self.collation.by_hand([self.load(path) for path in paths])
-        return tree_map(_pin, batch) if self.on_accelerator else batch
+        return (
+            tree_map_only(torch.Tensor, torch.Tensor.pin_memory, batch)
+            if self.on_accelerator
+            else batch
+        )
 
     def upload(self, batch: Any) -> Any:
         """A batch or a feature on the device."""
         if not self.on_accelerator:
             return batch
-        move = lambda item: (  # noqa: E731
-            item.to(self.device, non_blocking=True) if isinstance(item, torch.Tensor) else item
-        )
-        return tree_map(move, batch)
+        move = partial(torch.Tensor.to, device=self.device, non_blocking=True)
+        return tree_map_only(torch.Tensor, move, batch)
 
     def wait(self) -> None:
         """Until the device is idle."""
@@ -216,7 +219,3 @@ class Work:
             f"{len(self.paths)}{part} files, {format_bytes(self.feature_bytes)} of tensors "
             f"({example}), batches of {self.batch_size}, on {self.device}"
         )
-
-
-def _pin(item: Any) -> Any:
-    return item.pin_memory() if isinstance(item, torch.Tensor) else item

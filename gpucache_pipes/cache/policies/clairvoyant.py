@@ -5,16 +5,13 @@ from collections.abc import Container, Iterator, Sequence
 from gpucache_pipes.cache.future import Future
 from gpucache_pipes.cache.policies.base import Key
 from gpucache_pipes.cache.policies.pipeline import NEVER, Pipeline
+from gpucache_pipes.cache.policies.walks import Named, Walks
 
 _SURPRISES = 64
 """So many more requests that were not announced than were show that an announcement is wrong."""
 
 _DISTRUST = 8
 """So many announcements are not believed after that: each trial disturbs the order of an epoch."""
-
-
-Named = dict[Key, tuple[Future, int]]
-"""Keys that a walk has named, and the marks by which they are found."""
 
 
 class Clairvoyant:
@@ -44,8 +41,7 @@ class Clairvoyant:
         self._latest: Pipeline | None = None
         # Who holds a cached key; None: its next use is marked in a future.
         self._cached: dict[Key, Pipeline | None] = {}
-        # Marks of keys that walks have passed over, out of sight until there are new requests.
-        self._passed: Named = {}
+        self._walks = Walks(self._cached)
 
     def _pipeline(self, owner: object) -> Pipeline:
         pipeline = self._pipelines.get(owner)
@@ -88,7 +84,7 @@ class Clairvoyant:
 
     def on_access(self, keys: Sequence[Key], owner: object) -> None:
         """See Policy."""
-        self._show_passed()
+        self._walks.show()
         pipeline = self._latest = self._pipeline(owner)
         pipeline.withdrawn = False
         pipeline.schedule.request(self._now, len(keys))
@@ -123,13 +119,13 @@ class Clairvoyant:
     def on_remove(self, key: Key) -> None:
         """See Policy."""
         holder = self._cached.pop(key)
-        self._passed.pop(key, None)
+        self._walks.forget(key)
         if holder is not None:
             holder.drop(key)
 
     def begin_epoch(self, owner: object) -> None:
         """See Policy."""
-        self._show_passed()
+        self._walks.show()
         pipeline = self._pipeline(owner)
         pipeline.schedule.begin_epoch(self._now)
         pipeline.habits.begin_epoch()
@@ -138,7 +134,7 @@ class Clairvoyant:
 
     def foresee(self, owner: object, future: Future) -> None:
         """See Policy."""
-        self._show_passed()
+        self._walks.show()
         pipeline = self._pipeline(owner)
         if pipeline.distrust:
             pipeline.distrust -= 1
@@ -159,7 +155,7 @@ class Clairvoyant:
 
     def forget(self, owner: object) -> None:
         """See Policy."""
-        self._show_passed()
+        self._walks.show()
         pipeline = self._pipelines.get(owner)
         if pipeline is None:
             return
@@ -190,8 +186,7 @@ class Clairvoyant:
 
     def _victims_of_one(self, pipeline: Pipeline, future: Future, key: Key) -> Iterator[Key]:
         limit = future.next_use(key)
-        named: Named = {}
-        try:
+        with self._walks.walk() as named:
             yield from pipeline.beyond
             while (position := future.farthest()) > limit:
                 future.unmark(position)
@@ -202,16 +197,6 @@ class Clairvoyant:
                         yield candidate
                     else:
                         self._place(candidate, pipeline)
-        except GeneratorExit:
-            self._pass_over(named)
-            named.clear()
-            raise
-        else:
-            # Nobody was taken: what was passed over before may be free by now.
-            self._show_passed()
-        finally:
-            for future, position in named.values():
-                future.mark(position)
 
     def _victims_of_all(self, key: Key) -> Iterator[Key]:
         self._look_around()
@@ -221,43 +206,13 @@ class Clairvoyant:
             limit = self._user(key).groups(key)[0][0]
         groups = [group for p in self._pipelines.values() for group in p.groups(key)]
         groups.sort(key=lambda group: -group[0])
-        named: Named = {}
-        try:
+        with self._walks.walk() as named:
             for due, keys in groups:
                 if due < limit or (known and due == limit):
                     break
                 yield from self._due_after(due, named)
                 yield from keys
             yield from self._due_after(limit, named)
-        except GeneratorExit:
-            self._pass_over(named)
-            named.clear()
-            raise
-        else:
-            # Nobody was taken: what was passed over before may be free by now.
-            self._show_passed()
-        finally:
-            for future, position in named.values():
-                future.mark(position)
-
-    def _pass_over(self, named: Named) -> None:
-        """A walk has ended before its end: the last that it has named was taken.
-
-        Those before are taken as well, or batches in flight need them, and the next walk would name
-        them again, to no avail: a batch of which many files are new would take the square of its
-        size. So they stay out of sight until something is requested, and with it batches change.
-        """
-        if named:
-            _, (future, position) = named.popitem()
-            future.mark(position)
-        # A walk may be closed late: what was taken is not there any more.
-        self._passed.update(item for item in named.items() if item[0] in self._cached)
-
-    def _show_passed(self) -> None:
-        """What was passed over can be found again."""
-        for future, position in self._passed.values():
-            future.mark(position)
-        self._passed.clear()
 
     def _due_after(self, limit: float, named: Named) -> Iterator[Key]:
         """Cached keys whose next use is known, and farther ahead than `limit`; farthest first."""
