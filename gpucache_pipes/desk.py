@@ -2,10 +2,10 @@
 
 import logging
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from gpucache_pipes.batch import collate_batch, gather_batch
@@ -13,7 +13,7 @@ from gpucache_pipes.cache import NOT_READY, SCATTERED, Cache, Entry, State
 from gpucache_pipes.device import Backend
 from gpucache_pipes.errors import load_error
 from gpucache_pipes.files import LoadedFeature
-from gpucache_pipes.guard import Guard
+from gpucache_pipes.guard import Guard, require_stack
 from gpucache_pipes.loader import Loader
 from gpucache_pipes.ragged import RaggedOptions
 from gpucache_pipes.ticket import Ticket
@@ -48,8 +48,6 @@ class Desk:
         self._cache = cache
         self._backend = backend
         self._loader = loader
-        # Gathers being issued: closing lets them end before it takes the memory away.
-        self._gathering = 0
         # clear() was called, and memory is to be given back when no batch is in flight.
         self._clearing = False
         # Files that were left out and have been named in the log.
@@ -59,6 +57,7 @@ class Desk:
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Start to load what is absent, for nobody in particular."""
+        require_stack()
         loading: list[Entry] = []
         stale = self._find_stale(numbers)
         try:
@@ -78,6 +77,7 @@ class Desk:
         The policy is told that `owner` asks. `warming` is not counted as a request, and evicts
         nothing.
         """
+        require_stack()
         loading: list[Entry] = []
         try:
             ticket = self._open_ticket(numbers, owner, loading, warming)
@@ -99,7 +99,7 @@ class Desk:
             rows = list(map(cache.rows.__getitem__, numbers))
             number = cache.open_ticket(numbers, owner, report=not warming)
             ticket = Ticket(self, number, numbers)
-            cache.pins.hold(number, weakref.ref(ticket))
+            cache.pins.hold(number, ticket)
             least = min(rows, default=NOT_READY)
             if least > SCATTERED:
                 ticket.rows = rows
@@ -152,8 +152,9 @@ class Desk:
 
     def collect(self, tickets: Sequence[Ticket], ragged: RaggedOptions | None = None) -> Any:
         """The features of several tickets as one batch; see GPUFeatureStore.collect."""
+        require_stack()
         held: list[int] = []
-        gathering = False
+        use = object()
         try:
             with self.lock:
                 self.wait_for(tickets)
@@ -170,15 +171,14 @@ class Desk:
                 held += [n for ticket in tickets if (n := ticket.use_up()) is not None]
                 if len(held) < len(tickets):
                     raise RuntimeError(_USED)
-                self._gathering += 1
-                gathering = True
+                self.lock.uses[use] = get_ident()
             with trace("gpucache::gather"):
                 what = self._cache, self._backend, numbers, rows, substitutes
                 return gather_batch(*what) if ragged is None else collate_batch(*what, ragged)
         finally:
+            self.lock.uses.pop(use, None)
             if held:
                 with self.lock:
-                    self._gathering -= gathering
                     self._close(held)
             self.cancel(tickets)
 
@@ -264,9 +264,17 @@ class Desk:
         self._deferred.append(wish)
 
     def run_deferred(self) -> None:
-        """Under the lock: fulfil the wishes of finalizers."""
+        """Under the lock: fulfil the wishes of finalizers.
+
+        What one of them raises, as a policy may, goes to the log: it is not the caller's.
+        """
+        self._cache.close_lost_tickets()
         while self._deferred:
-            self._deferred.popleft()()
+            try:
+                self._deferred.popleft()()
+            except Exception as error:
+                log = partial(_log.error, "what a finalizer has asked for failed", exc_info=error)
+                self.lock.postpone(log)
         if self._clearing:
             self._give_memory_back()
 
@@ -280,7 +288,7 @@ class Desk:
 
     def _give_memory_back(self) -> None:
         """Under the lock: end what clear() began, if it is time."""
-        if self._cache.idle and not self._gathering:
+        if self._cache.idle and not self.lock.uses:
             self._clearing = False
             if not self._cache.ledger.held_pages:
                 self._cache.forget_pages()
@@ -292,19 +300,21 @@ class Desk:
             raise RuntimeError(self.refusal)
         self.run_deferred()
 
-    def shut(self) -> None:
-        """Serve nobody any more, and wake who waits. Gathers that have begun end first."""
+    def refuse(self) -> None:
+        """Serve no new requests. Takes no lock."""
+        if self.refusal is None:
+            self.refusal = "this GPUFeatureStore is closed"
+        self._loader.stop()
+
+    def shut(self, seconds: float) -> None:
+        """Wake who waits, and let what has begun to use memory end, waiting at most so long."""
         with self.lock:
-            if self.refusal is None:
-                self.refusal = "this GPUFeatureStore is closed"
             self.lock.changed.notify_all()
-            while self._gathering:
-                self.lock.wait()
+            self.lock.await_uses(seconds)
 
     def refuse_after_fork(self) -> None:
         """For the child of a fork, where the lock may be held by a thread that is gone."""
         self.lock = Guard()
-        self._gathering = 0
         self.refusal = (
             "this GPUFeatureStore was made before a fork and does not work in the new process; "
             "make it where it is used (DataLoader workers need only paths)"

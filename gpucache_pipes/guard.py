@@ -1,8 +1,32 @@
-"""A lock under which Ctrl-C waits: bookkeeping is done as a whole or not at all."""
+"""The lock of a store, which defers signals, and which a thread may meet again inside itself.
 
+A signal handler runs in the main thread, between any two bytecodes; a finalizer runs in any thread,
+wherever the garbage collector starts. Both may call the store, and both may do so while their own
+thread holds the store's lock. What does not work:
+
+- A plain lock deadlocks: the handler waits for the frame that it has interrupted.
+- A reentrant lock lets the handler in, in the middle of moving pages from one entry to another.
+  A Condition over it is worse: it gives up all levels at once, so that other threads get in, too.
+- A handler that waits for another thread, without the lock, while its own thread issues a gather:
+  that thread may need the lock of the backend that the interrupted frame holds.
+- Catching an exception that a handler raises inside: there is no way to know what was done.
+
+So, while a thread holds the lock:
+
+- SIGINT, SIGTERM and SIGALRM, whose handlers usually raise, are noted in the main thread, and
+  handled once the lock has been released. This costs about a microsecond, there alone.
+- What other handlers and finalizers ask for is postponed (`postpone`) until that thread has left
+  the lock and whatever it was doing with the memory of the device (`uses`). Who cannot postpone
+  gets an error (`__enter__`). Nothing waits.
+"""
+
+import logging
 import os
 import threading
-from signal import SIGINT
+import time
+from collections import deque
+from collections.abc import Callable
+from signal import SIGALRM, SIGINT, SIGTERM
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -15,95 +39,206 @@ except ImportError:
     from signal import getsignal
     from signal import signal as set_handler
 
+_log = logging.getLogger("gpucache_pipes")
+
+_DEFERRED = (int(SIGINT), int(SIGTERM), int(SIGALRM))
+"""More of them would make each section longer, by 60 ns even where they have no handler."""
+
 _PATIENCE = 0.1
-"""Seconds within which a wait notices that there was an interrupt."""
+"""Seconds within which a wait of the main thread notices a signal."""
+
+_ANOTHER_LOOK = 0.02
+"""Seconds until a wait looks again for threads that have ended without a word."""
 
 
 class Guard:
-    """A lock for `with`, which keeps the main thread's KeyboardInterrupt until it is released.
+    """A lock for `with`; see the module. Not reentrant, and says so instead of hanging.
 
-    An interrupt may come between any two instructions of the main thread, and in the middle of
-    moving pages from one entry to another there is no way to do right by it. So while the lock is
-    held, SIGINT is only noted; its handler is called when the lock has been released. Costs about
-    a microsecond, in the main thread alone. Not reentrant. Other signals whose handlers raise are
-    their owner's risk.
+    Attributes:
+        changed: the condition on it.
+        uses: what is being done, without the lock, with memory that closing would take away: a
+            token for each, and the thread that does it. Added to under the lock; taken out of it in
+            one step, `uses.pop(token, None)`, also without the lock.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
+        self.uses: dict[object, int] = {}
+        # Threads that hold the lock, or are about to take it. From before they take it until
+        # after they have released it: a handler may run between any two steps.
+        self._inside: set[int] = set()
+        self._postponed: deque[Callable[[], object]] = deque()
 
     def __enter__(self) -> None:
-        if get_ident() == _mask.thread:
+        me = get_ident()
+        if me in self._inside:
+            raise RuntimeError(
+                "a store was called from within itself, by a signal handler, a finalizer or a "
+                "policy; there only close(), release(), clear(), stats() and state_dict() can be "
+                "called"
+            )
+        if me == _mask.thread:
             _mask.begin()
-        self.lock.acquire()
+        try:
+            self._inside.add(me)
+            self.lock.acquire()
+        except BaseException:  # of a handler that is not deferred
+            self._inside.discard(me)
+            if me == _mask.thread:
+                _mask.end()
+            raise
 
     def __exit__(self, *_: object) -> None:
+        me = get_ident()
         self.lock.release()
-        if get_ident() == _mask.thread:
-            _mask.end()
+        self._inside.discard(me)
+        try:
+            if me == _mask.thread:
+                _mask.end()
+        finally:
+            if self._postponed:
+                self.run_postponed()
 
     def wait(self) -> None:
-        """Wait for `changed`. With the lock held; Ctrl-C is raised within a tenth of a second."""
-        if not _mask.on:
-            self.changed.wait()
-            return
-        self.changed.wait(_PATIENCE)
-        _mask.raise_noted()
+        """Wait for `changed`. With the lock held; signals are handled within a tenth of a second.
+
+        Raises what their handlers raise, with the lock held.
+        """
+        me = get_ident()
+        main = me == _mask.thread
+        self.changed.wait(_PATIENCE if main or self._postponed else None)
+        if self._postponed or (main and _mask.noted):
+            # All is consistent here: others may come in, and so may handlers. Signals stay deferred
+            # meanwhile, since nothing may be raised before the lock is held again.
+            self.lock.release()
+            self._inside.discard(me)
+            try:
+                if main:
+                    _mask.handle()
+                self.run_postponed()
+            finally:
+                self._inside.add(me)
+                self.lock.acquire()
+
+    def is_entered(self) -> bool:
+        """Whether this thread is inside, or uses memory: it must not wait for anything here."""
+        me = get_ident()
+        return me in self._inside or me in list(self.uses.values())
+
+    def postpone(self, action: Callable[[], object]) -> None:
+        """Call `action` when this thread, which is inside, no longer is. Takes no lock."""
+        self._postponed.append(action)
+
+    def run_postponed(self) -> None:
+        """Do what was postponed, if this thread is not inside. What it raises goes to the log."""
+        for _ in range(len(self._postponed)):  # what is postponed once more waits for the next time
+            if self.is_entered():
+                return
+            try:
+                action = self._postponed.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                action()
+            except Exception:
+                _log.exception("a call that a signal handler or a finalizer made has failed")
+
+    def await_uses(self, seconds: float) -> bool:
+        """Wait until nothing is used, at most so long; returns whether that is so. Lock held."""
+        deadline = time.monotonic() + seconds
+        while self.uses:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            # A use that an exception of a handler has broken off ends without a notification.
+            self.changed.wait(min(left, _ANOTHER_LOOK))
+        return True
 
 
 class _Mask:
-    """Whether the main thread is inside a Guard, and what it is to hear of afterwards."""
+    """Defers signals while the main thread is inside a Guard, of whatever store."""
 
     def __init__(self) -> None:
         self.thread = threading.main_thread().ident
         self.depth = 0
-        self._noted = False
-        self._handler: Any = None
-
-    @property
-    def on(self) -> bool:
-        """Whether this is the main thread, and its interrupts are noted only."""
-        return self.depth > 0 and get_ident() == self.thread
+        self.noted: deque[int] = deque()
+        # The handlers that are replaced.
+        self._handlers: dict[int, Any] = {}
 
     def begin(self) -> None:
-        """From now on interrupts are noted. In the main thread, as all that follows."""
+        """From now on signals are noted. In the main thread, as all that follows."""
         if not self.depth:
-            handler = getsignal(SIGINT)
-            if not callable(handler):
-                return  # nobody's, or the system's own: nothing is raised
-            self._handler = handler
             try:
-                # From the end of this call on, which is one instruction.
-                set_handler(SIGINT, self._note)
-            except ValueError:
-                return  # not the main interpreter
+                for number in _DEFERRED:
+                    handler = getsignal(number)
+                    if callable(handler):  # else it raises nothing: ignored, or the system's
+                        self._handlers[number] = handler
+                        # From the end of this call on, which is one instruction.
+                        set_handler(number, self._note)
+            except ValueError:  # not the main interpreter
+                self._handlers.clear()
+            except BaseException:  # of the handler of one that was not yet replaced
+                self._restore()
+                raise
         self.depth += 1
 
     def end(self) -> None:
-        """What was noted is raised, once there is nobody inside any more."""
+        """Handle what was noted, once this thread is inside no Guard any more."""
         if self.depth:
             self.depth -= 1
             if not self.depth:
-                set_handler(SIGINT, self._handler)
-                if self._noted:
-                    self.raise_noted()
+                if self._handlers:
+                    self._restore()
+                if self.noted:
+                    self.handle()
 
-    def raise_noted(self) -> None:
-        """Call the handler for an interrupt that was noted, if there was one."""
-        if self._noted:
-            self._noted = False
-            self._handler(int(SIGINT), None)
+    def _restore(self) -> None:
+        """Put all handlers back, also if one of them is called meanwhile and raises."""
+        try:
+            while self._handlers:
+                number, handler = next(iter(self._handlers.items()))
+                set_handler(number, handler)
+                del self._handlers[number]
+        finally:
+            if self._handlers:
+                self._restore()
+
+    def handle(self) -> None:
+        """Call the handlers of all that was noted, also if one of them raises."""
+        try:
+            while self.noted:
+                number = self.noted.popleft()
+                handler = self._handlers.get(number) or getsignal(number)
+                if callable(handler):
+                    handler(number, None)
+        finally:
+            if self.noted:
+                self.handle()
 
     def forget(self) -> None:
         """In a forked child: the thread that was inside is not there."""
         self.thread = threading.main_thread().ident
-        if self.depth:
-            self.depth = 0
-            set_handler(SIGINT, self._handler)
+        self.depth = 0
+        self.noted.clear()
+        self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = True
+        self.noted.append(number)
+
+
+_FRAMES = 32
+"""More than the bookkeeping of a call needs, down to the policies of this package."""
+
+
+def require_stack(frames: int = _FRAMES) -> None:
+    """Raise RecursionError unless that many calls can be nested. Takes 25 ns for each of them.
+
+    Called before anything is changed: near the limit of the interpreter an error could come in the
+    middle of a change, and another one where the first is dealt with.
+    """
+    if frames:
+        require_stack(frames - 1)
 
 
 _mask = _Mask()

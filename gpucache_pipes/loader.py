@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
+from threading import get_ident
 from typing import Any
 
 from gpucache_pipes.cache import Cache, Entry
@@ -15,7 +16,7 @@ from gpucache_pipes.files import (
     has_version,
     sample_file_sizes,
 )
-from gpucache_pipes.guard import Guard
+from gpucache_pipes.guard import Guard, require_stack
 from gpucache_pipes.lifetime import await_at_exit
 from gpucache_pipes.pages import choose_page_bytes
 from gpucache_pipes.task import Revoked, Task
@@ -25,6 +26,9 @@ _log = logging.getLogger("gpucache_pipes")
 
 _FILES_PER_TASK = 32
 """Few enough that several readers share a batch, many enough that a task costs little."""
+
+_FRAMES = 64
+"""Calls that reading in the thread of a caller nests, but for those of a load_fn."""
 
 _LOOKED_AT = 100_000
 """Known files of which some are looked at to choose a size of pages."""
@@ -65,6 +69,8 @@ class Loader:
         self._read_timeout = read_timeout
         self._running: set[Task] = set()
         self._lock = lock
+        # The store is closed: what takes long ends early.
+        self._stopping = False
         # Counters; under the lock.
         self.files_read = 0
         self.bytes_read = 0
@@ -80,9 +86,17 @@ class Loader:
         if not entries:
             return
         if self._pool is None:
-            task = entries.copy()
-            entries.clear()
-            self._load(task)
+            require_stack(_FRAMES)
+            use = object()
+            with self._lock:
+                self._require_running()
+                self._lock.uses[use] = get_ident()
+            try:
+                task = entries.copy()
+                entries.clear()
+                self._load(task)
+            finally:
+                self._lock.uses.pop(use, None)
             return
         # Fewer files in a task when there are few, so that all readers have work.
         size = min(_FILES_PER_TASK, -(-len(entries) // len(self._pool.threads)))
@@ -95,6 +109,16 @@ class Loader:
             # An interrupt. A task belongs to who takes it out of its list: a reader, or we.
             entries[:] = [entry for task_of_one in tasks for entry in _take(task_of_one)]
             raise
+
+    def stop(self) -> None:
+        """End readers after the file at hand, and give up what has not begun. Takes no lock."""
+        self._stopping = True
+        if self._pool is not None:
+            self._pool.stop()
+
+    def join(self, seconds: float) -> list[str]:
+        """Wait for readers to end, at most so long; returns the names of those that read on."""
+        return [] if self._pool is None else self._pool.join(seconds)
 
     def is_current(self, path: str, version: bytes | None) -> bool:
         """Whether the file is certainly still what it was in that version."""
@@ -133,7 +157,7 @@ class Loader:
             await_at_exit(task.thread)
             # Without the lock: handlers of logs have locks of their own.
             _log.warning(
-                "%s: not read within read_timeout=%g seconds; another thread goes on with what is "
+                "%r: not read within read_timeout=%g seconds; another thread goes on with what is "
                 "behind it", stuck.path, self._read_timeout,
             )  # fmt: skip
 
@@ -221,7 +245,7 @@ class Loader:
         return isinstance(error, Exception) or self._pool is not None
 
     def _require_running(self) -> None:
-        if self._pool is not None and self._pool.stopping:
+        if self._stopping:
             raise RuntimeError("the store was closed")
 
     def _upload(self, group: Sequence[tuple[Entry, OpenFeature]], task: Task) -> None:

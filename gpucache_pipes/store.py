@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -16,13 +17,13 @@ from gpucache_pipes.cache import Cache, Future, Ledger, Policy, make_policy
 from gpucache_pipes.desk import Desk
 from gpucache_pipes.device import Backend, open_backend, resolve_device
 from gpucache_pipes.files import PathLike, PathTable, ReaderPool, opener
-from gpucache_pipes.guard import Guard
+from gpucache_pipes.guard import Guard, require_stack
 from gpucache_pipes.lifetime import watch
 from gpucache_pipes.loader import Loader
 from gpucache_pipes.ragged import RaggedOptions
 from gpucache_pipes.stats import StoreStats
 from gpucache_pipes.ticket import Ticket
-from gpucache_pipes.units import parse_bytes, positive_int
+from gpucache_pipes.units import parse_bytes, positive_int, require_hashable
 from gpucache_pipes.upcoming import Upcoming
 from gpucache_pipes.warming import warm
 
@@ -118,13 +119,13 @@ class GPUFeatureStore:
         )
         lock = Guard()
         self._cache = Cache(ledger, policy, self._backend.grow)
-        self._pool = ReaderPool(threads, "gpucache-reader") if asynchronous else None
+        pool = ReaderPool(threads, "gpucache-reader") if asynchronous else None
         self._loader = Loader(
             self._cache,
             self._backend,
             opener(load_fn, weights_only),
             load_fn is not None,
-            self._pool,
+            pool,
             page_bytes,
             _power_of_two_below(staging // (2 * threads)),
             revalidate,
@@ -134,7 +135,7 @@ class GPUFeatureStore:
         self._desk = Desk(self._cache, self._backend, self._loader, lock)
         self._paths = PathTable(self._cache.entries.add, lock, revalidate)
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _let_go, self._pid, self._pool, self._backend)
+        self._finalizer = weakref.finalize(self, _let_go, self._pid, pool, self._backend)
         self._finalizer.atexit = False
         watch(self)
 
@@ -178,8 +179,10 @@ class GPUFeatureStore:
     def request(self, paths: Sequence[PathLike], *, owner: object = None) -> Ticket:
         """Start to load what is not there yet, and hold all of it until the ticket is used.
 
-        `owner` says whose request it is, for the policy: the one of `begin_epoch`.
+        `owner` says whose request it is, for the policy: the one of `begin_epoch`. Any hashable
+        object. Raises TypeError for one that is not.
         """
+        require_hashable("owner", owner)
         ticket = self._desk.request(self._resolve(paths), owner)
         # A store that is dropped while somebody waits for a batch of it would not read it.
         ticket.holder = self
@@ -200,7 +203,14 @@ class GPUFeatureStore:
         self._desk.cancel(tickets)
 
     def release(self, paths: Sequence[PathLike]) -> None:
-        """Stop caching these. Batches in flight still get theirs; unknown paths are ignored."""
+        """Stop caching these. Batches in flight still get theirs; unknown paths are ignored.
+
+        From a signal handler or a finalizer that has interrupted a call of this store: once that
+        is through.
+        """
+        if self._postponed(partial(self.release, list(paths))):
+            return
+        require_stack()
         numbers = self._resolve(paths)
         with self._desk.lock:
             self._desk.require_open()
@@ -209,7 +219,17 @@ class GPUFeatureStore:
 
     def clear(self) -> None:
         """Stop caching everything, and give memory back as soon as no batch is in flight."""
-        self._desk.clear()
+        if not self._postponed(self.clear):
+            require_stack()
+            self._desk.clear()
+
+    def _postponed(self, call: Callable[[], None]) -> bool:
+        """Whether this thread is inside, as under a signal handler; then `call` comes later."""
+        lock = self._desk.lock
+        if not lock.is_entered():
+            return False
+        lock.postpone(lambda: call() if self._desk.refusal is None else None)
+        return True
 
     def warm(self, paths: Sequence[PathLike], progress: bool = True) -> int:
         """Load `paths` until all are cached or the budget is used up; returns how many are.
@@ -224,6 +244,8 @@ class GPUFeatureStore:
 
         Pipelines do this themselves. Without one, call it before each epoch.
         """
+        require_hashable("owner", owner)
+        require_stack()
         with self._desk.lock:
             self._desk.require_open()
             self._cache.begin_epoch(owner)
@@ -237,7 +259,10 @@ class GPUFeatureStore:
 
         A hint: whatever it says, results stay right. It holds until the next call, or `withdraw`.
         A function that gives it is called only where something may ever have to go.
+
+        Raises TypeError for an owner that is not hashable.
         """
+        require_hashable("owner", owner)
         with self._desk.lock:
             if not self._cache.ledger.bounded:
                 return  # nothing will ever have to go
@@ -256,7 +281,11 @@ class GPUFeatureStore:
             self._cache.foresee(owner, future)
 
     def withdraw(self, owner: object) -> None:
-        """Take back, at some later time, what `owner` foresaw. Takes no lock."""
+        """Take back, at some later time, what `owner` foresaw. Takes no lock.
+
+        Raises TypeError for an owner that is not hashable.
+        """
+        require_hashable("owner", owner)
         self._desk.defer(partial(self._cache.forget_owner, owner))
 
     def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
@@ -284,26 +313,35 @@ class GPUFeatureStore:
         return self._cache.ledger.cached_items
 
     def stats(self) -> StoreStats:
-        """Counters and sizes, all of one moment."""
-        with self._desk.lock:
-            self._desk.run_deferred()
-            ledger = self._cache.ledger
-            return StoreStats(
-                hits=self._desk.hits,
-                misses=self._desk.misses,
-                failures=self._loader.failures,
-                files_read=self._loader.files_read,
-                bytes_read=self._loader.bytes_read,
-                evictions=self._cache.evictions,
-                skipped=self._desk.skipped,
-                items=ledger.cached_items,
-                cached_bytes=ledger.cached_bytes,
-                padding_bytes=ledger.cached_pages * ledger.page_bytes - ledger.cached_bytes,
-                transient_items=self._cache.transient_items,
-                reserved_bytes=self._backend.reserved_bytes,
-                page_bytes=ledger.page_bytes,
-                wait_seconds=self._desk.wait_seconds,
-            )
+        """Counters and sizes, all of one moment.
+
+        But for a signal handler or a finalizer that has interrupted a call of this store: it may
+        see some of them before a change, and some behind it.
+        """
+        if not self._desk.lock.is_entered():
+            with self._desk.lock:
+                self._desk.run_deferred()
+                return self._count()
+        return self._count()
+
+    def _count(self) -> StoreStats:
+        ledger = self._cache.ledger
+        return StoreStats(
+            hits=self._desk.hits,
+            misses=self._desk.misses,
+            failures=self._loader.failures,
+            files_read=self._loader.files_read,
+            bytes_read=self._loader.bytes_read,
+            evictions=self._cache.evictions,
+            skipped=self._desk.skipped,
+            items=ledger.cached_items,
+            cached_bytes=ledger.cached_bytes,
+            padding_bytes=ledger.cached_pages * ledger.page_bytes - ledger.cached_bytes,
+            transient_items=self._cache.transient_items,
+            reserved_bytes=self._backend.reserved_bytes,
+            page_bytes=ledger.page_bytes,
+            wait_seconds=self._desk.wait_seconds,
+        )
 
     def check(self) -> None:
         """Recompute every total from the ground truth; raises AssertionError on a difference."""
@@ -314,20 +352,34 @@ class GPUFeatureStore:
     def close(self) -> None:
         """End the readers and give memory back. Consumers that wait are woken with an error.
 
-        May be called more than once, and from any thread.
+        May be called more than once, from any thread, and from signal handlers and finalizers:
+        where these have interrupted a call of this store, they return at once, and the store is
+        closed as soon as that call is through with its memory.
         """
         self.shut(_CLOSE_SECONDS)
 
     def shut(self, seconds: float) -> None:
-        """Close, and wait at most so long for files that are being read."""
-        self._desk.shut()
+        """Close, and wait at most so long for files that are being read, and for batches."""
+        self._desk.refuse()
+        lock = self._desk.lock
+        if lock.is_entered():
+            lock.postpone(partial(self.shut, seconds))
+            return
+        deadline = time.monotonic() + seconds
+        self._desk.shut(seconds)
         if self._finalizer.detach() is None or os.getpid() != self._pid:
             return
-        if self._pool is not None:
-            self._pool.stop()
-            if running := self._pool.join(seconds):
-                _log.warning("still reading after close: %s", ", ".join(running))
-        self._backend.close()
+        if running := self._loader.join(max(0.0, deadline - time.monotonic())):
+            _log.warning("still reading after close: %s", ", ".join(running))
+        self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
+        """Once nothing uses it: a gather that takes longer than closing waits does it itself."""
+        lock = self._desk.lock
+        if lock.uses:
+            lock.postpone(self._give_memory_back)
+        else:
+            self._backend.close()
 
     def __enter__(self) -> "GPUFeatureStore":
         return self

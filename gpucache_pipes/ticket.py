@@ -34,9 +34,6 @@ class Ticket:
     `collect`; a ticket that is dropped is cancelled.
     """
 
-    # For the finalizer of one whose __init__ was interrupted.
-    _number: list[int] = []  # noqa: RUF012  (nobody adds to it)
-
     def __init__(self, issuer: Issuer, number: int, numbers: Sequence[int]) -> None:
         # The entries, as numbers; and their rows, if all were there when the ticket was opened.
         self.numbers = numbers
@@ -97,7 +94,3 @@ class Ticket:
         number = self.use_up()
         if number is not None:
             self._issuer.abandon(number)
-
-    def __del__(self) -> None:
-        # The collector may run this inside the lock of the store.
-        self.abandon()

@@ -43,6 +43,14 @@ def positive_int(name: str, value: int, least: int = 1) -> int:
     return operator.index(value)
 
 
+def require_hashable(name: str, value: object) -> None:
+    """Raise TypeError, naming the parameter, for a value that cannot be a key of a dict."""
+    try:
+        hash(value)
+    except TypeError as error:
+        raise TypeError(f"{name}={value!r:.200} must be hashable: it is compared by ==") from error
+
+
 def format_bytes(count: int) -> str:
     """`count` for people: "1.5 GiB"."""
     size = float(count)

@@ -11,12 +11,22 @@ class Upcoming:
         files: all files.
         order: for each request to come, the position of its file among them.
         left: how many of these requests belong to the epoch under way; the others are of the next.
+
+    Raises:
+        ValueError: a position beyond the files, or `left` beyond the order.
     """
 
     def __init__(self, files: Sequence[str], order: Iterable[int], left: int) -> None:
         self.files = files
         self.order = array("i", order)
         self.left = left
+        if self.order and not 0 <= min(self.order) <= max(self.order) < len(files):
+            raise ValueError(
+                f"order has positions from {min(self.order)} to {max(self.order)}, but there are "
+                f"{len(files)} files"
+            )
+        if not 0 <= left <= len(self.order):
+            raise ValueError(f"left={left} must be from 0 to {len(self.order)}, all requests")
 
     def __len__(self) -> int:
         return len(self.order)

@@ -166,7 +166,7 @@ def test_closing_while_a_reader_is_replaced() -> None:
         store = GPUFeatureStore("cpu", load_fn=gate, read_timeout=0.01)
         store.prefetch(NAMES)
         gate.wait_until_started(NAMES[0])
-        store._pool._watched.put(None)  # type: ignore[union-attr]  # from now on by hand
+        store._loader._pool._watched.put(None)  # type: ignore[union-attr]  # from now on by hand
         closer = threading.Thread(target=store.shut, args=(0.0,))
         with store._desk.lock:
             closer.start()

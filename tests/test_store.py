@@ -322,7 +322,7 @@ def test_a_store_is_collected_without_close(make_files: Files) -> None:
     paths = make_files(2)
     store = GPUFeatureStore("cpu")
     store.get_batch(paths)
-    threads = store._pool.threads if store._pool else []
+    threads = store._loader._pool.threads if store._loader._pool else []
     del store
     gc.collect()
     for thread in threads:
@@ -435,8 +435,8 @@ def test_an_interrupt_before_the_readers_know(
             def interrupted(*arguments: Any) -> None:
                 raise KeyboardInterrupt
 
-            assert store._pool is not None
-            patch.setattr(store._pool, "submit", interrupted)
+            assert store._loader._pool is not None
+            patch.setattr(store._loader._pool, "submit", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.get_batch(paths)
         assert [int(f["label"]) for f in store.get_batch(paths)] == [0, 1]
@@ -496,7 +496,7 @@ def test_a_ticket_that_is_cancelled_wakes_who_waits_for_it() -> None:
 
 def test_closing_in_a_child_does_not_wait_for_gathers_of_the_parent() -> None:
     store = GPUFeatureStore("cpu")
-    store._desk._gathering = 1
+    store._desk.lock.uses[object()] = 0
     store.refuse_after_fork()
     store.close()
 
@@ -679,7 +679,7 @@ def test_a_ticket_is_cancelled_while_it_is_collected(
         with pytest.raises(RuntimeError, match="used or cancelled"):
             ticket.result()
         monkeypatch.undo()
-        assert store._desk._gathering == 0
+        assert not store._desk.lock.uses
         store.clear()
 
 

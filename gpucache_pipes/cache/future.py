@@ -20,6 +20,9 @@ class Future:
         keys: what it will request, in order.
         left: how many of these belong to the epoch that is under way; None is all.
 
+    Raises:
+        ValueError: `left` is not from 0 to the number of keys, or a key is negative.
+
     Attributes:
         end: one past the last position; as a next use: none is known.
         position: one past the farthest request that has come true.
@@ -31,6 +34,10 @@ class Future:
         self.keys = keys if isinstance(keys, array) else array("i", keys)
         self.end = len(self.keys)
         self.left = self.end if left is None else left
+        if not 0 <= self.left <= self.end:
+            raise ValueError(f"left={left} must be from 0 to {self.end}, the number of keys")
+        if min(self.keys, default=0) < 0:
+            raise ValueError(f"{min(self.keys)} is no key: keys are numbers from 0 on")
         self.position = 0
         self.surprises = 0
         # How far from `position` a request has come at most: what lies farther behind and has

@@ -172,7 +172,8 @@ class AcceleratorBackend:
         """Copy `staging` up and into `pages`; returns the event behind it. Reader threads."""
         with self._writing, self._runtime.on(self._copy_stream):
             arena = self._arena
-            assert arena is not None
+            if arena is None:
+                raise RuntimeError("the store was closed")
             self._wait_for(self._gathers, pages, self._copy_stream)  # edge: read_done
             shape = (len(pages), self.page_bytes)
             try:

@@ -26,8 +26,6 @@ class ReaderPool:
     """
 
     def __init__(self, threads: int, name: str) -> None:
-        # Set by stop(). Tasks that take long look at it and end early.
-        self.stopping = False
         self._tasks: queue.SimpleQueue[tuple[Task, Any] | None] = queue.SimpleQueue()
         self._name = name
         self._started = 0
@@ -72,7 +70,6 @@ class ReaderPool:
 
     def stop(self) -> None:
         """Tell the threads to end after the task at hand; what waits is dropped. Takes no lock."""
-        self.stopping = True
         try:
             while True:
                 self._tasks.get_nowait()
