@@ -63,4 +63,9 @@ def _is_lack_of_device_memory(cause: BaseException) -> bool:
 
 def _is_same(missing: Any, path: str) -> bool:
     """Whether what is missing is the file itself, as it was spelled or with links resolved."""
-    return missing in (None, path) or os.path.realpath(missing) == os.path.realpath(path)
+    if missing in (None, path):
+        return True
+    try:
+        return str(os.path.realpath(missing)) == os.path.realpath(path)
+    except (OSError, TypeError, ValueError):
+        return False

@@ -132,7 +132,6 @@ def test_another_batch_size_is_another_order() -> None:
     [
         ({"bucket_by": "file_size"}, ValueError, "give a batch_size"),
         ({"bucket_by": "length", "batch_size": 2}, ValueError, "bucket_by='length'"),
-        ({"bucket_by": "file_size", "batch_size": 2}, FileNotFoundError, "0000-1.pt"),
         ({"bucket_by": str, "batch_size": 2}, TypeError, "for '/f/0000-1.pt', not a number"),
         ({"bucket_by": len, "batch_size": 2, "sampler": [0]}, ValueError, "both set the order"),
     ],

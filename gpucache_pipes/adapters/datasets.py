@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from gpucache_pipes.errors import load_error
 from gpucache_pipes.files import FileOpener, OpenFeature, build, own
-from gpucache_pipes.nodes.listing import find_files
+from gpucache_pipes.nodes.listing import GivenPaths, find_files
 
 
 class FeaturePathDataset(Dataset[str]):
@@ -36,14 +36,23 @@ class FeaturePathDataset(Dataset[str]):
         pattern: str = "*.pt",
         recursive: bool = False,
     ) -> None:
-        self.paths = find_files(files, pattern, recursive)
+        self._given = GivenPaths(find_files(files, pattern, recursive))
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """All of them, as they were given; relative ones become absolute after a chdir."""
+        return self._given.now()
+
+    @paths.setter
+    def paths(self, paths: Sequence[str]) -> None:
+        self._given = GivenPaths(paths)
 
     def __getitem__(self, index: int) -> str:
         return self.paths[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[str]:
         """The paths of a batch: DataLoader asks for them at once."""
-        return [self.paths[index] for index in indices]
+        return list(map(self.paths.__getitem__, indices))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -81,8 +90,17 @@ class FeatureFileDataset(Dataset[Any]):
         pattern: str = "*.pt",
         recursive: bool = False,
     ) -> None:
-        self.paths = find_files(files, pattern, recursive)
+        self._given = GivenPaths(find_files(files, pattern, recursive))
         self.loader = FeatureFile() if loader is None else loader
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """See FeaturePathDataset."""
+        return self._given.now()
+
+    @paths.setter
+    def paths(self, paths: Sequence[str]) -> None:
+        self._given = GivenPaths(paths)
 
     def __getitem__(self, index: int) -> Any:
         return self.loader(self.paths[index])

@@ -33,7 +33,7 @@ class LinkFinder:
                 if seen.files >= seen.enough:
                     seen.links = _find(directory, 4 * seen.files)
                     seen.enough = 2 * seen.files
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no name that the system could have
             return True
         return seen.links is not False
 

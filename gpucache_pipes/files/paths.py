@@ -23,6 +23,10 @@ class PathTable:
     A file is known by its key, the absolute path with symbolic links resolved. Directories are
     resolved once and remembered: a link that is changed afterwards is not noticed, as little as
     a file that changes; but with `follow_links`, links to files themselves are looked at each time.
+    A path that the system refuses to look at is its own key: who opens it is told why.
+
+    A relative path means what it means when it is given here. For any number of threads, also
+    while one of them changes the current directory.
 
     `add(keys, paths)` is told, under `lock`, of files that are new, each with its key and its first
     spelling, made absolute; it returns the number of the first of them.
@@ -39,12 +43,13 @@ class PathTable:
         self._follow_links = follow_links
         # Spellings whose last part is a link.
         self._links: set[PathLike] = set()
-        # Of spellings; keys are spellings, too.
+        # Of absolute spellings; keys are spellings, too. Nothing is ever taken out.
         self._numbers: dict[PathLike, int] = {}
+        # A current directory, and what was asked for together with paths relative to it. Replaced
+        # as a whole, so that another thread never sees one without the other.
+        self._relative: tuple[str, dict[PathLike, int]] = ("", {})
         self._directories: dict[str, str] = {}
         self._link_finder = LinkFinder()
-        # What relative spellings in _numbers refer to.
-        self._cwd: str | None = None
 
     def numbers(self, paths: Iterable[PathLike]) -> list[int]:
         """The numbers of `paths`; well under 1 us for a spelling that was seen before.
@@ -54,21 +59,28 @@ class PathTable:
         if isinstance(paths, (str, os.PathLike)):
             raise TypeError(f"a sequence of paths is needed, not the single path {paths!r}")
         paths = list(paths)
-        if self._cwd is not None and self._cwd != os.getcwd():
-            self._numbers = {p: n for p, n in self._numbers.items() if os.path.isabs(p)}
-            self._cwd = None
-        numbers = self._numbers
-        if self._links and not self._links.isdisjoint(paths):
-            for path in self._links.intersection(paths):
-                numbers.pop(path, None)
-        try:
-            return list(map(numbers.__getitem__, paths))
-        except (KeyError, TypeError):
-            if (first := self._learn_directory(paths)) is not None:
-                return list(range(first, first + len(paths)))
-            spellings = list(map(_spelling, paths))
-            self._learn([path for path in dict.fromkeys(spellings) if path not in numbers])
-            return list(map(numbers.__getitem__, spellings))
+        if not self._links or self._links.isdisjoint(paths):
+            try:
+                return list(map(self._numbers.__getitem__, paths))
+            except (KeyError, TypeError):
+                if (first := self._learn_directory(paths)) is not None:
+                    return list(range(first, first + len(paths)))
+        spellings = list(map(_spelling, paths))
+        cwd, table = None, self._numbers
+        if not all(map(os.path.isabs, spellings)):
+            cwd = os.getcwd()
+            known = self._relative
+            if known[0] != cwd:
+                known = self._relative = (cwd, {})
+            table = known[1]
+        links = self._links
+        found: dict[PathLike, int] = {
+            p: table[p] for p in spellings if p in table and p not in links
+        }
+        if new := [path for path in dict.fromkeys(spellings) if path not in found]:
+            found.update(self._learn(new, cwd))
+            table.update(found)
+        return list(map(found.__getitem__, spellings))
 
     def _learn_directory(self, paths: Sequence[PathLike]) -> int | None:
         """Number new files of one directory, at well under 1 us each; None if these are not such.
@@ -89,7 +101,7 @@ class PathTable:
             or text.count(f"\0{head}/") != count
             or text.count("/") != count * (head.count("/") + 1)
             or any(f"{end}\0" in text for end in _NO_NAMES)
-            or self._directory(head) != head
+            or self._has_links(head)
             or self._link_finder.may_find(head, count)
         ):
             return None
@@ -104,9 +116,16 @@ class PathTable:
             numbers.update(zip(files, range(first, first + count), strict=True))
             return first
 
-    def _learn(self, spellings: Sequence[PathLike]) -> None:
-        """Number these spellings, which are new."""
-        paths = list(map(self._absolute, spellings))
+    def _has_links(self, head: str) -> bool:
+        try:
+            return self._directory(head) != head
+        except (OSError, ValueError):
+            return True
+
+    def _learn(self, spellings: Sequence[PathLike], cwd: str | None) -> dict[PathLike, int]:
+        """Number these spellings, which are new, or links; relative ones start at `cwd`."""
+        # Joined and not normalised: `..` behind a link is for the system to understand.
+        paths = [os.fspath(path) if cwd is None else os.path.join(cwd, path) for path in spellings]
         keys = list(map(self._key, paths))
         numbers = self._numbers
         with self._lock:
@@ -116,32 +135,25 @@ class PathTable:
                     new.setdefault(key, path)
             first = self._add(list(new), list(new.values()))
             numbers.update(zip(new, range(first, first + len(new)), strict=True))
-        for spelling, key in zip(spellings, keys, strict=True):
-            if spelling is not key:
-                numbers[spelling] = numbers[key]
         if self._follow_links:
             self._links.update(path for path in spellings if os.path.islink(path))
-
-    def _absolute(self, path: PathLike) -> str:
-        path = os.fspath(path)
-        if not os.path.isabs(path):
-            # Not normalised: `..` behind a link is for the system to understand.
-            self._cwd = os.getcwd()
-            path = os.path.join(self._cwd, path)
-        return path
+        return dict(zip(spellings, map(numbers.__getitem__, keys), strict=True))
 
     def _key(self, path: str) -> str:
         """The key of an absolute path; costs a few microseconds."""
         head, _, name = path.rpartition("/")
-        if path.endswith(_NO_NAMES):
-            return os.path.realpath(path)
-        directory = self._directory(head)
-        plain = path if directory == head else f"{directory}/{name}"
-        # islink answers False for what does not exist: the reader will say so, naming the path.
-        return os.path.realpath(plain) if os.path.islink(plain) else plain
+        try:
+            if path.endswith(_NO_NAMES):
+                return os.path.realpath(path)
+            directory = self._directory(head)
+            plain = path if directory == head else f"{directory}/{name}"
+            # islink answers False for what does not exist: the reader will say so, naming the path.
+            return os.path.realpath(plain) if os.path.islink(plain) else plain
+        except (OSError, ValueError):  # ValueError: no name that the system could have
+            return path
 
     def _directory(self, head: str) -> str:
-        """What a directory is without links; no slash at its end."""
+        """What a directory is without links; no slash at its end. Raises OSError, ValueError."""
         directory = self._directories.get(head)
         if directory is None:
             found = os.path.realpath(head or "/").rstrip("/")

@@ -20,12 +20,12 @@ def sample_file_sizes(paths: Sequence[str]) -> list[int]:
             with os.scandir(directory) as entries:
                 found = islice((e.path for e in entries if e.name.endswith(suffix)), _SAMPLE)
                 paths = [*paths, *found]
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no name that the system could have
             return []
     sizes = []
     for path in paths[:: max(1, len(paths) // _SAMPLE)]:
         try:
             sizes.append(os.stat(path).st_size)
-        except OSError:
+        except (OSError, ValueError):
             continue
     return sizes

@@ -24,7 +24,7 @@ def has_version(path: str, version: bytes | None) -> bool:
     """Whether the file at `path` is certainly still the one that had this version."""
     try:
         return version is not None and version_of(os.stat(path)) == version
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no name that the system could have
         return False
 
 
@@ -32,6 +32,6 @@ def file_version(path: str) -> bytes | None:
     """The version of the file at `path`; None where it has none that could be relied on."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return None if is_racy(status) else version_of(status)

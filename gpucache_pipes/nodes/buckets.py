@@ -1,11 +1,14 @@
 """Batches of files of like size, so that padding them to one length costs little."""
 
+import logging
 import os
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
 
 import torch
+
+_log = logging.getLogger("gpucache_pipes")
 
 _MOST_BATCHES = 50
 """Batches in a window. More make lengths in a batch more alike, and leave less to chance."""
@@ -36,9 +39,12 @@ class Buckets:
     def of(
         cls, paths: Sequence[str], by: str | Callable[[str], float], batch_size: int
     ) -> "Buckets":
-        """By "file_size", or by a function of the path. Raises what looking at a file raises."""
+        """By "file_size", or by a function of the path.
+
+        A file that cannot be looked at counts as empty, which is logged; its batch will say more.
+        """
         if by == "file_size":
-            return cls([os.stat(path).st_size for path in paths], batch_size)
+            return cls(_file_sizes(paths), batch_size)
         if not callable(by):
             raise ValueError(f'bucket_by={by!r} must be "file_size" or a function of the path')
         sizes = []
@@ -68,3 +74,19 @@ class Buckets:
 
     def _by_size(self, positions: torch.Tensor) -> torch.Tensor:
         return positions[self._sizes[positions].argsort(stable=True)]
+
+
+def _file_sizes(paths: Sequence[str]) -> list[int]:
+    sizes, failed = [], []
+    for path in paths:
+        try:
+            sizes.append(os.stat(path).st_size)
+        except (OSError, ValueError) as error:  # ValueError: no name that the system could have
+            sizes.append(0)
+            failed.append(error)
+    if failed:
+        _log.warning(
+            "the sizes of %d of %d files are not known to bucket_by: %s",
+            len(failed), len(paths), failed[0],
+        )  # fmt: skip
+    return sizes

@@ -12,7 +12,7 @@ GLOB_CHARACTERS = frozenset("*?[")
 def find_files(source: Any, pattern: str, recursive: bool) -> list[str]:
     """The files of a directory, a glob or one file, sorted; or of a sequence of paths, as it is.
 
-    Raises FileNotFoundError if there are none.
+    Raises FileNotFoundError if there are none, and TypeError for what is no path.
     """
     if isinstance(source, (str, os.PathLike)):
         return list_files(os.fspath(source), pattern, recursive)
@@ -20,7 +20,43 @@ def find_files(source: Any, pattern: str, recursive: bool) -> list[str]:
     found = [os.fspath(path) for path in paths]
     if not found:
         raise FileNotFoundError("the sequence of paths is empty")
+    for path in found:
+        if not isinstance(path, str):
+            raise TypeError(f"a path must be a str or an os.PathLike of one, not {path!r:.200}")
     return found
+
+
+class GivenPaths:
+    """Paths as they were given, for as long as they mean the same.
+
+    A relative path means what it meant when it was given: once the current directory is another
+    one, what was relative is absolute. May be pickled.
+
+    Attributes:
+        given: the paths as they were.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.given = self._now = paths
+        # If the first and the last path in the order of texts begin with a slash, all do.
+        some_relative = bool(paths) and not (
+            os.path.isabs(min(paths)) and os.path.isabs(max(paths))
+        )
+        self._cwd = os.getcwd() if some_relative else None
+
+    def now(self) -> Sequence[str]:
+        """The paths. Takes a microsecond where some are relative."""
+        if self._cwd is not None and _current_directory() != self._cwd:
+            self._now = [os.path.join(self._cwd, path) for path in self.given]
+            self._cwd = None
+        return self._now
+
+
+def _current_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
 
 
 def list_files(source: str, pattern: str, recursive: bool) -> list[str]:
@@ -62,8 +98,15 @@ def _directories(root: str, recursive: bool) -> Iterator[tuple[str, list[str]]]:
         names = []
         with os.scandir(directory) as entries:
             for entry in entries:
-                if not entry.is_dir():
+                if not _is_directory(entry):
                     names.append(entry.name)
                 elif recursive and not entry.is_symlink():  # a link may lead back up
                     pending.append(entry.path)
         yield directory, names
+
+
+def _is_directory(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself: an error of that file, when it is its turn
+        return False

@@ -8,7 +8,7 @@ from typing import Any
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.nodes.buckets import Buckets
-from gpucache_pipes.nodes.listing import find_files
+from gpucache_pipes.nodes.listing import GivenPaths, find_files
 from gpucache_pipes.nodes.order import DrawnOrder, SampledOrder
 from gpucache_pipes.nodes.resuming import fingerprint, place
 from gpucache_pipes.nodes.sharding import Shards, find_rank
@@ -100,11 +100,11 @@ class PathLister(BaseNode[Any]):
         self.if_files_changed = if_files_changed
         self._names_from = ""
         self._stream: BaseNode[Any] | None = None
-        self._paths: Sequence[str] = ()
+        self._given: GivenPaths | None = None
         if isinstance(source, (str, os.PathLike, Sequence)):
             if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
                 self._names_from = os.path.join(os.fspath(source), "")
-            self._paths = find_files(source, pattern, recursive)
+            self._given = GivenPaths(find_files(source, pattern, recursive))
         elif shuffle or sampler is not None or bucket_by is not None:
             raise ValueError(
                 "an order can only be drawn over a known list: give a directory, a glob or a "
@@ -162,8 +162,16 @@ class PathLister(BaseNode[Any]):
             self._drawing = self._new_order()
 
     @property
+    def _paths(self) -> Sequence[str]:
+        return () if self._given is None else self._given.now()
+
+    @property
     def paths(self) -> Sequence[str]:
-        """All files, sorted. Raises TypeError if the source is a stream."""
+        """All files, sorted. Raises TypeError if the source is a stream.
+
+        As they were given; relative ones become absolute when the current directory changes, so
+        that they go on meaning what they meant.
+        """
         if self._stream is not None:
             raise TypeError("the paths of a stream are not known in advance")
         return self._paths
@@ -302,7 +310,8 @@ class PathLister(BaseNode[Any]):
         """What a state says of the lister that it was taken from."""
         if self._fingerprint is None:
             sizes = 0 if self._buckets is None else self._buckets.checksum
-            self._fingerprint = fingerprint(self._paths, self._names_from, sizes)
+            given = () if self._given is None else self._given.given
+            self._fingerprint = fingerprint(given, self._names_from, sizes)
         return {
             "order": str(self._drawing),
             "shards": self.shards.count,

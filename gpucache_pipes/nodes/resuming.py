@@ -20,7 +20,11 @@ def fingerprint(paths: Sequence[str], directory: str, seed: int) -> int:
         directory = first[: first.rfind(os.sep, 0, same or None) + 1]
     start = len(directory)
     names = "\0".join([path[start:] for path in paths])
-    return zlib.crc32(names.encode("utf-8", "surrogateescape"), seed)
+    try:
+        encoded = names.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a name that no file has: its batch will say so
+        encoded = names.encode("utf-8", "surrogatepass")
+    return zlib.crc32(encoded, seed)
 
 
 def place(
