@@ -225,10 +225,10 @@ def test_ranks_have_as_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     with GPUFeatureStore("cpu", load_fn=Faulty({3, 4, 5, 7})) as store:
         lister = PathLister(PATHS, batch_size=3, num_shards=1, shard_index=0)
         node = GPUPrefetcher(lister, store, on_error="skip")
-        assert listed(node) == [[0, 1, 2], [0, 1, 2], [6, 8], [9, 10, 11]]
+        assert listed(node) == [[0, 1, 2], [6, 8], [6, 8], [9, 10, 11]]
         singles = GPUPrefetcher(PATHS, store, on_error="skip")
         got = [int(f["label"]) for f in singles]
-        assert got == [0, 1, 2, 2, 2, 2, 6, 6, 8, 9, 10, 11]
+        assert got == [0, 1, 2, 6, 6, 6, 6, 8, 8, 9, 10, 11]
         # Substitutes are taken again.
         sub = {3: feature(103), 7: feature(107)}
         mixed = GPUPrefetcher(
@@ -239,11 +239,51 @@ def test_ranks_have_as_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         assert listed(mixed) == [[0, 1, 2], [103], [6, 107, 8], [9, 10, 11]]
         twice = GPUPrefetcher([PATHS[6:8], PATHS[4:6]], store, on_error=mixed.failures.on_error)
         assert listed(twice) == [[6, 107], [6, 107]]
-        # With nothing to repeat, an error is better than waiting for ever.
+        # Also in place of the first one: a rank that raises leaves the others waiting.
         first = GPUPrefetcher([PATHS[3:6], PATHS[:2]], store, on_error="skip")
-        with pytest.raises(FeatureLoadError, match="/f/05"):
-            next(first)
-        assert listed(first) == [[0, 1]]
+        assert listed(first) == [[0, 1], [0, 1]]
+        # With nothing to take instead, an error is better than waiting for ever.
+        nothing = GPUPrefetcher([PATHS[3:5], PATHS[5:6]], store, on_error="skip")
+        with pytest.raises(FeatureLoadError, match="/f/0"):
+            next(nothing)
+
+
+@given(
+    bad=st.sets(st.integers(0, FILES - 1), max_size=FILES - 1),
+    size=st.integers(1, 5),
+    depth=st.integers(1, 4),
+    wrapped=st.booleans(),
+)
+def test_ranks_resume_with_the_same_batches(
+    bad: set[int], size: int, depth: int, wrapped: bool
+) -> None:
+    """Wherever a state is taken, also in front of batches of which nothing is left."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        GPUFeatureStore("cpu", load_fn=Faulty(bad)) as store,
+    ):
+        patch.setattr(prefetcher_module, "find_rank", lambda: (2, 0))
+
+        def pipeline() -> Any:
+            lister = PathLister(PATHS, batch_size=size, shuffle=True, num_shards=1, shard_index=0)
+            if wrapped:
+                options: dict[str, Any] = {"prefetch_batches": depth, "on_error": "skip"}
+                return GPUCachedPathDataLoader(lister, store=store, collate_fn=list, **options)
+            return GPUPrefetcher(lister, store, depth=depth, on_error="skip")
+
+        node = pipeline()
+        states, whole = [node.state_dict()], []
+        for batch in node:
+            whole.append([int(f["label"]) for f in batch])
+            states.append(node.state_dict())
+        assert len(whole) == -(-FILES // size) and all(whole)
+        for at, state in enumerate(states[:-1]):
+            resumed = pipeline()
+            if wrapped:
+                resumed.load_state_dict(state)
+            else:
+                resumed.reset(state)
+            assert listed(resumed) == whole[at:]
 
 
 @pytest.mark.parametrize("on_error", ["skip", lambda path, error: None])

@@ -7,6 +7,9 @@ from torchdata.nodes import BaseNode, IterableWrapper, Loader
 
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
 
+_OURS = ("node", "finished")
+"""What a state over a node has beside that of a GPUPrefetcher."""
+
 
 class Progress:
     """Where the wrapped loader stands: batches that are on their way do not count.
@@ -55,7 +58,8 @@ class Progress:
         """Reset the nodes for a new pass, from a state if one was loaded."""
         self._latest = None  # while it is being reset, the node has no state to speak of
         if self._loaded is not None:
-            batches.reset({"source": {"source": self._loaded["node"]}})
+            loaded = {name: part for name, part in self._loaded.items() if name not in _OURS}
+            batches.reset({"source": {"source": self._loaded["node"], **loaded}})
         if self._loaded is None or self._loaded["finished"]:
             batches.reset()
         self._latest, self._left, self._loaded, self._finished = features, None, None, False
@@ -68,9 +72,10 @@ class Progress:
             self._finished = exhausted
 
     def _state_of(self, features: GPUPrefetcher) -> dict[str, Any]:
-        state: dict[str, Any] = features.get_state()["source"]
+        of_prefetcher = features.get_state()
+        state: dict[str, Any] = of_prefetcher.pop("source")
         if self._is_node:
-            return {"node": state, "finished": False}
+            return {"node": state, "finished": False, **of_prefetcher}
         return state[IterableWrapper.ITERABLE_KEY] if self.has_state else {}
 
     def require_latest(self, features: GPUPrefetcher) -> None:

@@ -20,6 +20,9 @@ from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.ticket import Ticket
 from gpucache_pipes.units import positive_int
 
+_LAST_GOOD = "last_good"
+"""In a state: an element that may have to be yielded again, where ranks need as many batches."""
+
 _latest: "WeakValueDictionary[tuple[int, int], GPUPrefetcher]" = WeakValueDictionary()
 """Of the pipelines over one source and store, the one that has begun last."""
 
@@ -53,8 +56,9 @@ class GPUPrefetcher(BaseNode[Any]):
             a feature to take instead, or None to skip. It is called in the thread that trains. Of
             an element of path_fn that holds more than paths, nothing can be left out: it is
             skipped as a whole. An element of which nothing is left is not yielded; where
-            torch.distributed has several ranks, which must have equally many batches, the last
-            one that could be loaded is yielded again in its place. Lack of memory is raised.
+            torch.distributed has several ranks, which must have equally many batches, the next
+            one of the epoch of which something is left is yielded in its place as well, or behind
+            that the one before. Lack of memory is raised.
         max_failures: how many different files may fail before that is raised after all.
 
     Raises:
@@ -114,6 +118,7 @@ class GPUPrefetcher(BaseNode[Any]):
         self._exhausted = False
         self._ranks, _ = find_rank() if self.failures.tolerant else (1, 0)
         self._served = initial_state is not None
+        self._last_good = copy.deepcopy((initial_state or {}).get(_LAST_GOOD))
         self.failures.last = None
         self.store.begin_epoch(self._owner)
         if self._upcoming is not None:
@@ -181,7 +186,9 @@ class GPUPrefetcher(BaseNode[Any]):
 
     def get_state(self) -> dict[str, Any]:
         """See BaseNode."""
-        return {"source": self._state}
+        if self._last_good is None:
+            return {"source": self._state}
+        return {"source": self._state, _LAST_GOOD: self._last_good}
 
     def shutdown(self) -> None:
         """Let go of what is on its way. The node can be reset and used again. Takes no lock."""
@@ -228,12 +235,10 @@ class GPUPrefetcher(BaseNode[Any]):
                 return True
             left = self._sift(head, ticket)
             if not left and self._ranks > 1:
-                # Other ranks wait for a batch: it is the last one that could be loaded.
-                if self._last_good is not None:
-                    ticket.cancel()
-                    head.element = copy.copy(self._last_good)
-                    self._request(head)
-                    left = self._sift(head, self._ticket_of(head))
+                # Other ranks wait for a batch.
+                head.element = copy.copy(self._stand_in(head))
+                self._request(head)
+                left = self._sift(head, self._ticket_of(head))
                 if not left:
                     assert self.failures.last is not None
                     raise self.failures.last
@@ -244,6 +249,28 @@ class GPUPrefetcher(BaseNode[Any]):
         if left and self._ranks > 1:
             self._last_good = copy.copy(head.element)  # the consumer's own from now on
         return left
+
+    def _stand_in(self, head: Ahead) -> Any:
+        """What to yield instead of an element of which nothing is left.
+
+        The next element of the epoch of which something is: so it does not matter where the run
+        was resumed. Behind the last one, the one before. Raises the error of the file if there is
+        neither.
+        """
+        at = next(at for at, other in enumerate(self._ahead) if other is head) + 1
+        self._draw(at + 1)
+        while at < len(self._ahead):
+            other = self._ahead[at]
+            if other.error is None:
+                ticket = self._ticket_of(other)
+                if other.settled is ticket or self._sift(other, ticket):
+                    return other.element
+            at += 1
+            self._draw(at + 1)
+        if self._last_good is None:
+            assert self.failures.last is not None
+            raise self.failures.last
+        return self._last_good
 
     def _sift(self, head: Ahead, ticket: Ticket) -> bool:
         """Leave out of the element what failed; whether anything is left."""
