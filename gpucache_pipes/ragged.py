@@ -146,14 +146,33 @@ def _pad(
 
 
 def _fill(values: torch.Tensor, value: float, where: torch.Tensor | None = None) -> None:
-    if values.dtype.is_floating_point and values.dtype.itemsize == 1:
-        # Floats of 8 bits know few operations; their bytes know all.
-        value = torch.tensor([value], dtype=values.dtype).view(torch.uint8).item()
-        values = values.view(torch.uint8)
+    """Fill `values`, or those where [B, T] `where` is True.
+
+    By their bits, since many dtypes have no such operation, and which of them do depends on the
+    device. Raises RuntimeError for a value that the dtype does not have.
+    """
+    bits = _BITS.get(values.dtype.itemsize)
+    if bits is not None:
+        value = _bits_of(value, values.dtype, bits)
+        values = values.view(bits)
     if where is None:
         values.fill_(value)
     else:
         values.masked_fill_(where.view(*where.shape, *[1] * (values.dim() - 2)), value)
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits_of(value: float, dtype: torch.dtype, bits: torch.dtype) -> int:
+    if value == 0 and math.copysign(1, value) > 0:
+        return 0
+    one = torch.empty(1, dtype=dtype, device="cpu")
+    try:
+        one.fill_(value)
+    except RuntimeError as error:
+        raise RuntimeError(f"padding_value={value!r} cannot be a {dtype}: {error}") from error
+    return int(one.view(bits).item())
 
 
 def _is_on_host(block: torch.Tensor) -> bool:

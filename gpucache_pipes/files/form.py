@@ -103,7 +103,8 @@ class Form:
         for storage in storages:
             record = self._directory.records.get(f"data/{storage.key}")
             if record is None or record[2] != storage.nbytes:
-                raise Unsupported("a storage and its record are of different sizes")
+                # Not left to torch.load: where it believes the pickle, it reads what is not there.
+                raise ValueError("a damaged file: a storage and its record differ in size")
         moves, views = [], []
         for tensor, leaf in zip(tensors, layout.leaves, strict=True):
             name = f"data/{tensor.storage.key}"

@@ -13,6 +13,7 @@ from gpucache_pipes.files.planned import PlanReader
 from gpucache_pipes.files.pt import PtReader
 from gpucache_pipes.files.safetensors import SafetensorsReader
 from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature
+from gpucache_pipes.files.vetting import require_sound
 
 FORMATS: dict[str, Callable[[], PlanReader]] = {
     ".npy": NpyReader,
@@ -66,6 +67,7 @@ def by_torch_load(path: str, weights_only: bool) -> LoadedFeature:
     Raises OSError as torch.load does, and else ValueError with a reason to read.
     """
     size = os.stat(path).st_size
+    require_sound(path, pickles=weights_only)
     try:
         # map_location: a file saved on a GPU must not touch that GPU from a reader thread.
         feature = torch.load(path, map_location="cpu", weights_only=weights_only)

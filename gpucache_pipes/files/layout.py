@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -11,6 +11,13 @@ import torch
 ALIGNMENT = 16
 """Leaves start at multiples of this, so that rows can move in 16-byte words on any device."""
 
+
+_LARGEST_EMPTY = 1 << 48
+"""Bytes that an empty tensor would have if its sides of 0 were 1. torch counts these, too, and
+fails beyond 2**63; and a batch has one side more."""
+
+_DEEPEST = 200
+"""Containers in containers. Some of what is done with a feature nests calls for each of them."""
 
 _MOST_PARTS = 1_000_000
 """Of a feature. A few bytes can describe 2**n parts by naming one part twice, n times over."""
@@ -83,7 +90,10 @@ class Layout:
 
     @classmethod
     def of(cls, tree: Tree, tensors: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> "Layout":
-        """The one layout with this tree and, leaf by leaf, these dtypes and shapes."""
+        """The one layout with this tree and, leaf by leaf, these dtypes and shapes.
+
+        Raises ValueError for a shape that no tensor has.
+        """
         key = (tree, tuple(tensors))
         known = _known.get(key)
         if known is not None:
@@ -93,9 +103,13 @@ class Layout:
         end = 0
         for dtype, shape in tensors:
             offset = -(-end // ALIGNMENT) * ALIGNMENT
-            nbytes = dtype.itemsize
+            nbytes = extent = dtype.itemsize
             for size in shape:
                 nbytes *= size
+                extent *= size or 1
+            largest = 1 << 63 if nbytes else _LARGEST_EMPTY
+            if extent >= largest or min(shape, default=0) < 0:
+                raise ValueError(f"a tensor of an impossible shape: {list(shape)}")
             leaves.append(Leaf(dtype, shape, offset, nbytes))
             end = offset + nbytes
         dtypes = tuple(dtype for dtype, _ in tensors)
@@ -142,7 +156,7 @@ def flatten(
     leaves, and everything else is a plain value. Raises TypeError, naming the place, for a
     tensor that has no dense bytes (sparse, quantized, nested, meta), for a tensor subclass, and
     for other kinds of containers; and ValueError for a feature of more parts than `most_parts`,
-    or than a million.
+    or than a million, or of more than 200 containers in one another.
     """
     visitor = _Visitor(leaf, min(most_parts, _MOST_PARTS))
     return visitor.visit(feature, None), visitor.tensors, visitor.values
@@ -156,6 +170,7 @@ class _Visitor:
         self.leaf = leaf
         self.most_parts = most_parts
         self.parts = 0
+        self.depth = 0
         self.tensors: list[Any] = []
         self.values: list[Any] = []
 
@@ -175,14 +190,21 @@ class _Visitor:
         if kind is dict or kind is OrderedDict:
             keys = tuple(item)
             marks = [None if type(key) is str else _mark(key) for key in keys]
-            children = [self.visit(value, (place, key)) for key, value in item.items()]
-            return Branch(kind, keys, tuple(marks), tuple(children))
+            children = self.visit_all(item.items(), place)
+            return Branch(kind, keys, tuple(marks), children)
         if kind is list or kind is tuple or (isinstance(item, tuple) and hasattr(kind, "_fields")):
-            children = [self.visit(value, (place, number)) for number, value in enumerate(item)]
-            return Branch(kind, None, (), tuple(children))
+            return Branch(kind, None, (), self.visit_all(enumerate(item), place))
         _require_plain(item, kind, place)
         self.values.append(own(item))
         return ~(len(self.values) - 1)
+
+    def visit_all(self, items: Iterable[tuple[Any, Any]], place: Place) -> tuple[Tree, ...]:
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            raise ValueError(f"a feature of more than {_DEEPEST} containers in one another")
+        children = tuple([self.visit(item, (place, label)) for label, item in items])
+        self.depth -= 1
+        return children
 
 
 _BY_VALUE = (bool, int, bytes, type(None))

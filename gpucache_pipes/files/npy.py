@@ -30,7 +30,16 @@ _DTYPES = {
     "b1": torch.bool,
 }
 _LONGEST_HEADER = 10_000
-_MALFORMED = (LookupError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError)
+_FIELDS = {"descr", "fortran_order", "shape"}
+_MALFORMED = (
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 _NATIVE = "<|=" if sys.byteorder == "little" else ">|="
 
 
@@ -39,9 +48,9 @@ class NpyReader(PlanReader):
 
     def plan(self, file: Bytes) -> Plan:
         """See PlanReader."""
-        magic, major = struct.unpack("<6sBx", file.read(0, 8))
-        if magic != b"\x93NUMPY" or major not in (1, 2, 3):
-            raise Unsupported("not an .npy file")
+        magic, major, minor = struct.unpack("<6sBB", file.read(0, 8))
+        if magic != b"\x93NUMPY" or major not in (1, 2, 3) or minor:
+            raise Unsupported("not an .npy file, or of a version that is not known")
         width = 2 if major == 1 else 4
         count = int.from_bytes(file.read(8, width), "little")
         if count > _LONGEST_HEADER:
@@ -49,22 +58,20 @@ class NpyReader(PlanReader):
         start = 8 + width + count
         try:
             header = ast.literal_eval(str(file.read(8 + width, count), "utf-8").strip())
+            if header.keys() != _FIELDS or type(header["fortran_order"]) is not bool:
+                raise ValueError("other fields than numpy writes")
             descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
             dtype = _DTYPES.get(descr[1:]) if descr[0] in _NATIVE else None
-        except (
-            ValueError,
-            SyntaxError,
-            LookupError,
-            TypeError,
-            RecursionError,
-            MemoryError,
-        ) as error:
+        except _MALFORMED as error:
             raise Unsupported(f"an unusual header: {error!r:.200}") from error
         if dtype is None or type(shape) is not tuple or any(type(n) is not int for n in shape):
             raise Unsupported(f"arrays of {descr!r}")
         if any(not 0 <= side < 1 << 63 for side in shape):
             raise Unsupported("an impossible size")
-        layout = Layout.of(0, [(dtype, shape)])
+        try:
+            layout = Layout.of(0, [(dtype, shape)])
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
         [leaf] = layout.leaves
         if start + leaf.nbytes > file.size:
             raise Unsupported("the array ends behind the end of the file")

@@ -17,6 +17,7 @@ import torch
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.saved_names import NAMES, PLACES, Name, Storage
+from gpucache_pipes.files.vetting import LARGEST_INT
 
 _MALFORMED = (
     ArithmeticError,
@@ -129,8 +130,12 @@ class _Reader:
         target = self.stack[-1]
         if type(target) not in (dict, OrderedDict) or len(items) % 2:
             raise Unsupported("items of what is no dict")
-        if any(type(key) not in _KEYS for key in items[::2]):
-            raise Unsupported("an unusual key")
+        for key in items[::2]:
+            kind = type(key)
+            if kind is not str and (
+                kind not in _KEYS or (kind is int and not -LARGEST_INT <= key < LARGEST_INT)
+            ):
+                raise Unsupported("an unusual key")
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def append(self, items: list[Any]) -> None:

@@ -1,5 +1,6 @@
 """Files whose features lie in them as plain stretches of bytes: a plan, and what it reads."""
 
+import io
 import os
 import stat
 import struct
@@ -123,45 +124,65 @@ class PlanReader:
 
     def open(self, path: str) -> OpenFeature:
         """The feature in the file. Raises Unsupported, OSError."""
-        # O_NONBLOCK: a FIFO must not hold up a reader thread.
-        fd = os.open(path, _FLAGS)
+        feature = PlannedFeature(path)
         try:
-            status = os.fstat(fd)
+            status = os.fstat(feature.fd)
             if not stat.S_ISREG(status.st_mode):
-                if stat.S_ISDIR(status.st_mode):
-                    raise IsADirectoryError(f"{path!r} is a directory")
                 raise OSError(f"{path!r} is not a regular file")
             size = status.st_size
             version = version_of(status)
             plan = self._plans.get(version)
             if plan is not None:
-                return PlannedFeature(path, fd, plan, b"")
+                feature.follow(plan, b"")
+                return feature
             data = b""
             if size <= SMALL:
-                data = os.read(fd, size + 1)
+                data = os.read(feature.fd, size + 1)
                 if len(data) != size:
                     raise Unsupported("the file changes while it is read")
                 plan = self.plan(Bytes(data))
             else:
-                plan = self.plan(Windows(fd, size))
+                plan = self.plan(Windows(feature.fd, size))
             if plan.cost <= DEAREST and not is_racy(status):
                 self._remember(version, plan)
-            return PlannedFeature(path, fd, plan, data)
+            feature.follow(plan, data)
         except BaseException:
-            os.close(fd)
+            feature.close()
             raise
+        return feature
 
 
 class PlannedFeature:
-    """An OpenFeature of which the plan is known; see there."""
+    """An OpenFeature that owns its descriptor, from the moment on that there is one.
 
-    def __init__(self, path: str, fd: int, plan: Plan, data: bytes) -> None:
+    Nothing else closes it: the number of a descriptor that is closed twice may by then be that of
+    another thread's file. A FileIO holds it, which closes it by itself where an interrupt has come
+    before `close`; a `__del__` of our own would swallow what a signal handler raises in it.
+
+    Attributes:
+        fd: the descriptor.
+    """
+
+    layout: Layout
+    values: tuple[Any, ...]
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        # O_NONBLOCK: a FIFO must not hold up a reader thread.
+        self.fd = os.open(path, _FLAGS)
+        try:
+            self._file = io.FileIO(self.fd)
+        except BaseException as error:
+            os.close(self.fd)
+            if isinstance(error, IsADirectoryError):
+                raise IsADirectoryError(f"{path!r} is a directory") from None
+            raise
+
+    def follow(self, plan: Plan, data: bytes) -> None:
+        """Read by `plan`; `data` is all of the file, if it was read to find the plan."""
         self.layout = plan.layout
         self.values = plan.values
-        self._path = path
-        self._fd = fd
         self._plan = plan
-        # All of the file, if it is small and was read to find the plan.
         self._data = memoryview(data)
 
     @property
@@ -194,7 +215,7 @@ class PlannedFeature:
 
     def _read(self, parts: list[memoryview], start: int) -> None:
         while parts:
-            count = os.preadv(self._fd, parts[:_MOST_PARTS], start)
+            count = os.preadv(self.fd, parts[:_MOST_PARTS], start)
             if not count:
                 raise OSError(f"{self._path!r} ends early: it has changed while it was read")
             start += count
@@ -205,12 +226,7 @@ class PlannedFeature:
 
     def close(self) -> None:
         """See OpenFeature."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-
-    def __del__(self) -> None:
-        self.close()
+        self._file.close()
 
 
 _MOST_PARTS = 512

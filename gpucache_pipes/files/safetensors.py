@@ -50,7 +50,7 @@ class SafetensorsReader(PlanReader):
         plan = self._by_header.get(header)
         if plan is None:
             try:
-                plan = _make_plan(json.loads(header, object_pairs_hook=_once), 8 + count, count)
+                plan = _make_plan(_parse(header), 8 + count, count)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise Unsupported(f"an unusual header: {error!r:.200}") from error
             if len(self._by_header) >= _MOST_PLANS:
@@ -61,6 +61,26 @@ class SafetensorsReader(PlanReader):
         if max(ends, default=8 + count) != file.size:
             raise Unsupported("the tensors do not end where the file does")
         return plan
+
+
+def _parse(header: bytes) -> dict[str, Any]:
+    """The header, read as strictly as the library does. Raises ValueError, TypeError."""
+    if header[:1] != b"{":
+        raise ValueError("it does not begin with {")
+    text = header.decode("utf-8")  # json would take UTF-16 and 32, too
+    found: dict[str, Any] = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+    if "\\u" in text:
+        json.dumps(found, ensure_ascii=False).encode()  # no half of a surrogate pair
+    metadata = found.pop("__metadata__", None)
+    if metadata is not None and not (
+        type(metadata) is dict and all(type(value) is str for value in metadata.values())
+    ):
+        raise TypeError("__metadata__ is not a dict of texts")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -86,7 +106,7 @@ class _Saved:
 
 
 def _make_plan(header: dict[str, Any], start: int, count: int) -> Plan:
-    feature = {n: _Saved(d) for n, d in header.items() if n != "__metadata__"}
+    feature = {name: _Saved(description) for name, description in header.items()}
     # As the library demands: nothing is left out, and nothing is used twice.
     end = 0
     for saved in sorted(feature.values(), key=lambda saved: (saved.begin, saved.end)):

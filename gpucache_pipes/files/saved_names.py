@@ -85,9 +85,8 @@ def _tensor(
     metadata: Any = None,
 ) -> SavedTensor:
     dtype = storage.dtype
-    return _tensor_with_dtype(
-        storage, offset, shape, strides, requires_grad, hooks, dtype, metadata
-    )
+    _require_data(dtype, requires_grad, hooks)
+    return _tensor_with_dtype(storage, offset, shape, strides, False, hooks, dtype, metadata)
 
 
 def _tensor_with_dtype(
@@ -100,12 +99,16 @@ def _tensor_with_dtype(
     dtype: Any,
     metadata: Any = None,
 ) -> SavedTensor:
-    """A tensor that lies within its storage, as torch would check it."""
+    """A tensor that lies within its storage, as torch would check it.
+
+    With a dtype of its own it may not require gradients: torch.load cannot make one that does.
+    """
+    if requires_grad is not False or type(hooks) is not OrderedDict or hooks:
+        raise Unsupported("a tensor with gradients or hooks")
     if type(storage) is not Storage or type(dtype) is not torch.dtype or metadata:
         raise Unsupported("an unusual tensor")
     if type(shape) is not tuple or type(strides) is not tuple or len(shape) != len(strides):
         raise Unsupported("an unusual shape")
-    _require_data(dtype, requires_grad, hooks)
     extent, numel = 1, 1
     for side, stride in zip(shape, strides, strict=True):
         if not (type(side) is type(stride) is int and 0 <= side < _MANY and 0 <= stride < _MANY):

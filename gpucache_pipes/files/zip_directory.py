@@ -20,6 +20,8 @@ _ZIP64_END = struct.Struct("<4sQ2H2L4Q")
 _HEADER = struct.Struct("<4s6H3L5H2L")
 _NUMBERS = struct.Struct("<2L14sL")
 _WIDE = 0xFFFFFFFF
+_NEWEST = 45
+"""Of the versions of the format: the one that has zip64."""
 _MOST_SHAPES = 64
 _LARGEST_SHAPE = 64 << 10
 _LOCAL = struct.Struct("<4s22x2H")
@@ -50,16 +52,22 @@ class Shape:
         for _ in range(count):
             if at + 46 > len(raw):
                 raise Unsupported("the zip directory is cut short")
-            (signature, _, _, flags, method, _, _, _, _, _, name_bytes, extra_bytes,
+            (signature, _, needed, flags, method, _, _, _, _, _, name_bytes, extra_bytes,
              comment_bytes, disk, _, attributes, _) = _HEADER.unpack_from(raw, at)  # fmt: skip
             end = at + 46 + name_bytes + extra_bytes + comment_bytes
             if signature != b"PK\x01\x02" or end > len(raw):
                 raise Unsupported("the zip directory is damaged")
-            if method or flags & ~0x808 or disk or comment_bytes or attributes:
+            unusual = flags & ~0x808 or needed > _NEWEST or disk or comment_bytes or attributes
+            if method or unusual:
                 raise Unsupported("compressed, encrypted, split or other unusual records")
             name = raw[at + 46 : at + 46 + name_bytes]
             first, slash, rest = name.partition(b"/")
-            if not slash or b"\0" in name or (prefix is not None and first != prefix):
+            if (
+                not slash
+                or b"\0" in name
+                or not first.isascii()
+                or (prefix is not None and first != prefix)
+            ):
                 raise Unsupported("records without a common prefix")
             prefix = first
             self._names.append(rest.decode("ascii", "replace"))
@@ -90,6 +98,7 @@ class Shape:
             or prefixes.count(prefix) != len(prefixes)
             or b"/" in prefix
             or b"\0" in prefix
+            or not prefix.isascii()
         ):
             return None
         numbers: tuple[bytes, ...] = fields[1::3]

@@ -129,8 +129,10 @@ class SimulatedRuntime:
             written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
             aliased = any(a.alias_info is not None for a in arguments)
             if aliased and not any(written):
-                real = func(*_reals(args), **_reals(kwargs))
-                return SimulatedTensor(real, self, args[0].memory)
+                real, memory = func(*_reals(args), **_reals(kwargs)), args[0].memory
+                if isinstance(real, torch.Tensor):
+                    return SimulatedTensor(real, self, memory)
+                return [SimulatedTensor(part, self, memory) for part in real]  # of a split
             named = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
             outputs = [
                 named[a.name] for a, is_written in zip(arguments, written, strict=True)

@@ -51,6 +51,10 @@ class SimulatedTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if any(kind not in (cls, torch.Tensor, torch.nn.Parameter) for kind in types):
+            # Another subclass holds tensors like this one, as a nested tensor does: it takes the
+            # operation apart, and comes back with what is to be done to these.
+            return NotImplemented
         runtime = next(
             leaf.runtime
             for leaf in tree_flatten((args, kwargs))[0]
