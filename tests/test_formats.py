@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_pt import read
 
-from gpucache_pipes import FeatureLoadError, GPUFeatureStore, PathLister
+from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.files.formats import opener
 from gpucache_pipes.testing import assert_same
 from gpucache_pipes.testing.features import tensors
@@ -147,3 +148,99 @@ def test_malicious_npy(tmp_path: Path, text: str) -> None:
     path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode())
     with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match="load_fn"):
         store.get(path)
+
+
+def npy_with(header: str, version: bytes = b"\1\0", data: bytes = b"") -> bytes:
+    text = header.encode()
+    text += b" " * (-(len(text) + 11) % 64) + b"\n"
+    return b"\x93NUMPY" + version + struct.pack("<H", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy_with("{'descr': '<f4', 'fortran_order': 'False', 'shape': (1,)}", data=bytes(4)),
+        npy_with("{'descr': '<f4', 'fortran_order': 0, 'shape': (1,)}", data=bytes(4)),
+        npy_with("{'descr': '<f4', 'fortran_order': False, 'shape': (1,), 'x': 1}", data=bytes(4)),
+        npy_with("{'descr': '<f4', 'shape': (1,)}", data=bytes(4)),
+        npy_with("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", b"\1\1", bytes(4)),
+        npy_with("['descr', 'fortran_order', 'shape']", data=bytes(4)),
+    ],
+)
+def test_npy_files_that_numpy_refuses(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.npy"
+    path.write_bytes(content)
+    with pytest.raises(ValueError):
+        np.load(path)
+    with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match=r"x\.npy"):
+        store.get(path)
+
+
+def safetensors_with(header: bytes, data: bytes = bytes(4)) -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+ONE = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors_with(f'{{"x": {ONE}}}'.encode("utf-16")),
+        safetensors_with(f'{{"x": {ONE}}}'.encode("utf-32-le")),
+        safetensors_with(b"\xef\xbb\xbf" + f'{{"x": {ONE}}}'.encode()),
+        safetensors_with(f'{{"__metadata__": {{"a": 1}}, "x": {ONE}}}'.encode()),
+        safetensors_with(f'{{"__metadata__": [], "x": {ONE}}}'.encode()),
+        safetensors_with(f'{{"__metadata__": "a", "x": {ONE}}}'.encode()),
+        safetensors_with(f'{{"\\ud800": {ONE}}}'.encode()),
+        safetensors_with(f'{{"__metadata__": {{"a": "\\udc00"}}, "x": {ONE}}}'.encode()),
+        safetensors_with(f'{{"x": {ONE}, "y": NaN}}'.encode()),
+    ],
+)
+def test_safetensors_files_that_the_library_refuses(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.torch.load_file(path)
+    with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match=r"x\.safetensors"):
+        store.get(path)
+
+
+def test_metadata_and_names_of_all_languages(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    feature = {"\u00e4\U0001f600": torch.ones(1)}
+    safetensors.torch.save_file(feature, path, metadata={"\u540d": "\u4e2d"})
+    with GPUFeatureStore("cpu") as store:
+        assert_same(store.get(path), feature)
+    escaped = f'{{"\\ud83d\\ude00": {ONE}, "__metadata__": null}}'
+    path.write_bytes(safetensors_with(escaped.encode()))
+    assert list(safetensors.torch.load_file(path)) == ["\U0001f600"]
+    with GPUFeatureStore("cpu") as store:
+        assert list(store.get(path)) == ["\U0001f600"]
+
+
+EMPTY = [(1 << 32, 1 << 32, 0), (0, 1 << 62), (1 << 40, 1 << 20, 0, 3)]
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+@pytest.mark.parametrize("shape", EMPTY)
+def test_empty_tensors_of_impossible_shape(
+    tmp_path: Path, suffix: str, shape: tuple[int, ...]
+) -> None:
+    """Refused at the batch that needs the file, and left out where that is wished."""
+    bad, good = tmp_path / f"bad{suffix}", tmp_path / f"good{suffix}"
+    if suffix == ".npy":
+        np.save(good, np.ones(1, "f4"))
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
+        bad.write_bytes(npy_with(header))
+    else:
+        safetensors.torch.save_file({"x": torch.ones(1)}, good)
+        sides = list(shape)
+        text = f'{{"x": {{"dtype": "F32", "shape": {sides}, "data_offsets": [0, 0]}}}}'
+        bad.write_bytes(safetensors_with(text.encode(), b""))
+    with GPUFeatureStore("cpu") as store:
+        with pytest.raises(FeatureLoadError, match=f"bad{suffix}.*impossible shape"):
+            store.get_batch([good, bad])
+        node = GPUPrefetcher([[good, bad]], store, on_error="skip")
+        assert [len(batch) for batch in node] == [1]
+        assert len(store) == 1

@@ -13,9 +13,13 @@ from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
 from gpucache_pipes.store import GPUFeatureStore
 
 
+_README_BUDGET = 8 << 30
+"""Bytes."""
+
+
 def gpucache_pipes(work: Work, share: float) -> Iterator[Run]:
-    """The pipeline of the README."""
-    budget = None if share == 1 else work.budget(share)
+    """The pipeline of the README, which has a budget."""
+    budget = max(_README_BUDGET, 2 * work.budget(1)) if share == 1 else work.budget(share)
     with GPUFeatureStore(
         work.device, max_cache_bytes=budget, weights_only=work.weights_only
     ) as store:

@@ -65,8 +65,6 @@ class SafetensorsReader(PlanReader):
 
 def _parse(header: bytes) -> dict[str, Any]:
     """The header, read as strictly as the library does. Raises ValueError, TypeError."""
-    if header[:1] != b"{":
-        raise ValueError("it does not begin with {")
     text = header.decode("utf-8")  # json would take UTF-16 and 32, too
     found: dict[str, Any] = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     if "\\u" in text:
