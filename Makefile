@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types tests speed bench soak stress gpu-check clean
+.PHONY: demo test lint types tests speed bench soak attack stress gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
@@ -35,6 +35,11 @@ bench: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(BIN)/python tests/soak.py --minutes 10 --json benchmarks/results/soak.json
+
+# Says how to repeat what fails. For as long as you like: make attack MINUTES=600
+MINUTES ?= 10
+attack: $(INSTALLED)
+	$(BIN)/python tests/attack.py --minutes $(MINUTES)
 
 # Tests of what runs at the same time, under conditions that bring rare orders about.
 CONCURRENT := $(addprefix tests/test_,store.py store_machine.py nodes.py streams.py faults.py \

@@ -386,6 +386,9 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         PtReader().open(str(tmp_path / "fifo"))
 
 
+# What is dropped without close() is closed by Python, which says so in development mode.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     good = save(tmp_path / "x.pt", {"x": torch.ones(3)})
     bad = str(tmp_path / "bad.pt")

@@ -165,7 +165,9 @@ def test_lists(parts: list[torch.Tensor], page_bytes: int | None) -> None:
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_attention_takes_it() -> None:
     if WHERE["kind"] == "simulated":
-        pytest.skip("torch's attention makes nested tensors of another kind, which are not simulated")
+        pytest.skip(
+            "torch's attention makes nested tensors of another kind, which are not simulated"
+        )
     parts = [torch.randn(length, 2, 8) for length in (3, 5, 1)]
     batch = collated([{"x": part} for part in parts], ragged="jagged")
     x = batch["x"].transpose(1, 2)

@@ -181,6 +181,24 @@ def test_a_file_that_unpacks_to_much_more(
     assert_same(store.get(usual), torch.load(usual))
 
 
+@pytest.mark.parametrize("name", ["data/0", "data.pkl"])
+def test_a_compressed_record_that_is_damaged(
+    store: GPUFeatureStore, make_files: Files, tmp_path: Path, name: str
+) -> None:
+    """torch.load gives what it has unpacked until then, and for the rest what its memory holds."""
+    bad = write(tmp_path / "bad.pt", torch.arange(1000), deflated=b"1")
+    good, data = make_files(1)[0], bad.read_bytes()
+    with zipfile.ZipFile(bad) as archive:
+        [record] = [r for r in archive.infolist() if r.filename.endswith(name)]
+    start = record.header_offset + 30 + len(record.filename)
+    for at in range(start, start + record.compress_size, 1 + record.compress_size // 20):
+        bad.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+        os.utime(bad, (at, at))
+        with pytest.raises(FeatureLoadError, match="damaged"):
+            store.get(bad)
+    require_refused(store, bad, good, "damaged")
+
+
 def saved_tensor(shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
     """The pickle of torch.ones(1), of another shape."""
     buffer = io.BytesIO()

@@ -12,7 +12,6 @@ from gpucache_pipes.bench.work import Work, load
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
 from gpucache_pipes.store import GPUFeatureStore
 
-
 _README_BUDGET = 8 << 30
 """Bytes."""
 

@@ -25,6 +25,9 @@ _DIRECTORY = 0x10
 _MOST_UNPACKED = 256
 """Bytes that a compressed file may hold for each byte of it."""
 
+_AT_ONCE = 1 << 20
+"""Bytes that are unpacked at once."""
+
 _LARGEST_PACKED_PICKLE = 64 << 20
 """Bytes. What torch.save writes is not compressed, and may have any size that the file has."""
 
@@ -74,27 +77,56 @@ def _require_sound_archive(file: IO[bytes], pickles: bool) -> None:
             "does not compress"
         )
     for record in records:
-        if pickles and record.filename.endswith("/data.pkl"):
-            _require_sound_pickle(io.BytesIO(_content(file, record)))
+        is_pickle = pickles and record.filename.endswith("/data.pkl")
+        if record.compress_type:
+            content = _unpack(file, record, is_pickle)
+        elif is_pickle:
+            _find(file, record)
+            content = file.read(record.file_size)
+        if is_pickle:
+            _require_sound_pickle(io.BytesIO(content))
 
 
-def _content(file: IO[bytes], record: zipfile.ZipInfo) -> bytes:
-    """The bytes of a record. Not by zipfile, which looks at what torch.load does not."""
+def _find(file: IO[bytes], record: zipfile.ZipInfo) -> None:
+    """Go to the bytes of a record. Not by zipfile, which looks at what torch.load does not."""
     file.seek(record.header_offset)
     header = file.read(LOCAL_BYTES)
     if len(header) < LOCAL_BYTES:
-        raise ValueError("a damaged file: a record that is not there")
+        raise ValueError(f"a damaged file: its record {record.filename!r} is not there")
     name_bytes, extra_bytes = _LENGTHS.unpack_from(header, 26)
     file.seek(name_bytes + extra_bytes, os.SEEK_CUR)
-    content = file.read(record.compress_size)
-    if not record.compress_type:
-        return content
-    if record.compress_type != zipfile.ZIP_DEFLATED or record.file_size > _LARGEST_PACKED_PICKLE:
-        raise ValueError("a pickle that is compressed in an unusual way, or too large")
+
+
+def _unpack(file: IO[bytes], record: zipfile.ZipInfo, keep: bool) -> bytes:
+    """Look whether a compressed record is what it says; its bytes, if they are to be kept.
+
+    Where the compressed bytes are damaged, torch.load ends early and says nothing.
+    """
+    if record.compress_type != zipfile.ZIP_DEFLATED:
+        raise ValueError(f"its record {record.filename!r} is compressed in an unusual way")
+    if keep and record.file_size > _LARGEST_PACKED_PICKLE:
+        raise ValueError(f"a compressed pickle of {record.file_size} bytes")
+    _find(file, record)
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    left, size, checksum, kept = record.compress_size, 0, 0, []
     try:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, record.file_size)
+        while left and not unpacker.eof:
+            packed = file.read(min(left, _AT_ONCE))
+            if not packed:
+                break
+            left -= len(packed)
+            while packed and size <= record.file_size:
+                part = unpacker.decompress(packed, _AT_ONCE)
+                packed = unpacker.unconsumed_tail
+                size += len(part)
+                checksum = zlib.crc32(part, checksum)
+                if keep:
+                    kept.append(part)
     except zlib.error as error:
         raise ValueError(f"a damaged record {record.filename!r} ({error})") from error
+    if not unpacker.eof or size != record.file_size or checksum != record.CRC:
+        raise ValueError(f"a damaged record {record.filename!r}")
+    return b"".join(kept)
 
 
 def _require_sound_pickle(file: Any) -> None:

@@ -1,0 +1,172 @@
+"""Random files, whole and damaged, against the libraries that define their formats."""
+
+import collections
+import io
+import os
+import random
+import warnings
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch.utils._pytree import tree_leaves
+
+from gpucache_pipes import GPUFeatureStore
+from gpucache_pipes.testing import assert_same
+
+FILES, DAMAGES = 12, 12
+
+DTYPES = [
+    torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool,
+    torch.complex64, torch.uint16, torch.uint64, torch.float8_e4m3fn,
+]  # fmt: skip
+NUMPY = ["f4", "f8", "i2", "u4", "c8", "?"]
+
+
+def _tensor(draw: random.Random) -> torch.Tensor:
+    shape = [draw.choice([0, 1, 2, 3, 7]) for _ in range(draw.randint(0, 3))]
+    if draw.random() < 0.1:
+        shape = [30_000]  # too large to be read in one piece
+    raw = torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(draw.randint(0, 99)))
+    tensor = raw.to(draw.choice(DTYPES))
+    form = draw.random()
+    if form < 0.15 and tensor.dim() > 1:
+        return tensor.transpose(0, -1)
+    if form < 0.3 and tensor.dim():
+        return tensor[::2]
+    return tensor.unsqueeze(0).expand(2, *shape) if form < 0.35 else tensor
+
+
+def _plain(draw: random.Random) -> Any:
+    return draw.choice([None, True, 3, -(1 << 40), 1.5, "text", b"bytes", "\u00e4", torch.float32])
+
+
+def _tree(draw: random.Random, depth: int = 0) -> Any:
+    kind = draw.random()
+    if depth > 3 or kind < 0.45:
+        return _tensor(draw) if draw.random() < 0.7 else _plain(draw)
+    parts = [_tree(draw, depth + 1) for _ in range(draw.randint(0, 3))]
+    if kind < 0.8:
+        keys = [draw.choice(["x", "y", 3, 1.0, None, b"k", (1, 2), "long name"]) for _ in parts]
+        return draw.choice([dict, collections.OrderedDict])(zip(keys, parts, strict=True))
+    return parts if kind < 0.9 else tuple(parts)
+
+
+def _write(draw: random.Random, path: Path) -> None:
+    """A file of a random format; `path` gets its suffix."""
+    suffix = path.suffix
+    if suffix == ".npy":
+        shape = draw.choice([(24,), (2, 3, 4), (0, 3), (1, 24), ()])
+        array = np.arange(24)[: int(np.prod(shape))].reshape(shape).astype(draw.choice(NUMPY))
+        np.save(path, np.asfortranarray(array) if draw.random() < 0.4 else array)
+    elif suffix == ".safetensors":
+        count = draw.randint(0, 4)
+        safe = [dtype for dtype in DTYPES if dtype is not torch.uint64 or draw.random() < 0.5]
+        feature = {
+            f"{n}\u00e4": _tensor(draw).to(draw.choice(safe)).contiguous() for n in range(count)
+        }
+        metadata = {"a": "b"} if draw.random() < 0.3 else None
+        safetensors.torch.save_file(feature, path, metadata=metadata)
+    else:
+        options: dict[str, Any] = {}
+        if draw.random() < 0.1:
+            options["_use_new_zipfile_serialization"] = False
+        if draw.random() < 0.05:
+            options["pickle_protocol"] = 4
+        torch.save(_tree(draw), path, **options)
+        if draw.random() < 0.1 and zipfile.is_zipfile(path):
+            _pack(path)
+
+
+def _pack(path: Path) -> None:
+    data = io.BytesIO(path.read_bytes())
+    with zipfile.ZipFile(data) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+
+
+def _damage(draw: random.Random, data: bytes) -> bytes:
+    content = bytearray(data)
+    for _ in range(draw.choice([1, 1, 1, 2, 5])):
+        kind = draw.random()
+        # Most of what matters is near one of the ends.
+        near = draw.choice([len(content), min(len(content), 600)])
+        at = (
+            draw.randrange(near) if draw.random() < 0.5 else len(content) - 1 - draw.randrange(near)
+        )
+        if kind < 0.5:
+            content[at] ^= 1 << draw.randrange(8)
+        elif kind < 0.7:
+            content[at] = draw.choice([0, 1, 0x28, 0x2E, 0x71, 0x7F, 0x85, 0xFF])
+        elif kind < 0.8:
+            del content[at:]
+        elif kind < 0.9:
+            del content[at : at + draw.randint(1, 4)]
+        else:
+            content[at:at] = content[at // 2 : at // 2 + draw.randint(1, 8)]
+        if not content:
+            break
+    return bytes(content)
+
+
+def _theirs(path: Path) -> Any:
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.ascontiguousarray(np.load(path)).reshape(np.load(path).shape))
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    return torch.load(path, weights_only=True, map_location="cpu")  # as the store does
+
+
+def _compare(store: GPUFeatureStore, path: Path, whole: bool, counts: Counter[str]) -> None:
+    try:
+        ours = store.get(path)
+    except Exception as error:
+        if whole:
+            # Some of it `torch.load` refuses as well; a damaged file need not be looked at again.
+            try:
+                _theirs(path)
+            except Exception:
+                counts["files that both refuse"] += 1
+                return
+            raise AssertionError(f"{path.name}: {error!r}") from error
+        assert path.name in str(error), f"{error!r} does not name {path.name}"
+        counts["damaged files that are refused"] += 1
+        return
+    expected = _theirs(path)
+    if path.suffix == ".safetensors":
+        expected = {name: expected[name] for name in ours if name in expected}
+    if not any(type(part).__name__ == "StorageType" for part in tree_leaves(expected)):
+        assert_same(ours, expected)  # and that of torch.load is equal to nothing but itself
+    counts["files that are the same"] += 1
+
+
+def _age(path: Path, minutes: int) -> None:
+    """Each file another time: where an inode is used again, that is how a version is known."""
+    os.utime(path, (60 * minutes, 60 * minutes))
+
+
+def reading(seed: int, directory: Path) -> Counter[str]:
+    """What comes out is what the library gives, bit for bit, or an error that names the file."""
+    warnings.simplefilter("ignore")
+    draw = random.Random(seed)
+    counts: Counter[str] = Counter()
+    with GPUFeatureStore("cpu", asynchronous=False, revalidate=True) as store:
+        for number in range(FILES):
+            suffix = draw.choice([".pt", ".pt", ".pt", ".npy", ".safetensors"])
+            path = directory / f"{number}{suffix}"
+            _write(draw, path)
+            _age(path, number * (DAMAGES + 1))
+            _compare(store, path, True, counts)
+            data = path.read_bytes()
+            for damage in range(DAMAGES):
+                damaged = directory / f"{number}-{damage}{suffix}"
+                damaged.write_bytes(_damage(draw, data))
+                _age(damaged, number * (DAMAGES + 1) + damage + 1)
+                _compare(store, damaged, False, counts)
+                damaged.unlink()
+        store.check()
+    return counts
