@@ -97,6 +97,7 @@ class Loader:
                 self._load(task)
             finally:
                 self._lock.uses.pop(use, None)
+                self._lock.run_postponed()
             return
         # Fewer files in a task when there are few, so that all readers have work.
         size = min(_FILES_PER_TASK, -(-len(entries) // len(self._pool.threads)))

@@ -112,3 +112,17 @@ def test_synthetic_overwrites_nothing(tmp_path: Path) -> None:
         timeout=120,
     )
     assert empty.returncode != 0 and "--synthetic" in empty.stderr
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_pages_name_tests_that_there_are(page: Path) -> None:
+    for module, test in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", page.read_text()):
+        content = (ROOT / "tests" / module).read_text()
+        assert not test or f"def {test}(" in content, f"{module}::{test}"
+
+
+def test_a_promise_has_a_test() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    table = page.partition("| promise | test |")[2].partition("## ")[0]
+    rows = [row for row in table.splitlines() if row.startswith("| ")]
+    assert len(rows) > 20 and all("`test_" in row for row in rows)

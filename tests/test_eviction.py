@@ -19,6 +19,8 @@ from gpucache_pipes import (
     PathLister,
 )
 from gpucache_pipes.cache import Future, Trace, simulate
+from gpucache_pipes.cache.policies import BasePolicy
+from gpucache_pipes.upcoming import Upcoming
 
 
 def load(path: str) -> torch.Tensor:
@@ -317,3 +319,50 @@ def test_a_batch_of_misses_does_not_walk_past_itself_for_each_of_them(warm: bool
             if epoch:
                 assert store.stats().since(before).misses == 1000
     assert 0 < named < 8 * 3 * 1000
+
+
+@pytest.mark.parametrize("policy", ["clairvoyant", "lru", "w-tinylfu"])
+@pytest.mark.parametrize("hint", ["withdraw", "request", "begin_epoch", "foresee"])
+def test_a_wrong_owner_is_an_error_of_who_names_it(policy: str, hint: str) -> None:
+    wrong: Any = []
+    with GPUFeatureStore("cpu", load_fn=load, max_cache_items=2, policy=policy) as store:
+        calls: dict[str, Callable[[], Any]] = {
+            "withdraw": lambda: store.withdraw(wrong),
+            "request": lambda: store.request(names(2), owner=wrong),
+            "begin_epoch": lambda: store.begin_epoch(wrong),
+            "foresee": lambda: store.foresee(wrong, names(3)),
+        }
+        with pytest.raises(TypeError, match=r"owner=\[\] must be hashable"):
+            calls[hint]()
+        for _ in range(3):  # nobody else hears of it
+            assert [float(x) for x in store.get_batch(names(5))] == [0, 1, 2, 3, 4]
+        store.check()
+
+
+@pytest.mark.parametrize(
+    ("order", "left"), [([0, 1], -3), ([0, 1], 3), ([0, 5], 1), ([-1, 0], 1), ([], 1)]
+)
+def test_a_wrong_order_is_an_error_of_who_announces_it(order: list[int], left: int) -> None:
+    with pytest.raises(ValueError, match=r"order has positions|left="):
+        Upcoming(names(3), order, left)
+    with pytest.raises(ValueError, match=r"left=|is no key"):
+        Future(order if order != [0, 5] else [0, -5], left)
+
+
+def test_a_policy_that_fails_for_a_finalizer_fails_nobody_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Failing(BasePolicy):
+        def on_insert(self, key: int) -> None: ...
+        def on_remove(self, key: int) -> None: ...
+        def victims(self, key: int) -> Iterator[int]:
+            return iter(())
+
+        def forget(self, owner: object) -> None:
+            raise LookupError("of the policy")
+
+    with GPUFeatureStore("cpu", load_fn=load, max_cache_items=2, policy=Failing()) as store:
+        store.withdraw("somebody")
+        assert float(store.get("/features/1")) == 1
+        store.check()
+    assert "of the policy" in caplog.text
