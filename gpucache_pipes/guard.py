@@ -165,43 +165,50 @@ class _Mask:
         self.noted: deque[int] = deque()
         # The handlers that are replaced.
         self._handlers: dict[int, Any] = {}
+        # One object, which is known again; a bound method would be a new one each time.
+        self._note: Callable[[int, FrameType | None], None] = self._append
+
+    # Handlers that are not deferred may run between any two steps of what follows, and use stores:
+    # so these methods are entered again in the middle of themselves.
 
     def begin(self) -> None:
         """From now on signals are noted. In the main thread, as all that follows."""
-        if not self.depth:
-            try:
-                for number in _DEFERRED:
-                    handler = getsignal(number)
-                    if callable(handler):  # else it raises nothing: ignored, or the system's
-                        self._handlers[number] = handler
-                        # From the end of this call on, which is one instruction.
-                        set_handler(number, self._note)
-            except ValueError:  # not the main interpreter
-                self._handlers.clear()
-            except BaseException:  # of the handler of one that was not yet replaced
-                self._restore()
-                raise
         self.depth += 1
+        if self.depth > 1:
+            return
+        try:
+            for number in _DEFERRED:
+                handler = getsignal(number)
+                # Not one that raises nothing, ignored or the system's; and not our own, where this
+                # has come in the middle of `_restore`.
+                if callable(handler) and handler is not self._note:
+                    self._handlers[number] = handler
+                    # From the end of this call on, which is one instruction.
+                    set_handler(number, self._note)
+        except ValueError:  # not the main interpreter
+            self._handlers.clear()
+        except BaseException:  # of the handler of one that was not yet replaced
+            self.depth -= 1
+            self._restore()
+            raise
 
     def end(self) -> None:
         """Handle what was noted, once this thread is inside no Guard any more."""
-        if self.depth:
-            self.depth -= 1
-            if not self.depth:
-                if self._handlers:
-                    self._restore()
-                if self.noted:
-                    self.handle()
+        self.depth -= 1
+        if not self.depth:
+            if self._handlers:
+                self._restore()
+            if self.noted:
+                self.handle()
 
     def _restore(self) -> None:
         """Put all handlers back, also if one of them is called meanwhile and raises."""
         try:
-            while self._handlers:
-                number, handler = next(iter(self._handlers.items()))
+            for number, handler in list(self._handlers.items()):
                 set_handler(number, handler)
-                del self._handlers[number]
+                self._handlers.pop(number, None)
         finally:
-            if self._handlers:
+            if self._handlers and not self.depth:
                 self._restore()
 
     def handle(self) -> None:
@@ -210,11 +217,14 @@ class _Mask:
             while self.noted:
                 number = self.noted.popleft()
                 handler = self._handlers.get(number) or getsignal(number)
-                if callable(handler):
+                if callable(handler) and handler is not self._note:
                     handler(number, None)
         finally:
             if self.noted:
                 self.handle()
+
+    def _append(self, number: int, frame: FrameType | None) -> None:
+        self.noted.append(number)
 
     def forget(self) -> None:
         """In a forked child: the thread that was inside is not there."""
@@ -222,9 +232,6 @@ class _Mask:
         self.depth = 0
         self.noted.clear()
         self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.noted.append(number)
 
 
 _FRAMES = 32

@@ -221,7 +221,7 @@ class Loader:
             task.close_opened()
 
     def _open(self, entry: Entry, task: Task) -> OpenFeature | BaseException:
-        version = None
+        version = feature = None
         task.begin(entry)
         try:
             if self.revalidate:
@@ -234,7 +234,7 @@ class Loader:
                 raise
             return error
         finally:
-            task.end()
+            task.end(feature)
         # Only now: a reader that was too late touches nothing.
         entry.version = version
         task.opened[entry] = feature
@@ -265,7 +265,7 @@ class Loader:
                                 raise
                             failed[entry] = error
                         finally:
-                            task.end()
+                            task.end(feature)
                     upload.finish()
         finally:
             task.close_opened()

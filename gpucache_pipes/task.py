@@ -41,11 +41,16 @@ class Task:
         self._since = time.monotonic()
         self._hand = [entry]
 
-    def end(self) -> None:
-        """The reader is through with it. Raises Revoked if that came too late."""
+    def end(self, feature: OpenFeature | None = None) -> None:
+        """The reader is through with it. Raises Revoked if that came too late.
+
+        Then `feature`, which it has read from or just opened, is closed: it is nobody else's.
+        """
         try:
             self._hand.pop()
         except IndexError:
+            if feature is not None:
+                feature.close()
             raise Revoked from None
 
     def close_opened(self) -> None:

@@ -165,6 +165,7 @@ def npy_with(header: str, version: bytes = b"\1\0", data: bytes = b"") -> bytes:
         npy_with("{'descr': '<f4', 'shape': (1,)}", data=bytes(4)),
         npy_with("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", b"\1\1", bytes(4)),
         npy_with("['descr', 'fortran_order', 'shape']", data=bytes(4)),
+        npy_with("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}\x0b", data=bytes(4)),
     ],
 )
 def test_npy_files_that_numpy_refuses(tmp_path: Path, content: bytes) -> None:

@@ -282,6 +282,40 @@ def test_what_a_handler_raises_waits_until_the_lock_is_released(number: int) -> 
         pass
 
 
+@pytest.mark.parametrize("step", range(6))
+def test_a_handler_between_the_steps_of_deferring(
+    monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """One that is not deferred, and uses a store: in the end all handlers are where they were."""
+    from gpucache_pipes import guard as module
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM]
+    handlers = [lambda *_, n=n: handled.append(n) for n in numbers]
+    handled: list[int] = []
+    before = [signal.signal(n, h) for n, h in zip(numbers, handlers, strict=True)]
+    set_handler, calls = module.set_handler, [0]
+
+    def interrupted(number: int, handler: Any) -> Any:
+        found = set_handler(number, handler)
+        calls[0] += 1
+        if calls[0] == step + 1:
+            with Guard():
+                for sent in numbers:
+                    signal.raise_signal(sent)
+        return found
+
+    monkeypatch.setattr(module, "set_handler", interrupted)
+    try:
+        with Guard():
+            pass
+        assert calls[0] > step
+        assert [signal.getsignal(number) for number in numbers] == handlers
+        assert sorted(handled) == sorted(numbers)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_finalizer_may_close_a_store_from_inside(asynchronous: bool) -> None:
     """In a thread that holds the lock, where the garbage collector may run."""

@@ -57,7 +57,8 @@ class NpyReader(PlanReader):
             raise Unsupported("a header that is longer than numpy writes")
         start = 8 + width + count
         try:
-            header = ast.literal_eval(str(file.read(8 + width, count), "utf-8").strip())
+            encoding = "utf-8" if major == 3 else "latin1"
+            header = ast.literal_eval(str(file.read(8 + width, count), encoding))
             if header.keys() != _FIELDS or type(header["fortran_order"]) is not bool:
                 raise ValueError("other fields than numpy writes")
             descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gpucache_pipes import GPUFeatureStore
 from gpucache_pipes.testing import assert_same
@@ -140,8 +140,16 @@ def _compare(store: GPUFeatureStore, path: Path, whole: bool, counts: Counter[st
     if path.suffix == ".safetensors":
         expected = {name: expected[name] for name in ours if name in expected}
     if not any(type(part).__name__ == "StorageType" for part in tree_leaves(expected)):
-        assert_same(ours, expected)  # and that of torch.load is equal to nothing but itself
+        assert_same(_true(ours), _true(expected))  # that of torch.load is equal to itself alone
     counts["files that are the same"] += 1
+
+
+def _true(feature: Any) -> Any:
+    """With bools of one bit: where a byte is damaged, copying makes 1 of any but 0, or does not."""
+    return tree_map_only(
+        torch.Tensor, lambda t: t.contiguous().view(-1).view(torch.uint8).ne(0).view(t.shape)
+        if t.dtype is torch.bool and t.numel() else t, feature,
+    )  # fmt: skip
 
 
 def _age(path: Path, minutes: int) -> None:
