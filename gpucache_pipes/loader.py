@@ -88,10 +88,11 @@ class Loader:
         if self._pool is None:
             require_stack(_FRAMES)
             use = object()
-            with self._lock:
-                self._require_running()
-                self._lock.uses[use] = get_ident()
+            # All of it: a signal that was deferred is handled where the lock is released.
             try:
+                with self._lock:
+                    self._require_running()
+                    self._lock.uses[use] = get_ident()
                 task = entries.copy()
                 entries.clear()
                 self._load(task)

@@ -1,5 +1,6 @@
 """Signals: handlers may call the store whatever they have interrupted, and never wait for ever."""
 
+import contextlib
 import gc
 import signal
 import subprocess
@@ -317,6 +318,35 @@ def test_a_handler_between_the_steps_of_deferring(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("nth", range(8))
+def test_an_error_at_the_end_of_any_section_leaves_nothing_in_use(
+    monkeypatch: pytest.MonkeyPatch, asynchronous: bool, nth: int
+) -> None:
+    """What a deferred signal raises comes where the lock is released."""
+    options: dict[str, Any] = {"load_fn": FEATURES.__getitem__, "asynchronous": asynchronous}
+    with GPUFeatureStore("cpu", **options) as store:
+        leave, left, main = Guard.__exit__, [0], threading.current_thread()
+
+        def interrupted(self: Guard, *rest: Any) -> None:
+            leave(self, *rest)
+            if threading.current_thread() is main:
+                left[0] += 1
+                if left[0] == nth + 1:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(Guard, "__exit__", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            store.get_batch(list(FEATURES))
+        monkeypatch.undo()
+        gc.collect()  # the ticket is told of the interrupt, whose traceback has the ticket
+        wait_for_readers(store)
+        store.check()
+        assert labels(store.get_batch(list(FEATURES))) == LABELS
+        store.clear()
+        assert store.stats().reserved_bytes == 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_finalizer_may_close_a_store_from_inside(asynchronous: bool) -> None:
     """In a thread that holds the lock, where the garbage collector may run."""
 
@@ -341,6 +371,9 @@ def test_a_finalizer_may_close_a_store_from_inside(asynchronous: bool) -> None:
 
     with pytest.raises(RuntimeError, match="closed"):
         use()
+    for thread in threading.enumerate():
+        if thread.name.startswith("gpucache"):
+            thread.join(60)  # it is a reader that closes the store
     require_closed(store)
 
 

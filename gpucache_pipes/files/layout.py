@@ -211,7 +211,9 @@ _BY_VALUE = (bool, int, bytes, type(None))
 
 
 def _mark(key: Hashable) -> Any:
-    """What tells a key from others that are equal to it."""
+    """What tells a key from others that are equal to it. Raises TypeError for a tensor."""
+    if isinstance(key, torch.Tensor):
+        raise TypeError("a key that is a tensor; convert it with load_fn")
     return (type(key), key if type(key) in _BY_VALUE else repr(key))
 
 
