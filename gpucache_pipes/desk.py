@@ -180,7 +180,7 @@ class Desk:
             if held:
                 with self.lock:
                     self._close(held)
-            self.cancel(tickets)
+            self.cancel([ticket for ticket in tickets if ticket.is_from(self)])
 
     def settle(self, ticket: Ticket) -> dict[int, Exception]:
         """Wait until nothing of it is loading; what failed, by position."""
@@ -236,12 +236,20 @@ class Desk:
         self.require_open()
         if any(ticket.used for ticket in tickets):
             raise RuntimeError(_USED)
+        self._require_mine(tickets)
+
+    def _require_mine(self, tickets: Sequence[Ticket]) -> None:
+        """A number of another store's may be that of another ticket here."""
         if not all(ticket.is_from(self) for ticket in tickets):
             raise RuntimeError("this ticket is of another store")
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
-        """Give tickets up: what they held may go. Harmless for tickets that were used."""
+        """Give tickets up: what they held may go. Harmless for tickets that were used.
+
+        Raises RuntimeError for one of another store, and leaves all as they are.
+        """
         tickets = list(tickets)
+        self._require_mine(tickets)
         if not all(ticket.used for ticket in tickets):
             # Within the lock, where no interrupt can come between a ticket and its number.
             with self.lock:

@@ -137,6 +137,8 @@ class GPUFeatureStore:
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _let_go, self._pid, pool, self._backend)
         self._finalizer.atexit = False
+        self._closed = threading.Event()
+        self._closed_by: int | None = None
         watch(self)
 
     # What users ask for
@@ -367,17 +369,28 @@ class GPUFeatureStore:
             return
         deadline = time.monotonic() + seconds
         self._desk.shut(seconds)
-        if self._finalizer.detach() is None or os.getpid() != self._pid:
+        if os.getpid() != self._pid:
             return
-        if running := self._loader.join(max(0.0, deadline - time.monotonic())):
-            _log.warning("still reading after close: %s", ", ".join(running))
-        self._give_memory_back()
+        if self._finalizer.detach() is None:
+            # Another thread is at it, or this one, which a signal has interrupted.
+            if self._closed_by != threading.get_ident():
+                self._closed.wait(max(0.0, deadline - time.monotonic()))
+            return
+        self._closed_by = threading.get_ident()
+        try:
+            if running := self._loader.join(max(0.0, deadline - time.monotonic())):
+                _log.warning("still reading after close: %s", ", ".join(running))
+            self._give_memory_back()
+        finally:
+            self._closed.set()
 
     def _give_memory_back(self) -> None:
         """Once nothing uses it: a gather that takes longer than closing waits does it itself."""
         lock = self._desk.lock
         if lock.uses:
             lock.postpone(self._give_memory_back)
+            if not lock.uses:  # it has ended meanwhile, and may be the last
+                lock.run_postponed()
         else:
             self._backend.close()
 

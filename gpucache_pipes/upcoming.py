@@ -3,6 +3,8 @@
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
+from gpucache_pipes.units import positive_int
+
 
 class Upcoming:
     """Paths in the order in which they will be requested; iterates over them.
@@ -25,7 +27,7 @@ class Upcoming:
                 f"order has positions from {min(self.order)} to {max(self.order)}, but there are "
                 f"{len(files)} files"
             )
-        if not 0 <= left <= len(self.order):
+        if positive_int("left", left, least=0) > len(self.order):
             raise ValueError(f"left={left} must be from 0 to {len(self.order)}, all requests")
 
     def __len__(self) -> int:

@@ -202,6 +202,27 @@ def test_an_epoch_of_which_nothing_is_left(size: int | None) -> None:
             node.take(3) if size is None else next(node)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_epoch_of_which_nothing_is_left_is_an_error_when_resumed(wrapped: bool) -> None:
+    with GPUFeatureStore("cpu", load_fn=Faulty(set(range(FILES)))) as store:
+
+        def pipeline() -> Any:
+            lister = PathLister(PATHS, batch_size=4)
+            if wrapped:
+                return GPUCachedPathDataLoader(lister, store=store, on_error="skip")
+            return GPUPrefetcher(lister, store, on_error="skip")
+
+        first, second = pipeline(), pipeline()
+        state = first.state_dict()
+        if wrapped:
+            second.load_state_dict(state)
+        else:
+            second.reset(state)
+        for node in (first, second):
+            with pytest.raises(RuntimeError, match="nothing of this epoch"):
+                list(node)
+
+
 def test_of_an_element_with_more_than_paths_nothing_is_left_out() -> None:
     rows = [{"paths": PATHS[at : at + 3], "weights": [at, at + 1, at + 2]} for at in (0, 3, 6)]
     options: dict[str, Any] = {"path_extractor": lambda row: row["paths"], "on_error": "skip"}

@@ -71,19 +71,62 @@ def as_arguments(depth: int) -> bytes:
     return b"\x80\x02ccollections\nOrderedDict\n](](" + key + b"K\x01ee\x85R."
 
 
+def wide() -> bytes:
+    """A tuple of many times a tuple of many times a tuple: a few bytes for millions of parts."""
+    level = b"h\x00" * 200
+    return b"\x80\x02})q\x000(" + b"(" + level + b"tq\x000" + b"(" + level + b"tK\x01u."
+
+
+def called(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def made(module: str, name: str, argument: bytes, how: bytes = b"R") -> bytes:
+    """A dict with what calling that gives."""
+    key = b"X\x01\x00\x00\x00x"
+    return b"\x80\x02}" + key + called(module, name) + argument + b"\x85" + how + b"s."
+
+
+def storage_named(key: bytes) -> bytes:
+    kind, place = b"X\x07\x00\x00\x00storage", b"X\x03\x00\x00\x00cpu"
+    name = called("torch", "FloatStorage")
+    return b"\x80\x02(" + kind + name + key + place + b"K\x01tQ."
+
+
+def colliding(count: int) -> bytes:
+    """Complex numbers that all have one hash."""
+    numbers = [
+        b"h\x00G" + struct.pack(">d", -1000003.0 * n) + b"G" + struct.pack(">d", n) + b"\x86RK\x01"
+        for n in range(count)
+    ]
+    return b"\x80\x02" + called("builtins", "complex") + b"q\x000}(" + b"".join(numbers) + b"u."
+
+
 @pytest.mark.parametrize("deflated", [b"", b"1"])
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (nested(200_000), "a key that is a tuple"),
+        (nested(200_000), "tuples"),
         (nested(5), "a key that is a tuple"),
-        (shared(60), "a key that is a tuple"),
-        (as_arguments(200_000), "keys that may be tuples"),
-        (nested(3)[:-2], "damaged pickle"),
+        (shared(60), "tuple"),
+        (as_arguments(200_000), "tuples"),
+        (nested(3)[:-2], "not a file of torch.save, or damaged"),
         (b"\x80\x02}(\x8a\x09" + (1 << 70).to_bytes(9, "little") + b"K\x01u.", "beyond 64 bits"),
+        (as_arguments(5), "may be large tuples"),
+        (shared(4), "a key that is a tuple"),
+        (wide(), "a key that is a tuple"),
+        (nested(200_000).replace(b"\x80\x02}(", b"\x80\x02"), "tuples"),
+        (made("torch", "Tensor", b"M\x00\x40"), "whatever is in memory"),
+        (made("torch", "Tensor", b"M\x00\x40", b"\x81"), "whatever is in memory"),
+        (made("torch", "FloatStorage", b"M\x00\x40"), "whatever is in memory"),
+        (made("torch.nn.parameter", "Parameter", b"M\x00\x40"), "whatever is in memory"),
+        (made("builtins", "bytearray", b"\x8a\x05\0\0\0\xc0\0"), "not in the file"),
+        (storage_named(b")" + b"\x85" * 200_000), "tuples"),
+        (storage_named(b")" + b"\x85" * 5), "named in an unusual way"),
+        (storage_named(b"K\x01"), "named in an unusual way"),
+        (colliding(3000), "thousands of keys"),
         (b"\x80\x02" + b"]" * 3000 + b"a" * 2999 + b".", "in one another|recursion"),
     ],
-    ids=["deep", "five", "shared", "arguments", "cut", "large", "lists"],
 )
 def test_keys_that_no_data_set_has(
     store: GPUFeatureStore,
@@ -108,7 +151,58 @@ def test_deep_keys_of_the_old_format(
     assert data.count(key) == 1
     bad = tmp_path / "bad.pt"
     bad.write_bytes(data.replace(key, b")" + b"\x85" * 100_000))
-    require_refused(store, bad, make_files(1)[0], "a key that is a tuple")
+    require_refused(store, bad, make_files(1)[0], "tuples")
+
+
+MAGIC = b"\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little") + b"."
+DEEP = b")" + b"\x85" * 100_000
+
+
+def legacy(feature: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(feature, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+def without_keys() -> bytes:
+    data = legacy({"x": torch.arange(5000.0)})
+    return data[: data.rindex(b"\x80\x02]")] + b"\x80\x02]."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        MAGIC + b"M\xe9\x03.}.}" + DEEP + b"K\x01s.].",  # pickles that do not say that they are
+        b"\x80\x02" + MAGIC + b"\x80\x02M\xe9\x03.\x80\x02}.\x80\x02}.\x80\x02]" + DEEP + b"a.",
+        b"\x80\x02" + MAGIC + b"\x80\x02M\xe9\x03.\x80\x02}.\x80\x02}.\x80\x02])a.",
+        without_keys(),
+        legacy({"x": torch.arange(5000.0)})[:-100],
+        legacy({"x": torch.arange(5000.0)}).replace((5000).to_bytes(8, "little"), bytes(8)),
+    ],
+)
+def test_the_old_format(
+    store: GPUFeatureStore, make_files: Files, tmp_path: Path, content: bytes
+) -> None:
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(content)
+    require_refused(store, bad, make_files(1)[0], "")
+
+
+def test_directories_that_readers_of_zip_files_see_differently(
+    store: GPUFeatureStore, make_files: Files, tmp_path: Path
+) -> None:
+    good = make_files(1)[0]
+    capital = write(tmp_path / "capital.pt", torch.ones(1), **{"data.pkl": nested(200_000)})
+    data = capital.read_bytes()
+    capital.write_bytes(data.replace(b"data.pkl", b"DATA.PKL"))
+    require_refused(store, capital, good, "")
+    # A harmless directory in front of the end, where some look, and another where it says.
+    at = data.rindex(b"PK\5\6")
+    size, offset = struct.unpack_from("<LL", data, at + 12)
+    harmless = data[offset : offset + size].replace(b"data.pkl", b"data.pkx")
+    two = tmp_path / "two.pt"
+    two.write_bytes(data[:at] + harmless + data[at:])
+    require_refused(store, two, good, "unusual")
 
 
 keys = st.one_of(st.integers(-5, 5), st.text(max_size=2), st.none(), st.booleans(), st.floats(0, 1))

@@ -15,14 +15,22 @@ import pytest
 import torch
 from conftest import device_for, in_threads, sample, wait_for_readers
 
-from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher, PathLister
+from gpucache_pipes import (
+    FeatureLoadError,
+    GPUCollator,
+    GPUFeatureStore,
+    GPUPrefetcher,
+    PathLister,
+    Ticket,
+)
 from gpucache_pipes.cache import make_policy
 from gpucache_pipes.device import AcceleratorBackend, HostBackend, InOrderRuntime
 from gpucache_pipes.guard import Guard
 
 Files = Callable[..., list[str]]
 KINDS = ["host", "staged", "simulated"]
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGVTALRM]
+"""Two that are deferred under the lock, and one that is not."""
 
 
 @pytest.fixture(params=SIGNALS, ids=lambda number: signal.Signals(number).name)
@@ -199,6 +207,60 @@ def test_close_by_a_handler_while_another_thread_needs_what_this_one_holds(handl
     require_closed(store)
 
 
+def test_a_state_that_a_handler_takes_resumes_between_batches(handled: Any) -> None:
+    """Also in the middle of several elements that are taken as one batch."""
+    paths = list(FEATURES) * 3
+    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__) as store:
+
+        def batches() -> Any:
+            lister = PathLister(paths)
+            return GPUCollator(GPUPrefetcher(lister, store), batch_size=4, collate_fn=labels)
+
+        node = batches()
+        states: list[Any] = []
+        send = handled(lambda: states.append(node.state_dict()))
+        cancel = Ticket.cancel
+
+        def interrupted(self: Ticket) -> None:
+            send()
+            cancel(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Ticket, "cancel", interrupted)
+            assert list(node) == [LABELS] * 3
+        assert len(states) == 12
+        for at, state in enumerate(states):
+            resumed = batches()
+            resumed.reset(state)
+            assert list(resumed) == [LABELS] * (3 - at // 4)
+
+
+def test_closing_twice_waits_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend: Any = HostBackend()
+    store = GPUFeatureStore(backend, load_fn=FEATURES.__getitem__)
+    store.get_batch(list(FEATURES))
+    begun, go_on = threading.Event(), threading.Event()
+    close = backend.close
+
+    def slow() -> None:
+        begun.set()
+        assert go_on.wait(60)
+        close()
+
+    monkeypatch.setattr(backend, "close", slow)
+    first, second = threading.Thread(target=store.close), threading.Thread(target=store.close)
+    first.start()
+    assert begun.wait(60)
+    second.start()
+    second.join(0.05)
+    assert second.is_alive()
+    go_on.set()
+    second.join(60)
+    assert not second.is_alive()
+    require_closed(store)
+    first.join(60)
+
+
 @pytest.mark.parametrize("kind", ["host", "staged"])
 @pytest.mark.parametrize(
     "options",
@@ -248,7 +310,7 @@ def test_all_that_a_handler_may_call(handled: Any, kind: str, options: dict[str,
         store.check()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_what_a_handler_raises_waits_until_the_lock_is_released(number: int) -> None:
     guard = Guard()
     steps: list[str] = []
@@ -371,9 +433,7 @@ def test_a_finalizer_may_close_a_store_from_inside(asynchronous: bool) -> None:
 
     with pytest.raises(RuntimeError, match="closed"):
         use()
-    for thread in threading.enumerate():
-        if thread.name.startswith("gpucache"):
-            thread.join(60)  # it is a reader that closes the store
+    store.close()  # waits for the one who is at it
     require_closed(store)
 
 
@@ -400,12 +460,16 @@ def end(number, frame):
 signal.signal(signal.SIGTERM, end)
 def consume(seed):
     node = GPUPrefetcher(PathLister({paths!r}, batch_size=4, shuffle=True, seed=seed), store)
-    while True:
-        for batch in node:
-            pass
-        node.reset()
+    try:
+        while True:
+            for batch in node:
+                pass
+            node.reset()
+    except RuntimeError as error:
+        if threading.current_thread() is threading.main_thread() or "closed" not in str(error):
+            raise
 for seed in range({threads}):
-    threading.Thread(target=consume, args=(seed,), daemon=True).start()
+    threading.Thread(target=consume, args=(seed,)).start()
 print("begun", flush=True)
 consume(9)
 """

@@ -691,6 +691,24 @@ def test_a_ticket_of_another_store(make_files: Files) -> None:
             other.collect([ticket])
 
 
+@pytest.mark.parametrize("call", ["collect", "cancel"])
+def test_a_ticket_of_another_store_closes_none_of_this(make_files: Files, call: str) -> None:
+    """Both are the first of their stores, and have one number."""
+    paths = make_files(8)
+    with (
+        GPUFeatureStore("cpu", policy="lru", max_cache_items=2) as store,
+        GPUFeatureStore("cpu") as other,
+    ):
+        mine, others = store.request(paths[:2]), other.request(paths[:1])
+        with pytest.raises(RuntimeError, match="another store"):
+            getattr(store, call)([others])
+        for path in paths[2:]:
+            store.get(path)
+        assert [int(feature["label"]) for feature in mine.result()] == [0, 1]
+        assert [int(feature["label"]) for feature in others.result()] == [0]
+        store.check()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_while_files_are_handed_to_readers(
     make_files: Files, monkeypatch: pytest.MonkeyPatch, when: str

@@ -105,7 +105,7 @@ class GPUCachedPathDataLoader:
         self._error_options: dict[str, Any] = {"on_error": on_error, "max_failures": max_failures}
         self._path_extractor = path_extractor
         self._build_batch_fn = build_batch_fn
-        self._progress = Progress(loader)
+        self._progress = Progress(loader, on_error != "raise")
         if self._progress.has_state:
             self.state_dict = self._progress.state_dict
             self.load_state_dict = self._progress.load_state_dict

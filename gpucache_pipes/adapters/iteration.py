@@ -6,6 +6,7 @@ from typing import Any
 from torchdata.nodes import BaseNode, IterableWrapper, Loader
 
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
+from gpucache_pipes.nodes.prefetcher import SERVED
 
 _OURS = ("node", "finished")
 """What a state over a node has beside that of a GPUPrefetcher."""
@@ -16,10 +17,14 @@ class Progress:
 
     Attributes:
         has_state: whether the loader has a state at all.
+
+    Args:
+        tolerant: whether files may be left out.
     """
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, tolerant: bool) -> None:
         self._loader = loader
+        self._tolerant = tolerant
         self._is_node = isinstance(loader, BaseNode)
         # Whether it has one place only, for all who iterate.
         self._one_at_a_time = isinstance(loader, (BaseNode, Loader))
@@ -42,7 +47,11 @@ class Progress:
         if known is not None:
             return known
         state: dict[str, Any] = self._loader.state_dict()
-        return {"node": state, "finished": self._finished} if self._is_node else state
+        if not self._is_node:
+            return state
+        state = {"node": state, "finished": self._finished}
+        # Of an epoch that has not begun: see GPUPrefetcher.
+        return {**state, SERVED: False} if self._tolerant and not self._finished else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration begin there."""

@@ -136,7 +136,8 @@ class PathTable:
             first = self._add(list(new), list(new.values()))
             numbers.update(zip(new, range(first, first + len(new)), strict=True))
         if self._follow_links:
-            self._links.update(path for path in spellings if os.path.islink(path))
+            looked_at = zip(spellings, paths, strict=True)
+            self._links.update(spelling for spelling, path in looked_at if os.path.islink(path))
         return dict(zip(spellings, map(numbers.__getitem__, keys), strict=True))
 
     def _key(self, path: str) -> str:

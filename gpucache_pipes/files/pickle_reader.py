@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from gpucache_pipes.files.errors import Unsupported
+from gpucache_pipes.files.pickle_scan import LARGEST_INT
 from gpucache_pipes.files.saved_names import NAMES, PLACES, Name, Storage
-from gpucache_pipes.files.vetting import LARGEST_INT
 
 _MALFORMED = (
     ArithmeticError,

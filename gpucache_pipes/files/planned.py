@@ -152,11 +152,16 @@ class PlanReader:
         return feature
 
 
+def _open(path: str, flags: int) -> int:
+    # O_NONBLOCK: a FIFO must not hold up a reader thread.
+    return os.open(path, _FLAGS)
+
+
 class PlannedFeature:
     """An OpenFeature that owns its descriptor, from the moment on that there is one.
 
     Nothing else closes it: the number of a descriptor that is closed twice may by then be that of
-    another thread's file. A FileIO holds it, which closes it by itself where an interrupt has come
+    another thread's file. A FileIO opens it, which closes it by itself where an interrupt has come
     before `close`; a `__del__` of our own would swallow what a signal handler raises in it.
 
     Attributes:
@@ -168,15 +173,11 @@ class PlannedFeature:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        # O_NONBLOCK: a FIFO must not hold up a reader thread.
-        self.fd = os.open(path, _FLAGS)
         try:
-            self._file = io.FileIO(self.fd)
-        except BaseException as error:
-            os.close(self.fd)
-            if isinstance(error, IsADirectoryError):
-                raise IsADirectoryError(f"{path!r} is a directory") from None
-            raise
+            self._file = io.FileIO(path, opener=_open)
+        except IsADirectoryError:
+            raise IsADirectoryError(f"{path!r} is a directory") from None
+        self.fd = self._file.fileno()
 
     def follow(self, plan: Plan, data: bytes) -> None:
         """Read by `plan`; `data` is all of the file, if it was read to find the plan."""

@@ -64,7 +64,7 @@ class SafetensorsReader(PlanReader):
 
 
 def _parse(header: bytes) -> dict[str, Any]:
-    """The header, read as strictly as the library does. Raises ValueError, TypeError."""
+    """The header, read at least as strictly as the library does. Raises ValueError, TypeError."""
     text = header.decode("utf-8")  # json would take UTF-16 and 32, too
     found: dict[str, Any] = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     if "\\u" in text:

@@ -71,6 +71,17 @@ _DTYPES = {
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype) and not str(dtype).startswith("torch.q")
 }
+
+
+def storage_itemsize(name: str) -> int | None:
+    """Bytes of an element of a storage of that name (module, space, name); None if not known."""
+    module, _, symbol = name.partition(" ")
+    if (module, symbol) == ("torch.storage", "UntypedStorage"):
+        return 1
+    dtype = _STORAGES.get(symbol) if module == "torch" else None
+    return None if dtype is None else dtype.itemsize
+
+
 _MANY = 1 << 63
 PLACES = ("cpu", "cuda", "mps", "xpu")
 

@@ -17,9 +17,9 @@ ZIP64_END_BYTES = 56
 _END = struct.Struct("<4s4H2LH")
 _ZIP64_LOCATOR = struct.Struct("<4sLQL")
 _ZIP64_END = struct.Struct("<4sQ2H2L4Q")
-_HEADER = struct.Struct("<4s6H3L5H2L")
+HEADER = struct.Struct("<4s6H3L5H2L")
 _NUMBERS = struct.Struct("<2L14sL")
-_WIDE = 0xFFFFFFFF
+WIDE = 0xFFFFFFFF
 _NEWEST = 45
 """Of the versions of the format: the one that has zip64."""
 _MOST_SHAPES = 64
@@ -53,7 +53,7 @@ class Shape:
             if at + 46 > len(raw):
                 raise Unsupported("the zip directory is cut short")
             (signature, _, needed, flags, method, _, _, _, _, _, name_bytes, extra_bytes,
-             comment_bytes, disk, _, attributes, _) = _HEADER.unpack_from(raw, at)  # fmt: skip
+             comment_bytes, disk, _, attributes, _) = HEADER.unpack_from(raw, at)  # fmt: skip
             end = at + 46 + name_bytes + extra_bytes + comment_bytes
             if signature != b"PK\x01\x02" or end > len(raw):
                 raise Unsupported("the zip directory is damaged")
@@ -116,10 +116,11 @@ class Shape:
             packed, size, middle, header = _NUMBERS.unpack(numbers)
             if middle != lengths:
                 return None
+            if WIDE in (packed, size, header):
+                extra = self._extra(len(records), raw)
+                packed, size, header = wide(packed, size, header, extra)
             if packed != size:
                 raise Unsupported("compressed records")
-            if size == _WIDE or header == _WIDE:
-                size, header = _wide(size, header, self._extra(len(records), raw))
             records[name] = (header, name_bytes, size)
         return found, records
 
@@ -147,7 +148,7 @@ class Directory:
     """
 
     def __init__(self, file: Bytes, shapes: dict[tuple[int, int], Shape]) -> None:
-        count, size, self.offset = _find(file)
+        count, size, self.offset = find_directory(file)
         self.nbytes = file.size - self.offset
         data = file.read(self.offset, self.nbytes)
         raw = data[:size]
@@ -182,28 +183,28 @@ class Directory:
         )
 
 
-def _wide(size: int, header: int, extra: bytes) -> tuple[int, int]:
-    """Size and offset, taken from the zip64 field where the short ones have no room."""
+def wide(packed: int, size: int, header: int, extra: bytes) -> tuple[int, int, int]:
+    """Sizes and offset, taken from the zip64 field where the short ones have no room.
+
+    Raises Unsupported if there is none.
+    """
     at = 0
     while at + 4 <= len(extra):
         tag, length = struct.unpack_from("<HH", extra, at)
         if tag == 1 and at + 4 + length <= len(extra):
-            wide = list(struct.unpack_from(f"<{length // 8}Q", extra, at + 4))
+            numbers = iter(struct.unpack_from(f"<{length // 8}Q", extra, at + 4))
             try:
-                if size == _WIDE:
-                    size = wide.pop(0)
-                    if wide.pop(0) != size:  # the compressed size
-                        raise Unsupported("compressed records")
-                if header == _WIDE:
-                    header = wide.pop(0)
-            except IndexError:
+                size = next(numbers) if size == WIDE else size
+                packed = next(numbers) if packed == WIDE else packed
+                header = next(numbers) if header == WIDE else header
+            except StopIteration:
                 break
-            return size, header
+            return packed, size, header
         at += 4 + length
     raise Unsupported("a zip64 field is missing")
 
 
-def _find(file: Bytes) -> tuple[int, int, int]:
+def find_directory(file: Bytes) -> tuple[int, int, int]:
     """The directory's number of entries, size and offset, by what ends the file."""
     file_size = file.size
     tail = file.read(max(0, file_size - TAIL_BYTES), min(file_size, TAIL_BYTES))

@@ -23,6 +23,9 @@ from gpucache_pipes.units import positive_int
 _LAST_GOOD = "last_good"
 """In a state: an element that may have to be yielded again, where ranks need as many batches."""
 
+SERVED = "served"
+"""In a state: False while nothing of its epoch could be loaded."""
+
 _latest: "WeakValueDictionary[tuple[int, int], GPUPrefetcher]" = WeakValueDictionary()
 """Of the pipelines over one source and store, the one that has begun last."""
 
@@ -117,7 +120,7 @@ class GPUPrefetcher(BaseNode[Any]):
         _latest[self._key] = self
         self._exhausted = False
         self._ranks, _ = find_rank() if self.failures.tolerant else (1, 0)
-        self._served = initial_state is not None
+        self._served = initial_state is not None and initial_state.get(SERVED, True)
         self._last_good = copy.deepcopy((initial_state or {}).get(_LAST_GOOD))
         self.failures.last = None
         self.store.begin_epoch(self._owner)
@@ -186,9 +189,12 @@ class GPUPrefetcher(BaseNode[Any]):
 
     def get_state(self) -> dict[str, Any]:
         """See BaseNode."""
-        if self._last_good is None:
-            return {"source": self._state}
-        return {"source": self._state, _LAST_GOOD: self._last_good}
+        state: dict[str, Any] = {"source": self._state}
+        if self._last_good is not None:
+            state[_LAST_GOOD] = self._last_good
+        if self.failures.tolerant and not self._served:
+            state[SERVED] = False
+        return state
 
     def shutdown(self) -> None:
         """Let go of what is on its way. The node can be reset and used again. Takes no lock."""
@@ -358,12 +364,15 @@ class GPUPrefetcher(BaseNode[Any]):
         return head.ticket
 
     def _pass(self, heads: Sequence[Ahead]) -> None:
+        state = self._state
         for head in heads:
             self._ahead.popleft()
             if head.ticket is not None:
                 head.ticket.cancel()
             if head.state is not None:
-                self._state = head.state
+                state = head.state
+        # At once: a signal handler that asks for it meanwhile gets the one before all of them.
+        self._state = state
 
     def _let_go(self) -> None:
         # Also in the finalizer of a generator that has this node: so without the store's lock.

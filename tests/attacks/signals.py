@@ -120,6 +120,7 @@ def signals(seed: int, directory: Path) -> Counter[str]:
         signal.SIGTERM: rig.calling,
         signal.SIGUSR1: rig.calling,
         signal.SIGUSR2: rig.calling,
+        signal.SIGVTALRM: rig.calling,  # which is not deferred
     }
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     main = threading.main_thread().ident
