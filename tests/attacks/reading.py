@@ -4,6 +4,7 @@ import collections
 import io
 import os
 import random
+import resource
 import warnings
 import zipfile
 from collections import Counter
@@ -18,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from gpucache_pipes import GPUFeatureStore
 from gpucache_pipes.testing import assert_same
 
-FILES, DAMAGES = 12, 12
+FILES, DAMAGES, PROGRAMS = 12, 12, 60
+MOST_MIB = 2500
 
 DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool,
@@ -87,6 +89,57 @@ def _pack(path: Path) -> None:
     with zipfile.ZipFile(data) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for record in old.infolist():
             new.writestr(record.filename, old.read(record))
+
+
+NAMES = [
+    "torch Tensor", "torch FloatStorage", "torch Size", "torch float32", "builtins bytearray",
+    "builtins set", "builtins complex", "collections OrderedDict", "collections Counter",
+    "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "_codecs encode",
+    "torch.nn.parameter Parameter", "torch.storage UntypedStorage", "os system",
+]  # fmt: skip
+
+
+def _program(draw: random.Random) -> bytes:
+    """A pickle made of opcodes that fit together more often than not."""
+    parts = [b"\x80\x02"] if draw.random() < 0.9 else []
+    for _ in range(draw.randint(1, 40)):
+        kind = draw.random()
+        if kind < 0.3:
+            parts.append(draw.choice([b"K\x01", b"N", b"\x88", b"X\1\0\0\0x", b")", b"}", b"]"]))
+        elif kind < 0.45:
+            parts.append(b"\x85" * draw.choice([1, 1, 2, 9, 40, 100_000]))
+        elif kind < 0.55:
+            parts.append(draw.choice([b"\x86", b"\x87", b"(", b"t", b"s", b"u", b"a", b"e"]))
+        elif kind < 0.7:
+            module, name = draw.choice(NAMES).split()
+            arguments = draw.choice(
+                [b")", b"K\x09\x85", b"\x8a\x05\0\0\0\0\x02\x85", b"K\1K\2\x86"]
+            )
+            parts.append(f"c{module}\n{name}\n".encode() + draw.choice([b"", arguments + b"R"]))
+        elif kind < 0.85:
+            parts.append(
+                draw.choice([b"q\0", b"h\0", b"q\1", b"h\1", b"h\0h\0\x86q\0", b"2", b"0"])
+            )
+        elif kind < 0.9:
+            parts.append(b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0")
+            parts.append(draw.choice([b"0", b"1"]) + b"X\3\0\0\0cpuK\x04tQ")
+        else:
+            parts.append(b"}K\x01K\x02s")
+    return b"".join(parts) + b"."
+
+
+def _write_program(draw: random.Random, path: Path) -> None:
+    program = _program(draw)
+    if draw.random() < 0.2:  # as torch.save wrote before 1.6
+        magic = b"\x80\x02\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little") + b"."
+        rest = draw.choice([b"\x80\x02].", b"\x80\x02]X\1\0\0\x000a.", _program(draw)])
+        path.write_bytes(magic + b"\x80\x02M\xe9\x03.\x80\x02}." + program + rest)
+        return
+    writer = torch._C.PyTorchFileWriter(str(path))
+    writer.write_record("data.pkl", program, len(program))
+    writer.write_record("byteorder", b"little", 6)
+    writer.write_record("data/0", bytes(16), 16)
+    writer.write_end_of_file()
 
 
 def _damage(draw: random.Random, data: bytes) -> bytes:
@@ -176,5 +229,13 @@ def reading(seed: int, directory: Path) -> Counter[str]:
                 _age(damaged, number * (DAMAGES + 1) + damage + 1)
                 _compare(store, damaged, False, counts)
                 damaged.unlink()
+        for number in range(PROGRAMS):
+            path = directory / f"p{number}.pt"
+            _write_program(draw, path)
+            _age(path, (FILES + 1) * (DAMAGES + 1) + number)
+            _compare(store, path, False, counts)
+            path.unlink()
         store.check()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    assert peak < MOST_MIB, f"{peak} MiB"
     return counts
