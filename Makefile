@@ -43,7 +43,7 @@ attack: $(INSTALLED)
 
 # Tests of what runs at the same time, under conditions that bring rare orders about.
 CONCURRENT := $(addprefix tests/test_,store.py store_machine.py nodes.py streams.py faults.py \
-	on_error.py read_timeout.py revalidate.py interrupts.py soak.py)
+	on_error.py read_timeout.py revalidate.py interrupts.py signals.py bad_paths.py soak.py)
 
 stress: $(INSTALLED)
 	PYTHONDEVMODE=1 $(BIN)/python -m pytest -q -n 2
