@@ -146,16 +146,12 @@ class Guard:
             except Exception:
                 _log.exception("a call that a signal handler or a finalizer made has failed")
 
-    def await_uses(self, seconds: float) -> bool:
-        """Wait until nothing is used, at most so long; returns whether that is so. Lock held."""
+    def await_uses(self, seconds: float) -> None:
+        """Wait until nothing is used, at most so long. With the lock held."""
         deadline = time.monotonic() + seconds
-        while self.uses:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
+        while self.uses and (left := deadline - time.monotonic()) > 0:
             # A use that an exception of a handler has broken off ends without a notification.
             self.changed.wait(min(left, _ANOTHER_LOOK))
-        return True
 
 
 class _Mask:

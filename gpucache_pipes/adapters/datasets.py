@@ -12,7 +12,25 @@ from gpucache_pipes.files import FileOpener, OpenFeature, build, own
 from gpucache_pipes.nodes.listing import GivenPaths, find_files
 
 
-class FeaturePathDataset(Dataset[str]):
+class _Listed:
+    """What datasets over a list of paths have in common."""
+
+    _given: GivenPaths
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """All of them, as they were given; relative ones become absolute after a chdir."""
+        return self._given.now()
+
+    @paths.setter
+    def paths(self, paths: Sequence[str]) -> None:
+        self._given = GivenPaths(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class FeaturePathDataset(_Listed, Dataset[str]):
     """The paths of feature files, by index: what a GPUCachedPathDataLoader wants to be fed with.
 
         loader = DataLoader(FeaturePathDataset("features/"), batch_size=256, shuffle=True)
@@ -36,16 +54,7 @@ class FeaturePathDataset(Dataset[str]):
         pattern: str = "*.pt",
         recursive: bool = False,
     ) -> None:
-        self._given = GivenPaths(find_files(files, pattern, recursive))
-
-    @property
-    def paths(self) -> Sequence[str]:
-        """All of them, as they were given; relative ones become absolute after a chdir."""
-        return self._given.now()
-
-    @paths.setter
-    def paths(self, paths: Sequence[str]) -> None:
-        self._given = GivenPaths(paths)
+        self.paths = find_files(files, pattern, recursive)
 
     def __getitem__(self, index: int) -> str:
         return self.paths[index]
@@ -54,14 +63,11 @@ class FeaturePathDataset(Dataset[str]):
         """The paths of a batch: DataLoader asks for them at once."""
         return list(map(self.paths.__getitem__, indices))
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
 
 Sequence.register(FeaturePathDataset)  # of paths: PathLister takes it for a list
 
 
-class FeatureFileDataset(Dataset[Any]):
+class FeatureFileDataset(_Listed, Dataset[Any]):
     """The features in files, read when they are asked for, on the CPU: plain torch, no cache.
 
         loader = DataLoader(FeatureFileDataset("features/"), batch_size=256, num_workers=4)
@@ -90,23 +96,11 @@ class FeatureFileDataset(Dataset[Any]):
         pattern: str = "*.pt",
         recursive: bool = False,
     ) -> None:
-        self._given = GivenPaths(find_files(files, pattern, recursive))
+        self.paths = find_files(files, pattern, recursive)
         self.loader = FeatureFile() if loader is None else loader
-
-    @property
-    def paths(self) -> Sequence[str]:
-        """See FeaturePathDataset."""
-        return self._given.now()
-
-    @paths.setter
-    def paths(self, paths: Sequence[str]) -> None:
-        self._given = GivenPaths(paths)
 
     def __getitem__(self, index: int) -> Any:
         return self.loader(self.paths[index])
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
 
 class FeatureFile:

@@ -153,14 +153,11 @@ class Scan:
             self._hashes = True
         # Lists, dicts and objects are left where they are, with what was put into them.
         for _ in opcode.stack_after:
-            plain = isinstance(argument, (str, int)) and not taken
             odd = type(argument) is int and not -LARGEST_INT <= argument < LARGEST_INT
             self._has_odd |= odd
             if type(argument) is str:
                 self.texts.append(argument)
-            self._stack.append(
-                Item(value=argument, odd=odd) if plain or not taken else _made_of(taken)
-            )
+            self._stack.append(_made_of(taken) if taken else Item(value=argument, odd=odd))
 
     def _tuple(self, items: list[Item]) -> Item:
         made = _made_of(items)

@@ -61,8 +61,9 @@ def require_sound(path: str, pickles: bool) -> None:
     torch.load says so.
     """
     with open(path, "rb") as file:  # noqa: PTH123
-        size = os.fstat(file.fileno()).st_size
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or not size:
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode) or not size:
             return
         start = file.read(4)
         file.seek(0)
