@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gpucache_pipes.bench.figures import environment
+from gpucache_pipes.cli.bench.figures import environment
 
 
 def write_files(directory: str | Path, count: int, width: int = 1024) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gpucache_pipes import bench
+from gpucache_pipes.cli import bench
 
 TOLERANCE = 0.2
 ATTEMPTS = 3

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gpucache_pipes.bench.figures import environment
+from gpucache_pipes.cli.bench.figures import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENARIOS = ("small", "large", "ragged")

@@ -21,7 +21,7 @@ import torch
 from _common import interleaved, parser_for, save, temporary_directory, write_files
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
-from gpucache_pipes.charts import require_matplotlib
+from gpucache_pipes.cli.charts import require_matplotlib
 
 Point = Callable[[], Iterator[Any]]
 Curve = dict[int, float]

@@ -1,7 +1,7 @@
 """Hit rates of the policies, over the workloads that people have; in simulation and for real.
 
 2,000 files, 20 epochs, caches of 10 to 90% of the files. Hits are counted for each request that
-could hit: the first one of a file cannot. Two references: Belady's rule with the whole future, and
+could hit: the first one of a file cannot. Two references: Belady's rule with the whole plan, and
 with the foresight that a pipeline has, the rest of its epoch and all of the next one.
 `--store` replays every trace through PathLister, GPUPrefetcher and GPUFeatureStore.
 `--cost` measures what the policies take, instead.
@@ -20,7 +20,7 @@ import torch
 from _common import parser_for, save
 
 from gpucache_pipes import GPUFeatureStore, GPUPrefetcher, PathLister, Trace, simulate
-from gpucache_pipes.cache import Future
+from gpucache_pipes.cache import AccessPlan
 from gpucache_pipes.cache.policies import make_policy
 
 FILES = 2000
@@ -230,12 +230,12 @@ def cost(files: int, rounds: int) -> dict[str, Any]:
             times["hit"].setdefault(name, []).append(hit)
             times["miss"].setdefault(name, []).append(miss)
     start = time.perf_counter()
-    future = Future(array("i", [*orders[0], *orders[1]]), files)
+    plan = AccessPlan(array("i", [*orders[0], *orders[1]]), files)
     build = time.perf_counter() - start
-    held = (future.keys, future._first, future._after, future._marks, future._blocks)
+    held = (plan.keys, plan._first, plan._after, plan._marks, plan._blocks)
     taken = sum(memoryview(part).nbytes for part in held)
     figures: dict[str, Any] = {"future_seconds": build, "future_bytes_per_file": taken / files}
-    print(f"{files} files: a future takes {build:.2f} s and {taken / files:.0f} bytes a file")
+    print(f"{files} files: a plan takes {build:.2f} s and {taken / files:.0f} bytes a file")
     for what, series in times.items():
         base = statistics.median(series["lru"])
         print(f"ns for each {what} (ratio to lru)")
@@ -254,7 +254,7 @@ def _time_hits(name: str, known: bool, orders: Epochs) -> float:
         policy.on_insert(key)
     policy.begin_epoch(0)
     if known:
-        policy.foresee(0, Future([*orders[0], *orders[1]], len(orders[0])))
+        policy.announce(0, AccessPlan([*orders[0], *orders[1]], len(orders[0])))
     start = time.perf_counter()
     for at in range(0, len(orders[0]), 256):
         policy.on_access(orders[0][at : at + 256], 0)
@@ -270,7 +270,7 @@ def _time_misses(name: str, known: bool, orders: Epochs) -> float:
     for order, following in pairwise(orders):
         policy.begin_epoch(0)
         if known:
-            policy.foresee(0, Future([*order, *following], len(order)))
+            policy.announce(0, AccessPlan([*order, *following], len(order)))
         for at in range(0, len(order), 256):
             batch = order[at : at + 256]
             policy.on_access(batch, 0)

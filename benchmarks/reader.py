@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from _common import interleaved, parser_for, report, save, temporary_directory, write_files
 
-from gpucache_pipes.files.pt import PtReader
+from gpucache_pipes.files.pt.reader import PtReader
 
 
 def write_unlike(directory: str, count: int) -> list[str]:

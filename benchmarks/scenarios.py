@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from _common import temporary_directory, write_files
 
-from gpucache_pipes import bench
+from gpucache_pipes.cli import bench
 
 
 def write_ragged(directory: str | Path, count: int) -> list[str]:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpucache_pipes.bench import BASELINE, OURS
+from gpucache_pipes.cli.bench import BASELINE, OURS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"

@@ -16,14 +16,11 @@ if TYPE_CHECKING:
         FeaturePathDataset,
         GPUCachedPathDataLoader,
     )
-    from gpucache_pipes.batch import FeatureBatch
+    from gpucache_pipes.batches import FeatureBatch, Padded
     from gpucache_pipes.cache import Trace, simulate
     from gpucache_pipes.errors import FeatureLoadError, RankError
     from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher, Lockstep, PathLister
-    from gpucache_pipes.ragged import Padded
-    from gpucache_pipes.stats import StoreStats
-    from gpucache_pipes.store import GPUFeatureStore
-    from gpucache_pipes.ticket import Ticket
+    from gpucache_pipes.store import GPUFeatureStore, PendingBatch, StoreStats
 
 __version__ = "0.1.0"
 
@@ -39,15 +36,15 @@ __all__ = [
     "Lockstep",
     "Padded",
     "PathLister",
+    "PendingBatch",
     "RankError",
     "StoreStats",
-    "Ticket",
     "Trace",
     "simulate",
 ]
 
 _MODULES = {
-    "FeatureBatch": "batch",
+    "FeatureBatch": "batches",
     "FeatureFileDataset": "adapters",
     "FeatureLoadError": "errors",
     "FeaturePathDataset": "adapters",
@@ -56,11 +53,11 @@ _MODULES = {
     "GPUFeatureStore": "store",
     "GPUPrefetcher": "nodes",
     "Lockstep": "nodes",
-    "Padded": "ragged",
+    "Padded": "batches",
     "PathLister": "nodes",
     "RankError": "errors",
-    "StoreStats": "stats",
-    "Ticket": "ticket",
+    "StoreStats": "store",
+    "PendingBatch": "store",
     "Trace": "cache",
     "simulate": "cache",
 }

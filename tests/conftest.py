@@ -12,9 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from gpucache_pipes import lifetime
 from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
-from gpucache_pipes.store import GPUFeatureStore
+from gpucache_pipes.store import GPUFeatureStore, process_hooks
 from gpucache_pipes.testing import SimulatedRuntime
 
 torch.set_num_threads(1)
@@ -63,7 +62,7 @@ def check_every_store() -> Iterator[None]:
     """After each test every store is consistent, and closing it leaves no reader behind."""
     yield
     gc.collect()  # pipelines with threads of their own end before their store does
-    for store in list(lifetime._living):
+    for store in list(process_hooks._living):
         assert isinstance(store, GPUFeatureStore)
         store.check()
         store.close()

@@ -13,42 +13,20 @@ import gpucache_pipes
 
 ROOT = Path(gpucache_pipes.__file__).parent
 
-# What the modules of each room may import of this package; every room may use the leaves.
-LEAVES = {"errors", "guard", "stats", "tracing", "units", "upcoming"}
+# What the modules of each folder may import of this package; all may import the leaves.
+LEAVES = {"errors", "units"}
 ALLOWED = {
     "cache": {"cache"},
     "device": {"device"},
     "files": {"files"},
-    "lifetime": set(),
-    "inspection": {"files", "pages"},
-    "planning": {"cache", "files"},
-    "charts": set(),
-    "__main__": {"bench", "charts", "inspection", "nodes", "planning"},
-    "bench": {"bench", "charts", "device", "files", "nodes", "ragged", "store"},
-    "pages": set(),
-    "batch": {"cache", "device", "files", "ragged"},
-    "ragged": {"files"},
-    "loader": {"cache", "device", "files", "lifetime", "pages", "task"},
-    "task": {"cache", "files"},
-    "ticket": {"batch", "cache", "files"},
-    "desk": {"batch", "cache", "device", "files", "loader", "ragged", "ticket"},
-    "warming": {"cache", "desk", "files", "ticket"},
-    "store": {
-        "batch",
-        "cache",
-        "desk",
-        "device",
-        "files",
-        "lifetime",
-        "loader",
-        "ragged",
-        "ticket",
-        "warming",
-    },
-    "nodes": {"nodes", "batch", "ragged", "store", "ticket"},
+    "batches": {"batches", "cache", "device", "files"},
+    "store": {"store", "batches", "cache", "device", "files"},
+    "nodes": {"nodes", "batches", "files", "store"},
     "adapters": {"adapters", "files", "nodes", "store"},
+    "cli": {"cli", "batches", "cache", "device", "files", "nodes", "store"},
     "testing": {"testing", "cache", "device", "files", "nodes", "store"},
-    "__init__": {"adapters", "batch", "cache", "nodes", "ragged", "store", "ticket"},
+    "__init__": {"adapters", "batches", "cache", "nodes", "store"},
+    "__main__": {"cli"},
     **{leaf: set() for leaf in LEAVES},
 }
 

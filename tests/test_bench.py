@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
-from gpucache_pipes import Padded, bench
-from gpucache_pipes.__main__ import main
-from gpucache_pipes.bench.collation import Collation, checksum
-from gpucache_pipes.bench.contender import Contender, NotApplicableError, Run
-from gpucache_pipes.bench.figures import as_json, limit_seconds, spread
-from gpucache_pipes.bench.measuring import Measurement, Series
+from gpucache_pipes import Padded
+from gpucache_pipes.cli import bench
+from gpucache_pipes.cli.bench.collation import Collation, checksum
+from gpucache_pipes.cli.bench.contender import Contender, NotApplicableError, Run
+from gpucache_pipes.cli.bench.figures import as_json, limit_seconds, spread
+from gpucache_pipes.cli.bench.measuring import Measurement, Series
+from gpucache_pipes.cli.main import main
 from gpucache_pipes.testing import assert_same, features
 
 Files = Callable[..., list[str]]

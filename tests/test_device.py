@@ -22,7 +22,7 @@ from gpucache_pipes.device import (
 from gpucache_pipes.device.arena import Arena
 from gpucache_pipes.device.memory import available_host_bytes
 from gpucache_pipes.device.results import ResultMemory
-from gpucache_pipes.pages import choose_page_bytes
+from gpucache_pipes.store.page_size import choose_page_bytes
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ from gpucache_pipes import (
     GPUPrefetcher,
     PathLister,
 )
-from gpucache_pipes.cache import Future, Trace, simulate
+from gpucache_pipes.cache import AccessPlan, Trace, simulate
 from gpucache_pipes.cache.policies import BasePolicy
-from gpucache_pipes.upcoming import Upcoming
+from gpucache_pipes.store import Upcoming
 
 
 def load(path: str) -> torch.Tensor:
@@ -49,7 +49,7 @@ class InThisOrder:
 
 
 class Paths:
-    """An iterable that knows nothing of its future."""
+    """An iterable that knows nothing of its plan."""
 
     def __init__(self, orders: Sequence[Sequence[int]], batch_size: int) -> None:
         self.orders = iter(orders)
@@ -208,7 +208,7 @@ def test_files_that_came_without_a_request_can_go() -> None:
         with GPUFeatureStore(
             "cpu", max_cache_items=50, load_fn=load, asynchronous=False, policy=policy
         ) as store:
-            store.foresee(None, names(200))  # numbers them
+            store.announce(None, names(200))  # numbers them
             store.warm(names(30, 100), progress=False)
             for path in random_numbers.choices(names(80), weights, k=1000):
                 store.get(path)
@@ -260,34 +260,34 @@ def test_several_pipelines_and_several_stores() -> None:
 def test_a_future_that_comes_true_knows_each_next_use(
     keys: list[int], others: list[list[int]], data: st.DataObject
 ) -> None:
-    future = Future(keys, data.draw(st.integers(0, len(keys))))
+    plan = AccessPlan(keys, data.draw(st.integers(0, len(keys))))
     at = 0
     while at < len(keys):
         count = data.draw(st.integers(1, 6))
-        assert future.follow(keys[at : at + count])
+        assert plan.follow(keys[at : at + count])
         at += len(keys[at : at + count])
         for key in range(11):
             expected = keys.index(key, at) if key in keys[at:] else len(keys)
-            assert future.next_use(key) == expected
+            assert plan.next_use(key) == expected
     # Whatever is requested against it, it answers.
-    future = Future(keys, len(keys) // 2)
+    plan = AccessPlan(keys, len(keys) // 2)
     for requested in others:
-        future.follow(requested)
+        plan.follow(requested)
         for key in range(11):
-            position = future.next_use(key)
+            position = plan.next_use(key)
             assert position == len(keys) or keys[position] == key
 
 
 @given(st.sets(st.integers(0, 4000), min_size=1), st.sets(st.integers(0, 4000)))
 def test_the_farthest_mark_is_found(marked: set[int], unmarked: set[int]) -> None:
-    future = Future([*range(4001)])
+    plan = AccessPlan([*range(4001)])
     for position in range(4001):
-        future.unmark(position)
+        plan.unmark(position)
     for position in marked:
-        future.mark(position)
+        plan.mark(position)
     for position in unmarked:
-        future.unmark(position)
-    assert future.farthest() == max(marked - unmarked, default=-1)
+        plan.unmark(position)
+    assert plan.farthest() == max(marked - unmarked, default=-1)
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -322,15 +322,15 @@ def test_a_batch_of_misses_does_not_walk_past_itself_for_each_of_them(warm: bool
 
 
 @pytest.mark.parametrize("policy", ["clairvoyant", "lru", "w-tinylfu"])
-@pytest.mark.parametrize("hint", ["withdraw", "request", "begin_epoch", "foresee"])
+@pytest.mark.parametrize("hint", ["retract", "request", "begin_epoch", "announce"])
 def test_a_wrong_owner_is_an_error_of_who_names_it(policy: str, hint: str) -> None:
     wrong: Any = []
     with GPUFeatureStore("cpu", load_fn=load, max_cache_items=2, policy=policy) as store:
         calls: dict[str, Callable[[], Any]] = {
-            "withdraw": lambda: store.withdraw(wrong),
+            "retract": lambda: store.retract(wrong),
             "request": lambda: store.request(names(2), owner=wrong),
             "begin_epoch": lambda: store.begin_epoch(wrong),
-            "foresee": lambda: store.foresee(wrong, names(3)),
+            "announce": lambda: store.announce(wrong, names(3)),
         }
         with pytest.raises(TypeError, match=r"owner=\[\] must be hashable"):
             calls[hint]()
@@ -346,7 +346,7 @@ def test_a_wrong_order_is_an_error_of_who_announces_it(order: list[int], left: i
     with pytest.raises(ValueError, match=r"order has positions|left="):
         Upcoming(names(3), order, left)
     with pytest.raises(ValueError, match=r"left=|is no key"):
-        Future(order if order != [0, 5] else [0, -5], left)
+        AccessPlan(order if order != [0, 5] else [0, -5], left)
 
 
 def test_a_policy_that_fails_for_a_finalizer_fails_nobody_else(
@@ -358,11 +358,11 @@ def test_a_policy_that_fails_for_a_finalizer_fails_nobody_else(
         def victims(self, key: int) -> Iterator[int]:
             return iter(())
 
-        def forget(self, owner: object) -> None:
+        def retract(self, owner: object) -> None:
             raise LookupError("of the policy")
 
     with GPUFeatureStore("cpu", load_fn=load, max_cache_items=2, policy=Failing()) as store:
-        store.withdraw("somebody")
+        store.retract("somebody")
         assert float(store.get("/features/1")) == 1
         store.check()
     assert "of the policy" in caplog.text

@@ -193,7 +193,7 @@ def require_nothing_left(store: GPUFeatureStore) -> None:
     gc.collect()
     store.check()
     assert not store._cache.pins.tickets and not store._cache.loading
-    assert store.stats().transient_items == 0
+    assert store.stats().bypassed_items == 0
 
 
 def epoch(node: Any) -> list[Any]:

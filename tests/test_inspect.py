@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpucache_pipes.__main__ import main
+from gpucache_pipes.cli.main import main
 
 Files = Callable[..., list[str]]
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import device_for, sample, wait_for_readers
 
 from gpucache_pipes import GPUFeatureStore, GPUPrefetcher
-from gpucache_pipes.guard import Guard
+from gpucache_pipes.store.lock import StoreLock
 
 Files = Callable[..., list[str]]
 
@@ -108,7 +108,7 @@ def test_nothing_is_lost_or_left(
 
 
 def test_a_guard_keeps_an_interrupt_until_it_is_released() -> None:
-    guard = Guard()
+    guard = StoreLock()
     steps: list[Any] = []
 
     def inside() -> None:
@@ -136,7 +136,7 @@ def test_a_guard_keeps_an_interrupt_until_it_is_released() -> None:
 
 
 def test_a_guard_without_a_handler_or_outside_the_main_thread() -> None:
-    guard = Guard()
+    guard = StoreLock()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with guard:

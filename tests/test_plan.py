@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpucache_pipes import planning
-from gpucache_pipes.__main__ import main
 from gpucache_pipes.cache import policies
+from gpucache_pipes.cli import plan as planning
+from gpucache_pipes.cli.main import main
 
 Files = Callable[..., list[str]]
 

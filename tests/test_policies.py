@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpucache_pipes.cache import Future, Trace, simulate
+from gpucache_pipes.cache import AccessPlan, Trace, simulate
 from gpucache_pipes.cache.policies import (
     FIFO,
     LFU,
@@ -25,7 +25,7 @@ from gpucache_pipes.cache.policies import (
     register,
 )
 from gpucache_pipes.cache.policies.by_epoch import ByEpoch
-from gpucache_pipes.cache.policies.contest import Contest
+from gpucache_pipes.cache.policies.set_dueling import SetDueling
 from gpucache_pipes.testing import PolicyContract, simulate_policy
 from gpucache_pipes.testing.policies import traces
 
@@ -82,7 +82,7 @@ class TestByEpoch(PolicyContract):
 
 class TestContest(PolicyContract):
     def make(self) -> Policy:
-        return Contest()
+        return SetDueling()
 
 
 def orders(files: int, most: int = 5) -> st.SearchStrategy[list[list[Key]]]:
@@ -100,7 +100,7 @@ class TestClairvoyant(PolicyContract):
         self, trace: Sequence[Key], places: int, data: st.DataObject
     ) -> None:
         policy = Clairvoyant()
-        policy.foresee("somebody", Future(trace, data.draw(st.integers(0, len(trace)))))
+        policy.announce("somebody", AccessPlan(trace, data.draw(st.integers(0, len(trace)))))
         assert simulate_policy(policy, trace, places) == models.belady(trace, places)
 
     @settings(deadline=None)
@@ -111,7 +111,7 @@ class TestClairvoyant(PolicyContract):
         few = st.sets(st.integers(0, 11), max_size=4)
         pinned = data.draw(st.lists(few, min_size=len(trace), max_size=len(trace)))
         policy = Clairvoyant()
-        policy.foresee("somebody", Future(trace))
+        policy.announce("somebody", AccessPlan(trace))
         now: set[Key] = set()
 
         def requests() -> Iterable[Key]:
@@ -156,7 +156,7 @@ class TestClairvoyant(PolicyContract):
     def test_an_interrupt_within_a_walk_hides_nothing(self, others: Sequence[str]) -> None:
         policy = Clairvoyant()
         for owner in ("training", *others):
-            policy.foresee(owner, Future([*range(6)]))
+            policy.announce(owner, AccessPlan([*range(6)]))
         for key in range(4):
             policy.on_insert(key)
         walk = policy.victims(0)
@@ -167,7 +167,7 @@ class TestClairvoyant(PolicyContract):
 
     def test_what_was_passed_over_is_found_again(self) -> None:
         policy = Clairvoyant()
-        policy.foresee("training", Future([*range(6)]))
+        policy.announce("training", AccessPlan([*range(6)]))
         for key in range(4):
             policy.on_insert(key)
         walk = policy.victims(0)
@@ -184,12 +184,12 @@ class TestClairvoyant(PolicyContract):
 
     def test_two_pipelines_each_know_their_own_future(self) -> None:
         policy = Clairvoyant()
-        policy.foresee("somebody", Future([0, 1, 2, 0, 1, 2], 3))
-        policy.foresee("validation", Future([9]))
+        policy.announce("somebody", AccessPlan([0, 1, 2, 0, 1, 2], 3))
+        policy.announce("validation", AccessPlan([9]))
         hits, gone = simulate_policy(policy, [0, 1, 2], 2)
         assert (hits, gone) == (0, [])  # 2 is the farthest when it comes: not kept
-        policy.forget("somebody")
-        policy.forget("validation")
+        policy.retract("somebody")
+        policy.retract("validation")
         assert set(policy.victims(2)) == {0, 1}
 
     def test_wrong_announcements_are_not_believed_for_long(self) -> None:
@@ -224,20 +224,20 @@ class TestClairvoyant(PolicyContract):
 
     def test_an_announcement_that_is_too_short_is_no_lie(self) -> None:
         policy = Clairvoyant()
-        policy.foresee("somebody", Future(range(10)))
+        policy.announce("somebody", AccessPlan(range(10)))
         policy.on_access([*range(200)], "somebody")
-        policy.foresee("somebody", Future([2, 1, 0]))
+        policy.announce("somebody", AccessPlan([2, 1, 0]))
         for key in (1, 0):
             policy.on_insert(key)
         assert list(policy.victims(2)) == [0, 1]
 
     def test_two_futures_over_the_same_files_name_each_once(self) -> None:
         policy = Clairvoyant()
-        policy.foresee("a", Future([0, 1, 2, 0, 1, 2]))
+        policy.announce("a", AccessPlan([0, 1, 2, 0, 1, 2]))
         policy.on_access([0, 1], "a")
         policy.on_insert(0)
         policy.on_insert(1)
-        policy.foresee("b", Future([2, 1, 0, 2, 1, 0]))
+        policy.announce("b", AccessPlan([2, 1, 0, 2, 1, 0]))
         assert sorted(policy.victims(2)) == [0, 1]
 
     def test_pipelines_that_come_and_go_are_forgotten(self) -> None:

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from gpucache_pipes.files import build
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.formats import by_torch_load, opener
-from gpucache_pipes.files.pickle_reader import read_pickle
 from gpucache_pipes.files.planned import SMALL
-from gpucache_pipes.files.pt import PtReader
+from gpucache_pipes.files.pt.pickle import read_pickle
+from gpucache_pipes.files.pt.reader import PtReader
 from gpucache_pipes.testing import assert_same, features
 
 
@@ -347,7 +347,7 @@ def test_malicious_pickles_neither_run_nor_pass(attack: bytes) -> None:
         value, _ = read_pickle(attack)
     except Unsupported:
         return
-    from gpucache_pipes.files.saved_names import Name
+    from gpucache_pipes.files.pt.names import Name
 
     # What is left of a name is inert, and stopped where the feature is made.
     assert isinstance(value, Name) or value == {} or value is None

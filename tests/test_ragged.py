@@ -46,7 +46,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(WHERE, "kind", "simulated" if request.param == "simulated" else "host")
         if request.param == "as on a device":
-            patch.setattr("gpucache_pipes.ragged._is_on_host", lambda block: False)
+            patch.setattr("gpucache_pipes.batches.ragged._is_on_host", lambda block: False)
         yield
 
 

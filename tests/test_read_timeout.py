@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import Gate, device_for, sample, wait_for_readers
 
-from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher, loader
+from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher
 from gpucache_pipes.files import FileOpener
 from gpucache_pipes.files.planned import PlannedFeature
+from gpucache_pipes.store import loader
 
 Files = Callable[..., list[str]]
 NAMES = [f"/f/{number:02d}" for number in range(40)]

@@ -21,11 +21,11 @@ from gpucache_pipes import (
     GPUFeatureStore,
     GPUPrefetcher,
     PathLister,
-    Ticket,
+    PendingBatch,
 )
 from gpucache_pipes.cache import make_policy
 from gpucache_pipes.device import AcceleratorBackend, HostBackend, InOrderRuntime
-from gpucache_pipes.guard import Guard
+from gpucache_pipes.store.lock import StoreLock
 
 Files = Callable[..., list[str]]
 KINDS = ["host", "staged", "simulated"]
@@ -63,7 +63,7 @@ class Acting:
         self._action()
 
 
-for _name in ("on_access", "on_remove", "victims", "begin_epoch", "foresee", "forget"):
+for _name in ("on_access", "on_remove", "victims", "begin_epoch", "announce", "retract"):
     # A protocol is looked for in the class.
     setattr(Acting, _name, lambda self, *args, _name=_name: getattr(self._policy, _name)(*args))
 
@@ -219,14 +219,14 @@ def test_a_state_that_a_handler_takes_resumes_between_batches(handled: Any) -> N
         node = batches()
         states: list[Any] = []
         send = handled(lambda: states.append(node.state_dict()))
-        cancel = Ticket.cancel
+        cancel = PendingBatch.cancel
 
-        def interrupted(self: Ticket) -> None:
+        def interrupted(self: PendingBatch) -> None:
             send()
             cancel(self)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Ticket, "cancel", interrupted)
+            patch.setattr(PendingBatch, "cancel", interrupted)
             assert list(node) == [LABELS] * 3
         assert len(states) == 12
         for at, state in enumerate(states):
@@ -312,7 +312,7 @@ def test_all_that_a_handler_may_call(handled: Any, kind: str, options: dict[str,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_what_a_handler_raises_waits_until_the_lock_is_released(number: int) -> None:
-    guard = Guard()
+    guard = StoreLock()
     steps: list[str] = []
 
     class GivenUpError(Exception):
@@ -350,7 +350,7 @@ def test_a_handler_between_the_steps_of_deferring(
     monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """One that is not deferred, and uses a store: in the end all handlers are where they were."""
-    from gpucache_pipes import guard as module
+    from gpucache_pipes.store import lock as module
 
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM]
     handlers = [lambda *_, n=n: handled.append(n) for n in numbers]
@@ -362,14 +362,14 @@ def test_a_handler_between_the_steps_of_deferring(
         found = set_handler(number, handler)
         calls[0] += 1
         if calls[0] == step + 1:
-            with Guard():
+            with StoreLock():
                 for sent in numbers:
                     signal.raise_signal(sent)
         return found
 
     monkeypatch.setattr(module, "set_handler", interrupted)
     try:
-        with Guard():
+        with StoreLock():
             pass
         assert calls[0] > step
         assert [signal.getsignal(number) for number in numbers] == handlers
@@ -387,16 +387,16 @@ def test_an_error_at_the_end_of_any_section_leaves_nothing_in_use(
     """What a deferred signal raises comes where the lock is released."""
     options: dict[str, Any] = {"load_fn": FEATURES.__getitem__, "asynchronous": asynchronous}
     with GPUFeatureStore("cpu", **options) as store:
-        leave, left, main = Guard.__exit__, [0], threading.current_thread()
+        leave, left, main = StoreLock.__exit__, [0], threading.current_thread()
 
-        def interrupted(self: Guard, *rest: Any) -> None:
+        def interrupted(self: StoreLock, *rest: Any) -> None:
             leave(self, *rest)
             if threading.current_thread() is main:
                 left[0] += 1
                 if left[0] == nth + 1:
                     raise KeyboardInterrupt
 
-        monkeypatch.setattr(Guard, "__exit__", interrupted)
+        monkeypatch.setattr(StoreLock, "__exit__", interrupted)
         with contextlib.suppress(KeyboardInterrupt):
             store.get_batch(list(FEATURES))
         monkeypatch.undo()

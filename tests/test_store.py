@@ -95,7 +95,7 @@ def test_a_batch_larger_than_the_cache_is_served(make_files: Files) -> None:
             batch = store.get_batch(paths).collate()
             assert batch["label"].flatten().tolist() == list(range(50))
             assert len(store) == 7
-        assert store.stats().transient_items == 0
+        assert store.stats().bypassed_items == 0
 
 
 def test_a_budget_of_exactly_n_features_holds_n(make_files: Files) -> None:
@@ -266,10 +266,10 @@ def test_release_and_clear(make_files: Files) -> None:
         store.release([paths[0], "/never/seen"])
         assert paths[0] not in store and len(store) == 3
         store.clear()
-        assert len(store) == 0 and store.stats().transient_items == 4
+        assert len(store) == 0 and store.stats().bypassed_items == 4
         assert store.stats().reserved_bytes > 0
         assert [int(f["label"]) for f in held.result()] == [0, 1, 2, 3]
-        assert store.stats().transient_items == 0
+        assert store.stats().bypassed_items == 0
         store.clear()
         assert store.stats().reserved_bytes == 0 and store.stats().page_bytes == 0
         assert int(store.get(paths[1])["label"]) == 1
@@ -291,11 +291,11 @@ def test_a_dropped_ticket_lets_go(make_files: Files) -> None:
     with GPUFeatureStore("cpu", max_cache_items=1) as store:
         ticket = store.request(paths)
         store.get_batch(paths)
-        assert store.stats().transient_items == 2
+        assert store.stats().bypassed_items == 2
         del ticket
         gc.collect()
         store.check()
-        assert store.stats().transient_items == 0
+        assert store.stats().bypassed_items == 0
 
 
 def test_warm(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
@@ -540,7 +540,7 @@ def test_warm_evicts_nothing_and_reads_little_in_vain(make_files: Files) -> None
     with GPUFeatureStore("cpu", max_cache_bytes=40 * 100 + 39, policy="lru") as store:
         assert store.warm(paths, progress=False) == 100
         stats = store.stats()
-        assert (stats.evictions, stats.files_read, stats.transient_items) == (0, 100, 0)
+        assert (stats.evictions, stats.files_read, stats.bypassed_items) == (0, 100, 0)
         assert store.warm(paths, progress=False) == 100
 
 

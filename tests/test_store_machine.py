@@ -17,9 +17,8 @@ from hypothesis.stateful import (
 )
 from torch.utils._pytree import tree_leaves
 
-from gpucache_pipes.store import GPUFeatureStore
+from gpucache_pipes.store import GPUFeatureStore, PendingBatch
 from gpucache_pipes.testing import assert_same, features
-from gpucache_pipes.ticket import Ticket
 
 PATHS = [f"/features/{n}.pt" for n in range(6)]
 paths = st.lists(st.sampled_from(PATHS), max_size=8)
@@ -110,7 +109,7 @@ class StoreMachine(RuleBasedStateMachine):
                     leaf.zero_()
 
     @rule(target=tickets, wanted=paths)
-    def request(self, wanted: list[str]) -> tuple[Ticket, list[str], GPUFeatureStore]:
+    def request(self, wanted: list[str]) -> tuple[PendingBatch, list[str], GPUFeatureStore]:
         """A second consumer, who comes for it later."""
         return self.store.request(wanted), wanted, self.store
 
@@ -139,8 +138,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.begin_epoch()
 
     @rule(order=paths)
-    def foresee(self, order: list[str]) -> None:
-        self.store.foresee("machine", order)
+    def announce(self, order: list[str]) -> None:
+        self.store.announce("machine", order)
 
     @rule(part=st.floats(0.1, 1.0))
     def shrink(self, part: float) -> None:

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from gpucache_pipes.errors import load_error
 from gpucache_pipes.files import FileOpener, OpenFeature, build, own
-from gpucache_pipes.nodes.listing import GivenPaths, find_files
+from gpucache_pipes.files.listing import GivenPaths, find_files
 
 
 class _Listed:

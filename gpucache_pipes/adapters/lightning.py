@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gpucache_pipes.stats import StoreStats
-from gpucache_pipes.store import GPUFeatureStore
+from gpucache_pipes.store import GPUFeatureStore, StoreStats
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

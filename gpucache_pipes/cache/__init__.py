@@ -1,20 +1,19 @@
 """Bookkeeping without torch, threads or locks: what is held, by whom, and what goes next."""
 
+from gpucache_pipes.cache.access_plan import AccessPlan
 from gpucache_pipes.cache.cache import LAYOUT_SHIFT, Cache
 from gpucache_pipes.cache.entry import NOT_READY, SCATTERED, Entry, State
-from gpucache_pipes.cache.future import Future
 from gpucache_pipes.cache.ledger import Ledger
 from gpucache_pipes.cache.policies import Policy, make_policy, register
-from gpucache_pipes.cache.simulation import Served, Simulation, simulate
-from gpucache_pipes.cache.trace import Trace
+from gpucache_pipes.cache.simulation import Served, Simulation, Trace, simulate
 
 __all__ = [
     "LAYOUT_SHIFT",
     "NOT_READY",
     "SCATTERED",
+    "AccessPlan",
     "Cache",
     "Entry",
-    "Future",
     "Ledger",
     "Policy",
     "Served",

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+from gpucache_pipes.cache.access_plan import AccessPlan
 from gpucache_pipes.cache.entries import Entries
 from gpucache_pipes.cache.entry import NOT_READY, SCATTERED, Entry, State
-from gpucache_pipes.cache.future import Future
 from gpucache_pipes.cache.ledger import Ledger
 from gpucache_pipes.cache.pins import Pins
 from gpucache_pipes.cache.policies import Policy
@@ -56,7 +56,7 @@ class Cache:
         self._grow = grow
         self.pins = Pins()
         # READY entries that go with their last ticket.
-        self._loose: set[Entry] = set()
+        self._bypassed: set[Entry] = set()
         # Accesses that the policy has not been told of.
         self._unreported: deque[tuple[object, Sequence[int]]] = deque()
 
@@ -77,9 +77,9 @@ class Cache:
     def close_tickets(self, tickets: Iterable[int]) -> None:
         """Unpin; transient entries that nobody needs any more go. Unknown tickets are ignored."""
         closed = self.pins.close(tickets)
-        if self._loose:
+        if self._bypassed:
             for number in set().union(*closed) - self.pins.numbers():
-                if self.entries[number] in self._loose:
+                if self.entries[number] in self._bypassed:
                     self._drop(self.entries[number])
 
     def close_lost_tickets(self) -> None:
@@ -94,9 +94,9 @@ class Cache:
         return not self.pins.tickets and not self.loading
 
     @property
-    def transient_items(self) -> int:
+    def bypassed_items(self) -> int:
         """READY entries that go with the last ticket that needs them."""
-        return len(self._loose)
+        return len(self._bypassed)
 
     # Loading
 
@@ -216,7 +216,7 @@ class Cache:
             self._row(layout, entry.pages[0]) if len(entry.pages) == 1 else SCATTERED
         )
         if not entry.cached:
-            self._loose.add(entry)
+            self._bypassed.add(entry)
             if entry.number not in self.pins.numbers():
                 self._drop(entry)
         waiters, entry.waiters = entry.waiters, ()
@@ -252,7 +252,7 @@ class Cache:
             return self.give_up(entry)
         entry.keep = False
         if entry.cached:
-            self.ledger.make_transient(entry)
+            self.ledger.bypass(entry)
         waiters, entry.waiters = entry.waiters, ()
         self.entries.renew(entry)
         return waiters
@@ -274,8 +274,8 @@ class Cache:
             elif entry.cached:
                 if entry.state is State.READY:
                     self.policy.on_remove(entry.file)
-                    self._loose.add(entry)
-                self.ledger.make_transient(entry)
+                    self._bypassed.add(entry)
+                self.ledger.bypass(entry)
 
     def renew(self, entry: Entry) -> None:
         """The file has changed: what is READY of it is for open tickets only, and for no other."""
@@ -296,7 +296,7 @@ class Cache:
         assert entry.state is State.READY
         if entry.cached:
             self.policy.on_remove(entry.file)
-        self._loose.discard(entry)
+        self._bypassed.discard(entry)
         self.ledger.give_back(entry)
         entry.state = State.ABSENT
         entry.layout = None
@@ -316,15 +316,15 @@ class Cache:
         self.report_accesses()
         self.policy.begin_epoch(owner)
 
-    def foresee(self, owner: object, future: Future) -> None:
+    def announce(self, owner: object, plan: AccessPlan) -> None:
         """What `owner` will request from now on."""
         self.report_accesses()
-        self.policy.foresee(owner, future)
+        self.policy.announce(owner, plan)
 
-    def forget_owner(self, owner: object) -> None:
+    def retract(self, owner: object) -> None:
         """`owner` takes back what it foresaw."""
         self.report_accesses()
-        self.policy.forget(owner)
+        self.policy.retract(owner)
 
     def check(self) -> None:
         """Recompute what can be recomputed; raises AssertionError on a difference."""
@@ -337,9 +337,9 @@ class Cache:
         for number, entry in self.entries.items():
             ok = {
                 State.ABSENT: not entry.pages and not entry.cached and entry.layout is None,
-                State.LOADING: entry.layout is None and entry not in self._loose,
+                State.LOADING: entry.layout is None and entry not in self._bypassed,
                 State.READY: entry.layout is not None
-                and entry.cached != (entry in self._loose)
+                and entry.cached != (entry in self._bypassed)
                 and (entry.cached or entry.number in pinned),
             }[entry.state]
             row = SCATTERED if entry.state is State.READY else NOT_READY

@@ -10,7 +10,7 @@ class Ledger:
 
     What always holds (`check` recomputes it):
 
-        free_pages + cached_pages + transient_pages == pages
+        free_pages + cached_pages + bypassed_pages == pages
         cached_bytes <= charged_bytes <= max_bytes
         cached_items <= max_items,  cached_pages <= ceiling
 
@@ -38,7 +38,7 @@ class Ledger:
         self.cached_bytes = 0
         self.charged_bytes = 0
         self.cached_items = 0
-        self.transient_pages = 0
+        self.bypassed_pages = 0
 
     @property
     def useful_pages(self) -> int | None:
@@ -106,7 +106,7 @@ class Ledger:
         entry.nbytes = entry.charge = 0
         entry.cached = False
 
-    def make_transient(self, entry: Entry) -> None:
+    def bypass(self, entry: Entry) -> None:
         """Stop counting `entry` against the budget; it keeps its pages."""
         self._count(entry, -1)
         entry.cached = False
@@ -119,12 +119,12 @@ class Ledger:
             self.charged_bytes += sign * entry.charge
             self.cached_items += sign
         else:
-            self.transient_pages += sign * len(entry.pages)
+            self.bypassed_pages += sign * len(entry.pages)
 
     @property
     def held_pages(self) -> int:
         """Pages that somebody holds."""
-        return self.cached_pages + self.transient_pages
+        return self.cached_pages + self.bypassed_pages
 
     def forget_pages(self) -> None:
         """The arena is gone. Only while no entry holds a page."""
@@ -145,7 +145,7 @@ class Ledger:
             "cached_bytes": sum(e.nbytes for e in cached),
             "charged_bytes": sum(e.charge for e in cached),
             "cached_items": len(cached),
-            "transient_pages": sum(len(e.pages) for e in held if not e.cached),
+            "bypassed_pages": sum(len(e.pages) for e in held if not e.cached),
         }
         for name, value in expected.items():
             _require(getattr(self, name) == value, f"{name}: {getattr(self, name)} != {value}")

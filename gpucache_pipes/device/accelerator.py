@@ -137,7 +137,7 @@ class AcceleratorBackend:
         return max(0, free - int(total * _HEADROOM))
 
     def _extend(self, arena: Arena, pages: int) -> int:
-        """Move the arena to a place that has so many pages more; where there is none, add one.
+        """Extent the arena to a place that has so many pages more; where there is none, add one.
 
         One piece of memory is worth a copy: a batch takes operations for each that it touches.
         """

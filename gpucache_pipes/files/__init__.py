@@ -12,8 +12,7 @@ from gpucache_pipes.files.layout import (
     leaf_names,
     own,
 )
-from gpucache_pipes.files.paths import PathLike, PathTable
-from gpucache_pipes.files.pool import ReaderPool
+from gpucache_pipes.files.path_table import PathLike, PathTable
 from gpucache_pipes.files.sampling import sample_file_sizes
 from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature
 from gpucache_pipes.files.versions import file_version, has_version
@@ -29,7 +28,6 @@ __all__ = [
     "Opener",
     "PathLike",
     "PathTable",
-    "ReaderPool",
     "Tree",
     "build",
     "file_version",

@@ -10,10 +10,10 @@ import torch
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.npy import NpyReader
 from gpucache_pipes.files.planned import PlanReader
-from gpucache_pipes.files.pt import PtReader
+from gpucache_pipes.files.pt.reader import PtReader
+from gpucache_pipes.files.pt.vetting import require_sound
 from gpucache_pipes.files.safetensors import SafetensorsReader
 from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature
-from gpucache_pipes.files.vetting import require_sound
 
 FORMATS: dict[str, Callable[[], PlanReader]] = {
     ".npy": NpyReader,

@@ -11,7 +11,7 @@ import torch
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout
-from gpucache_pipes.files.planned import Bytes, Move, Plan, PlanReader, View
+from gpucache_pipes.files.planned import Bytes, Extent, Plan, PlanReader, View
 
 _DTYPES = {
     "f8": torch.float64,
@@ -79,7 +79,7 @@ class NpyReader(PlanReader):
         if not leaf.nbytes:
             return Plan(layout, (), (), ())
         if not fortran or len(shape) < 2:
-            return Plan(layout, (), (Move(start, 0, leaf.nbytes),), ())
+            return Plan(layout, (), (Extent(start, 0, leaf.nbytes),), ())
         strides, step = [], 1
         for side in shape:
             strides.append(step)

@@ -30,7 +30,7 @@ DEAREST = 1 << 17
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
-class Move(NamedTuple):
+class Extent(NamedTuple):
     """`nbytes` bytes at `start` of the file are those at `offset` of the feature."""
 
     start: int
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
     layout: Layout
     values: tuple[Any, ...]
-    moves: tuple[Move, ...]
+    moves: tuple[Extent, ...]
     views: tuple[View, ...]
     # About how many bytes it takes to remember it.
     cost: int = 1000

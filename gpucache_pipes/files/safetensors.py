@@ -11,7 +11,7 @@ import torch
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, flatten
-from gpucache_pipes.files.planned import DEAREST, Bytes, Move, Plan, PlanReader
+from gpucache_pipes.files.planned import DEAREST, Bytes, Extent, Plan, PlanReader
 
 _DTYPES = {
     "F64": torch.float64,
@@ -118,5 +118,5 @@ def _make_plan(header: dict[str, Any], start: int, count: int) -> Plan:
         if tensor.end - tensor.begin != leaf.nbytes:
             raise ValueError("a shape and the number of bytes do not agree")
         if leaf.nbytes:
-            moves.append(Move(start + tensor.begin, leaf.offset, leaf.nbytes))
+            moves.append(Extent(start + tensor.begin, leaf.offset, leaf.nbytes))
     return Plan(layout, (), tuple(moves), (), layout.cost + 3 * count + 200 * len(moves))

@@ -9,11 +9,10 @@ import torch
 from torch.utils.data import default_collate
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.batch import FeatureBatch, first_device, to_device
+from gpucache_pipes.batches import FeatureBatch, RaggedOptions, first_device, to_device
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
-from gpucache_pipes.nodes.sources import as_node, call
-from gpucache_pipes.ragged import RaggedOptions
+from gpucache_pipes.nodes.upstream import as_node, call
 from gpucache_pipes.units import positive_int
 
 

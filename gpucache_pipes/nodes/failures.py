@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpucache_pipes.nodes.sources import guarded
-from gpucache_pipes.ticket import Ticket
+from gpucache_pipes.nodes.upstream import guarded
+from gpucache_pipes.store import PendingBatch
 from gpucache_pipes.units import positive_int
 
 OnError = str | Callable[[str, Exception], Any]
@@ -46,7 +46,7 @@ class Failures:
         self.last = error
         return None if isinstance(self.on_error, str) else self.on_error(path, error)
 
-    def settle(self, ticket: Ticket, paths: Sequence[Any]) -> set[int]:
+    def settle(self, ticket: PendingBatch, paths: Sequence[Any]) -> set[int]:
         """Wait for a ticket's files and deal with those that failed; what is left out of them."""
         for position, error in ticket.wait().items():
             path = os.fspath(paths[position])

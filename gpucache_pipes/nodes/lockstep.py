@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.errors import RankError
-from gpucache_pipes.nodes.sources import as_node
+from gpucache_pipes.nodes.upstream import as_node
 
 _ELEMENT, _END, _ERROR = 0, 1, 2
 

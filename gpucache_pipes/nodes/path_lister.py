@@ -7,14 +7,14 @@ from typing import Any
 
 from torchdata.nodes import BaseNode
 
+from gpucache_pipes.files.listing import GivenPaths, find_files
 from gpucache_pipes.nodes.buckets import Buckets
-from gpucache_pipes.nodes.listing import GivenPaths, find_files
 from gpucache_pipes.nodes.order import DrawnOrder, SampledOrder
 from gpucache_pipes.nodes.resuming import fingerprint, place
 from gpucache_pipes.nodes.sharding import Shards, find_rank
-from gpucache_pipes.nodes.sources import as_node
+from gpucache_pipes.nodes.upstream import as_node
+from gpucache_pipes.store import Upcoming
 from gpucache_pipes.units import positive_int
-from gpucache_pipes.upcoming import Upcoming
 
 Source = str | os.PathLike[str] | Iterable[Any]
 

@@ -9,15 +9,13 @@ from weakref import WeakValueDictionary
 
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.batch import FeatureBatch
-from gpucache_pipes.nodes.ahead import Ahead
+from gpucache_pipes.batches import FeatureBatch, RaggedOptions
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.failures import Failures, OnError
+from gpucache_pipes.nodes.pending_element import PendingElement
 from gpucache_pipes.nodes.sharding import find_rank
-from gpucache_pipes.nodes.sources import as_node, call, guarded
-from gpucache_pipes.ragged import RaggedOptions
-from gpucache_pipes.store import GPUFeatureStore
-from gpucache_pipes.ticket import Ticket
+from gpucache_pipes.nodes.upstream import as_node, call, guarded
+from gpucache_pipes.store import GPUFeatureStore, PendingBatch
 from gpucache_pipes.units import positive_int
 
 _LAST_GOOD = "last_good"
@@ -94,7 +92,7 @@ class GPUPrefetcher(BaseNode[Any]):
         self.path_fn = path_fn
         self.join_fn = join_fn
         self.failures = Failures(on_error, max_failures)
-        self._ahead: deque[Ahead] = deque()
+        self._ahead: deque[PendingElement] = deque()
         self._exhausted = False
         self._state: dict[str, Any] = {}
         # Names this pipeline to the policy; the same for all over one source, since some make
@@ -126,7 +124,7 @@ class GPUPrefetcher(BaseNode[Any]):
         self.store.begin_epoch(self._owner)
         if self._upcoming is not None:
             # With a path_fn the paths may be others, which the policy would notice.
-            self.store.foresee(self._owner, self._upcoming)
+            self.store.announce(self._owner, self._upcoming)
 
     def next(self) -> Any:
         """See BaseNode."""
@@ -154,7 +152,7 @@ class GPUPrefetcher(BaseNode[Any]):
                 )
             return self._use([head], ragged)
 
-    def _join(self, features: Any, head: Ahead) -> Any:
+    def _join(self, features: Any, head: PendingElement) -> Any:
         if self.path_fn is not None:
             element = head.element
             return call(self.join_fn, "join_fn", features, element) if self.join_fn else (
@@ -199,17 +197,17 @@ class GPUPrefetcher(BaseNode[Any]):
     def shutdown(self) -> None:
         """Let go of what is on its way. The node can be reset and used again. Takes no lock."""
         self._let_go()
-        self._withdraw()
+        self._retract()
 
     def __del__(self) -> None:
         # Tickets cancel themselves when they are collected; and an __init__ may have failed.
         if hasattr(self, "_key"):
-            self._withdraw()
+            self._retract()
 
-    def _withdraw(self) -> None:
+    def _retract(self) -> None:
         # What another pipeline over the same source has announced since stays.
         if _latest.get(self._key) in (None, self):
-            self.store.withdraw(self._owner)
+            self.store.retract(self._owner)
 
     def _have(self, count: int) -> int:
         """Draw elements until `count` are there of which something is left; how many there are."""
@@ -231,7 +229,7 @@ class GPUPrefetcher(BaseNode[Any]):
             ) from self.failures.last
         return have
 
-    def _settle(self, head: Ahead) -> bool:
+    def _settle(self, head: PendingElement) -> bool:
         """Decide what is taken instead of what failed; False if nothing is left of the element."""
         if head.error is not None:
             return True  # which is raised
@@ -256,7 +254,7 @@ class GPUPrefetcher(BaseNode[Any]):
             self._last_good = copy.copy(head.element)  # the consumer's own from now on
         return left
 
-    def _stand_in(self, head: Ahead) -> Any:
+    def _stand_in(self, head: PendingElement) -> Any:
         """What to yield instead of an element of which nothing is left.
 
         The next element of the epoch of which something is: so it does not matter where the run
@@ -278,7 +276,7 @@ class GPUPrefetcher(BaseNode[Any]):
             raise self.failures.last
         return self._last_good
 
-    def _sift(self, head: Ahead, ticket: Ticket) -> bool:
+    def _sift(self, head: PendingElement, ticket: PendingBatch) -> bool:
         """Leave out of the element what failed; whether anything is left."""
         left_out = self.failures.settle(ticket, head.paths)
         if head.divisible and left_out:
@@ -303,13 +301,13 @@ class GPUPrefetcher(BaseNode[Any]):
         """Have `needed` elements, and `depth` behind them, requested."""
         while len(self._ahead) < needed + self.depth and not self._exhausted:
             try:
-                head = Ahead(next(self.source))
+                head = PendingElement(next(self.source))
             except StopIteration:
                 self._exhausted = True
                 return
             except Exception as error:
                 # What was drawn before it comes first.
-                head = Ahead(None)
+                head = PendingElement(None)
                 head.error = error
                 self._ahead.append(head)
                 return
@@ -323,7 +321,7 @@ class GPUPrefetcher(BaseNode[Any]):
             except Exception as error:
                 head.error = error
 
-    def _request(self, head: Ahead) -> None:
+    def _request(self, head: PendingElement) -> None:
         element = head.element
         paths = element
         if self.path_fn is not None:
@@ -341,7 +339,7 @@ class GPUPrefetcher(BaseNode[Any]):
         head.paths = paths
         head.ticket = self.store.request(paths, owner=self._owner)
 
-    def _use(self, heads: Sequence[Ahead], ragged: RaggedOptions | None = None) -> Any:
+    def _use(self, heads: Sequence[PendingElement], ragged: RaggedOptions | None = None) -> Any:
         """Gather the first elements in the queue and take them out."""
         try:
             tickets = []
@@ -356,14 +354,14 @@ class GPUPrefetcher(BaseNode[Any]):
         self._pass(heads)
         return batch
 
-    def _ticket_of(self, head: Ahead) -> Ticket:
+    def _ticket_of(self, head: PendingElement) -> PendingBatch:
         """Its ticket; a new one after an interrupt."""
         if head.ticket is None or head.ticket.used:
             self._request(head)
         assert head.ticket is not None
         return head.ticket
 
-    def _pass(self, heads: Sequence[Ahead]) -> None:
+    def _pass(self, heads: Sequence[PendingElement]) -> None:
         state = self._state
         for head in heads:
             self._ahead.popleft()

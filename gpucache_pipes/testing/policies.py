@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpucache_pipes.cache import Future
+from gpucache_pipes.cache import AccessPlan
 from gpucache_pipes.cache.policies import Key, Policy
 
 
@@ -59,7 +59,7 @@ _inherited = settings(
 )
 
 
-_CALLS = ["on_access", "on_insert", "on_remove", "victims", "foresee", "forget", "begin_epoch"]
+_CALLS = ["on_access", "on_insert", "on_remove", "victims", "announce", "forget", "begin_epoch"]
 
 
 class PolicyContract:
@@ -99,7 +99,7 @@ class PolicyContract:
     @_inherited
     @given(st.data(), st.lists(st.sampled_from(_CALLS), max_size=40))
     def test_any_calls_in_any_order(self, data: st.DataObject, calls: list[str]) -> None:
-        """Several owners, files that come without a request, releases, wrong futures."""
+        """Several owners, files that come without a request, releases, wrong plans."""
         policy = self.make()
         cached: set[Key] = set()
         keys, owners = st.integers(0, 7), st.sampled_from(["one", "two", None])
@@ -117,10 +117,10 @@ class PolicyContract:
                 key = data.draw(st.sampled_from(sorted(cached)))
                 policy.on_remove(key)
                 cached.remove(key)
-            elif call == "foresee":
-                future = data.draw(traces(max_size=20))
-                left = data.draw(st.integers(0, len(future)))
-                policy.foresee(data.draw(owners), Future(future, left))
+            elif call == "announce":
+                plan = data.draw(traces(max_size=20))
+                left = data.draw(st.integers(0, len(plan)))
+                policy.announce(data.draw(owners), AccessPlan(plan, left))
             elif call in ("begin_epoch", "forget"):
                 getattr(policy, call)(data.draw(owners))
             elif call == "victims":
@@ -148,8 +148,8 @@ class PolicyContract:
     ) -> None:
         """Wrong hints cost hits, nothing else."""
         policy = self.make()
-        policy.foresee("somebody", Future(reversed(trace), len(trace) // 2))
-        policy.foresee("nobody", Future(trace))
+        policy.announce("somebody", AccessPlan(reversed(trace), len(trace) // 2))
+        policy.announce("nobody", AccessPlan(trace))
         simulate_policy(policy, trace, capacity, epochs=epochs)
-        policy.forget("somebody")
-        policy.forget("nobody")
+        policy.retract("somebody")
+        policy.retract("nobody")

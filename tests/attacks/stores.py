@@ -162,8 +162,8 @@ OPERATION: list[Callable[[GPUFeatureStore, list[str], random.Random], Any]] = [
     lambda store, paths, draw: store.clear(),
     lambda store, paths, draw: store.check(),
     lambda store, paths, draw: store.warm(draw.sample(paths, 10), progress=False),
-    lambda store, paths, draw: store.foresee(draw.choice([1, "a"]), draw.sample(paths, 10)),
-    lambda store, paths, draw: store.withdraw(draw.choice([1, "a"])),
+    lambda store, paths, draw: store.announce(draw.choice([1, "a"]), draw.sample(paths, 10)),
+    lambda store, paths, draw: store.retract(draw.choice([1, "a"])),
     lambda store, paths, draw: store.begin_epoch(draw.choice([1, "a", None])),
     lambda store, paths, draw: os.fspath(paths[0]) in store,
 ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ACCELERATOR
 
-from gpucache_pipes import bench
+from gpucache_pipes.cli import bench
 from gpucache_pipes.device import resolve_device
 
 pytestmark = pytest.mark.gpu

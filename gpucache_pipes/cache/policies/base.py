@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-from gpucache_pipes.cache.future import Future
+from gpucache_pipes.cache.access_plan import AccessPlan
 
 Key = int
 """A file: the store numbers files from 0 on, as it meets them. So an array may have its place."""
@@ -42,13 +42,13 @@ class Policy(Protocol):
     def begin_epoch(self, owner: object) -> None:
         """`owner` begins a new pass over its data."""
 
-    def foresee(self, owner: object, future: Future) -> None:
+    def announce(self, owner: object, plan: AccessPlan) -> None:
         """What `owner` will request from now on; replaces what it said before.
 
         A hint: wrong ones cost hits and nothing else.
         """
 
-    def forget(self, owner: object) -> None:
+    def retract(self, owner: object) -> None:
         """`owner` takes back what it foresaw. Unknown owners are ignored."""
 
 
@@ -61,10 +61,10 @@ class BasePolicy:
     def begin_epoch(self, owner: object) -> None:
         """See Policy."""
 
-    def foresee(self, owner: object, future: Future) -> None:
+    def announce(self, owner: object, plan: AccessPlan) -> None:
         """See Policy."""
 
-    def forget(self, owner: object) -> None:
+    def retract(self, owner: object) -> None:
         """See Policy."""
 
 

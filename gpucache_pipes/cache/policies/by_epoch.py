@@ -1,4 +1,4 @@
-"""What epochs tell of a future that nobody announces."""
+"""What epochs tell of a plan that nobody announces."""
 
 from array import array
 from collections import OrderedDict, deque

@@ -1,13 +1,13 @@
-"""Belady's algorithm over the future that the pipelines announce."""
+"""Belady's algorithm over the plan that the pipelines announce."""
 
 from collections.abc import Container, Iterator, Sequence
 
-from gpucache_pipes.cache.future import Future
+from gpucache_pipes.cache.access_plan import AccessPlan
 from gpucache_pipes.cache.policies.base import Key
+from gpucache_pipes.cache.policies.eviction_scan import EvictionScans, Named
 from gpucache_pipes.cache.policies.pipeline import NEVER, Pipeline
-from gpucache_pipes.cache.policies.walks import Named, Walks
 
-_SURPRISES = 64
+_MOST_UNANNOUNCED = 64
 """So many more requests that were not announced than were show that an announcement is wrong."""
 
 _DISTRUST = 8
@@ -18,15 +18,15 @@ class Clairvoyant:
     """The feature whose next use lies farthest ahead goes first; a new one that would be the
     farthest is not kept.
 
-    With the whole future known no policy has fewer misses (Belady, "A study of replacement
+    With the whole plan known no policy has fewer misses (Belady, "A study of replacement
     algorithms for a virtual-storage computer", IBM Systems Journal 1966; with bypass since a
     feature can be served without being kept). Pipelines announce the rest of their epoch and,
     where it is known, the next one; of several pipelines their rhythm tells who comes when.
 
-    Where nothing is announced, epochs stand in for the future, and where these are none, what
-    would have served best of late: see ByEpoch and Contest. All of these are compared by when they
-    are likely needed. O(log n) amortised for each request, with a very small constant where
-    pipelines do as they announced: see Future.
+    Where nothing is announced, epochs stand in for the future, and where there are none, what would
+    have served best of late: see ByEpoch and SetDueling. All of these are compared by when they are
+    likely needed. O(log n) amortised for each request, with a very small constant where
+    pipelines do as they announced: see AccessPlan.
 
     Sizes play no part. A byte of the cache saves a byte of reading each time it is needed, so that
     what is needed farthest ahead is worth least for each byte, be it large or small; a policy
@@ -39,9 +39,9 @@ class Clairvoyant:
         # If there is just one.
         self._only: Pipeline | None = None
         self._latest: Pipeline | None = None
-        # Who holds a cached key; None: its next use is marked in a future.
+        # Who holds a cached key; None: its next use is marked in a plan.
         self._cached: dict[Key, Pipeline | None] = {}
-        self._walks = Walks(self._cached)
+        self._scans = EvictionScans(self._cached)
 
     def _pipeline(self, owner: object) -> Pipeline:
         pipeline = self._pipelines.get(owner)
@@ -69,11 +69,11 @@ class Clairvoyant:
         """
         for other, old in self._pipelines.items():
             seen = old.habits.by_epoch.has_seen
-            if old.withdrawn and old.future is None and 2 * sum(map(seen, keys)) > len(keys):
+            if old.retracted and old.plan is None and 2 * sum(map(seen, keys)) > len(keys):
                 del self._pipelines[other]
                 self._pipelines[owner] = old
                 self._note_only()
-                old.withdrawn = False
+                old.retracted = False
                 old.schedule.begin_epoch(self._now - len(keys))
                 old.schedule.request(self._now - len(keys), len(keys))
                 old.habits.begin_epoch()
@@ -84,17 +84,17 @@ class Clairvoyant:
 
     def on_access(self, keys: Sequence[Key], owner: object) -> None:
         """See Policy."""
-        self._walks.show()
+        self._scans.show()
         pipeline = self._latest = self._pipeline(owner)
-        pipeline.withdrawn = False
+        pipeline.retracted = False
         pipeline.schedule.request(self._now, len(keys))
         self._now += len(keys)
-        if pipeline.future is not None:
-            if not pipeline.future.follow(keys):
+        if pipeline.plan is not None:
+            if not pipeline.plan.follow(keys):
                 pipeline.moved.update(keys)
-                if pipeline.future.surprises > _SURPRISES:
+                if pipeline.plan.unannounced > _MOST_UNANNOUNCED:
                     pipeline.distrust = _DISTRUST
-                    self.forget(owner)
+                    self.retract(owner)
             return
         if not pipeline.habits.by_epoch.known and len(self._pipelines) > 1:
             pipeline = self._latest = self._heir(pipeline, owner, keys)
@@ -110,42 +110,42 @@ class Clairvoyant:
     def on_insert(self, key: Key) -> None:
         """See Policy."""
         self._cached[key] = None
-        future = None if self._only is None else self._only.future
-        if future is not None and (position := future.next_use(key)) < future.end:
-            future.mark(position)
+        plan = None if self._only is None else self._only.plan
+        if plan is not None and (position := plan.next_use(key)) < plan.end:
+            plan.mark(position)
         else:
             self._place(key, self._user(key))
 
     def on_remove(self, key: Key) -> None:
         """See Policy."""
         holder = self._cached.pop(key)
-        self._walks.forget(key)
+        self._scans.forget(key)
         if holder is not None:
             holder.drop(key)
 
     def begin_epoch(self, owner: object) -> None:
         """See Policy."""
-        self._walks.show()
+        self._scans.show()
         pipeline = self._pipeline(owner)
         pipeline.schedule.begin_epoch(self._now)
         pipeline.habits.begin_epoch()
         self._looked = -1
         self._forget_the_gone()
 
-    def foresee(self, owner: object, future: Future) -> None:
+    def announce(self, owner: object, plan: AccessPlan) -> None:
         """See Policy."""
-        self._walks.show()
+        self._scans.show()
         pipeline = self._pipeline(owner)
         if pipeline.distrust:
             pipeline.distrust -= 1
             return
         self._settle()
         self._looked = -1
-        pipeline.future = future
+        pipeline.plan = plan
         for key, holder in self._cached.items():
             if holder is not None:
                 self._place(key, holder)
-            elif future.next_use(key) == future.end:
+            elif plan.next_use(key) == plan.end:
                 self._place(key, pipeline)
         # Such as the one that stood for files that were loaded in advance.
         for other, old in list(self._pipelines.items()):
@@ -153,18 +153,18 @@ class Clairvoyant:
                 del self._pipelines[other]
         self._note_only()
 
-    def forget(self, owner: object) -> None:
+    def retract(self, owner: object) -> None:
         """See Policy."""
-        self._walks.show()
+        self._scans.show()
         pipeline = self._pipelines.get(owner)
         if pipeline is None:
             return
-        pipeline.withdrawn = True
-        if pipeline.future is None:
+        pipeline.retracted = True
+        if pipeline.plan is None:
             return
         self._settle()
         self._looked = -1
-        pipeline.future = None
+        pipeline.plan = None
         for key in pipeline.beyond:
             pipeline.habits.on_insert(key)
         pipeline.beyond.clear()
@@ -180,20 +180,20 @@ class Clairvoyant:
         # The same in a third of the time, where there is just one pipeline.
         if self._only is None:
             return self._victims_of_all(key)
-        if self._only.future is None:
+        if self._only.plan is None:
             return self._only.habits.victims(key)
-        return self._victims_of_one(self._only, self._only.future, key)
+        return self._victims_of_one(self._only, self._only.plan, key)
 
-    def _victims_of_one(self, pipeline: Pipeline, future: Future, key: Key) -> Iterator[Key]:
-        limit = future.next_use(key)
-        with self._walks.walk() as named:
+    def _victims_of_one(self, pipeline: Pipeline, plan: AccessPlan, key: Key) -> Iterator[Key]:
+        limit = plan.next_use(key)
+        with self._scans.walk() as named:
             yield from pipeline.beyond
-            while (position := future.farthest()) > limit:
-                future.unmark(position)
-                candidate = future.keys[position]
+            while (position := plan.farthest()) > limit:
+                plan.unmark(position)
+                candidate = plan.keys[position]
                 if candidate in self._cached and candidate not in named:
-                    if future.next_use(candidate) == position:
-                        named[candidate] = future, position
+                    if plan.next_use(candidate) == position:
+                        named[candidate] = plan, position
                         yield candidate
                     else:
                         self._place(candidate, pipeline)
@@ -206,7 +206,7 @@ class Clairvoyant:
             limit = self._user(key).groups(key)[0][0]
         groups = [group for p in self._pipelines.values() for group in p.groups(key)]
         groups.sort(key=lambda group: -group[0])
-        with self._walks.walk() as named:
+        with self._scans.walk() as named:
             for due, keys in groups:
                 if due < limit or (known and due == limit):
                     break
@@ -216,22 +216,20 @@ class Clairvoyant:
 
     def _due_after(self, limit: float, named: Named) -> Iterator[Key]:
         """Cached keys whose next use is known, and farther ahead than `limit`; farthest first."""
-        pipelines = [p for p in self._pipelines.values() if p.future is not None]
+        pipelines = [p for p in self._pipelines.values() if p.plan is not None]
         while True:
             tops = [
-                (p.due(at), p.future, at)
-                for p in pipelines
-                if (at := self._farthest(p, named)) >= 0
+                (p.due(at), p.plan, at) for p in pipelines if (at := self._farthest(p, named)) >= 0
             ]
             if not tops:
                 return
-            due, future, position = max(tops, key=lambda top: top[0])
+            due, plan, position = max(tops, key=lambda top: top[0])
             if due <= limit:
                 return
-            assert future is not None
-            future.unmark(position)
-            candidate = future.keys[position]
-            named[candidate] = (future, position)
+            assert plan is not None
+            plan.unmark(position)
+            candidate = plan.keys[position]
+            named[candidate] = (plan, position)
             yield candidate
 
     def _farthest(self, pipeline: Pipeline, named: Container[Key]) -> int:
@@ -239,16 +237,16 @@ class Clairvoyant:
 
         A key may have several marks, also some that are out of date: what is found is looked at.
         """
-        future = pipeline.future
-        assert future is not None
-        while (position := future.farthest()) >= 0:
-            key = future.keys[position]
+        plan = pipeline.plan
+        assert plan is not None
+        while (position := plan.farthest()) >= 0:
+            key = plan.keys[position]
             wanted = key in self._cached and key not in named
             if wanted:
                 _, nearest, at = self._next_use(key)
                 if nearest is pipeline and at == position:
                     return position
-            future.unmark(position)
+            plan.unmark(position)
             if wanted:
                 self._place(key, pipeline)
         return -1
@@ -261,8 +259,8 @@ class Clairvoyant:
             return
         self._settled = self._now
         for pipeline in self._pipelines.values():
-            if pipeline.future is not None:
-                for key in pipeline.future.mark_moved(self._cached):
+            if pipeline.plan is not None:
+                for key in pipeline.plan.mark_moved(self._cached):
                     self._place(key, pipeline)
                 for key in pipeline.moved & self._cached.keys():
                     self._place(key, pipeline)
@@ -278,16 +276,16 @@ class Clairvoyant:
             user.hold(key)
             self._cached[key] = user
         else:
-            assert pipeline.future is not None
-            pipeline.future.mark(position)
+            assert pipeline.plan is not None
+            pipeline.plan.mark(position)
             self._cached[key] = None
 
     def _next_use(self, key: Key) -> tuple[float, Pipeline | None, int]:
         """When a key is needed next, by whom and at which position; never, where it is unknown."""
         nearest: tuple[float, Pipeline | None, int] = (NEVER, None, -1)
         for pipeline in self._pipelines.values():
-            future = pipeline.future
-            if future is not None and (position := future.next_use(key)) != future.end:
+            plan = pipeline.plan
+            if plan is not None and (position := plan.next_use(key)) != plan.end:
                 due = pipeline.due(position)
                 if due < nearest[0]:
                     nearest = (due, pipeline, position)
@@ -298,7 +296,7 @@ class Clairvoyant:
         if self._only is not None:
             return self._only
         for pipeline in self._pipelines.values():
-            if pipeline.future is None and pipeline.habits.by_epoch.has_seen(key):
+            if pipeline.plan is None and pipeline.habits.by_epoch.has_seen(key):
                 return pipeline
         return self._latest or self._pipeline(None)
 

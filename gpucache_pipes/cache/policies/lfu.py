@@ -35,7 +35,7 @@ class LFU(BasePolicy):
     O(1) for each request, by a list of frequencies that each have a list of keys (Shah, Mitra and
     Matani, "An O(1) algorithm for implementing the LFU cache eviction scheme", 2010). Where
     requests are independent of each other, counting is the best that can be done without a
-    future (Coffman and Denning, "Operating Systems Theory", 1973); but what was used often
+    plan (Coffman and Denning, "Operating Systems Theory", 1973); but what was used often
     once stays for ever, and new keys push out each other.
     """
 

@@ -3,10 +3,10 @@
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from gpucache_pipes.cache.future import Future
+from gpucache_pipes.cache.access_plan import AccessPlan
 from gpucache_pipes.cache.policies.base import Key
-from gpucache_pipes.cache.policies.contest import Contest
 from gpucache_pipes.cache.policies.schedule import Schedule
+from gpucache_pipes.cache.policies.set_dueling import SetDueling
 
 NEVER = float("inf")
 
@@ -16,9 +16,9 @@ class Pipeline:
 
     Attributes:
         schedule: its rhythm.
-        future: what it has announced.
+        plan: what it has announced.
         distrust: announcements not to believe, since one has not come true.
-        withdrawn: whether it has taken back what it announced, as those do that end.
+        retracted: whether it has taken back what it announced, as those do that end.
         moved: requested against what it announced, and not looked at since.
         beyond: cached keys that it is not known to use again, the longest unused first.
         habits: what it holds while it announces nothing.
@@ -28,35 +28,35 @@ class Pipeline:
 
     def __init__(self, now: int) -> None:
         self.schedule = Schedule(now)
-        self.future: Future | None = None
+        self.plan: AccessPlan | None = None
         self.distrust = 0
-        self.withdrawn = False
+        self.retracted = False
         self.moved: set[Key] = set()
         self.beyond: OrderedDict[Key, None] = OrderedDict()
-        self.habits = Contest()
+        self.habits = SetDueling()
         self.start = self.pause = 0.0
 
     def holds_nothing(self) -> bool:
         """Whether there is no reason to remember it."""
-        return self.future is None and not len(self.habits.by_epoch)
+        return self.plan is None and not len(self.habits.by_epoch)
 
     def rest(self) -> int:
         """Requests that are left in this epoch, as far as is known."""
-        if self.future is not None:
-            return max(self.future.left - self.future.position, 0)
+        if self.plan is not None:
+            return max(self.plan.left - self.plan.position, 0)
         return max(self.schedule.length - self.schedule.requests, 0)
 
     def due(self, position: int) -> float:
-        """When it comes to this position of its future, in requests of all pipelines."""
-        future, schedule = self.future, self.schedule
-        assert future is not None
-        ahead = max(position - future.position, 0)
-        pause = self.pause if future.position < future.left <= position else 0
+        """When it comes to this position of its plan, in requests of all pipelines."""
+        plan, schedule = self.plan, self.schedule
+        assert plan is not None
+        ahead = max(position - plan.position, 0)
+        pause = self.pause if plan.position < plan.left <= position else 0
         return self.start + schedule.lasts(ahead) + pause
 
     def hold(self, key: Key) -> None:
         """Take a cached key whose next use is not known."""
-        if self.future is None:
+        if self.plan is None:
             self.habits.on_insert(key)
         else:
             self.beyond[key] = None
@@ -70,7 +70,7 @@ class Pipeline:
 
     def groups(self, key: Key) -> list[tuple[float, Iterable[Key]]]:
         """What it holds, each with the time when it is likely needed; that of a new key first."""
-        if self.future is not None:
+        if self.plan is not None:
             return [(NEVER, self.beyond)]
         habits, schedule, rest = self.habits, self.schedule, self.rest()
         habits.consider()

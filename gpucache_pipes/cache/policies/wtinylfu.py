@@ -22,7 +22,7 @@ class WTinyLFU(BasePolicy):
     protected. Requests are counted up to 15, and all counts are halved after ten requests for
     each place. There is a byte for each file that was ever requested, where the paper has a sketch:
     the number of files is bounded here. O(1) amortised. The best all-rounder among the policies
-    that know no future, in the simulations of docs/benchmarks.md.
+    that know no plan, in the simulations of docs/benchmarks.md.
     """
 
     def __init__(self) -> None:

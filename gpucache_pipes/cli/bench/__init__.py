@@ -1,0 +1,25 @@
+"""`python -m gpucache_pipes bench`: what these files gain, beside what else there is."""
+
+from gpucache_pipes.cli.bench.contender import Contender
+from gpucache_pipes.cli.bench.loaders import BASELINE, OURS
+from gpucache_pipes.cli.bench.report import Report, advice, as_text, draw, headings
+from gpucache_pipes.cli.bench.running import CONTENDERS, bench, choose, find_device, free_bytes
+from gpucache_pipes.cli.bench.work import Work, sample
+
+__all__ = [
+    "BASELINE",
+    "CONTENDERS",
+    "OURS",
+    "Contender",
+    "Report",
+    "Work",
+    "advice",
+    "as_text",
+    "bench",
+    "choose",
+    "draw",
+    "find_device",
+    "free_bytes",
+    "headings",
+    "sample",
+]

@@ -1,0 +1,121 @@
+"""How a batch is made of features by hand, and how two batches are found to be the same."""
+
+import ctypes
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import default_collate
+
+from gpucache_pipes.batches import Padded
+from gpucache_pipes.files import Layout, leaf_names
+
+
+@dataclass(frozen=True)
+class Collation:
+    """What becomes of the features of a batch; the same for everybody.
+
+    Attributes:
+        mode: "stack", tensors [B, *shape]; "pad", the same with some of them padded; "list", the
+            features as they are, since they cannot be stacked.
+        ragged: the names of leaves that are padded.
+        reason: why they cannot be stacked.
+    """
+
+    mode: str
+    ragged: frozenset[str] = frozenset()
+    reason: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        layouts: Sequence[Layout],
+        values: Sequence[tuple[Any, ...]],
+        examples: Sequence[Any],
+    ) -> "Collation":
+        """What suits features of these layouts and plain values, of which there are examples."""
+        first = layouts[0]
+        names = leaf_names(first.tree)
+        ragged = set()
+        for other in set(layouts):
+            if other.tree != first.tree:
+                return cls("list", reason="they differ in more than the shapes of tensors")
+            for name, mine, its in zip(names, first.leaves, other.leaves, strict=True):
+                if mine.dtype != its.dtype or mine.shape[1:] != its.shape[1:]:
+                    return cls("list", reason=f"{name} differs in more than its first dimension")
+                if mine.shape != its.shape:
+                    ragged.add(name)
+        chosen = cls("pad" if ragged else "stack", frozenset(ragged))
+        for column in zip(*values, strict=True):
+            kinds = sorted({type(value).__qualname__ for value in column})
+            if len(kinds) > 1:
+                return cls("list", reason=f"values beside tensors are {' and '.join(kinds)}")
+        try:
+            chosen.by_hand(examples)
+        except (TypeError, RuntimeError) as error:
+            return cls("list", reason=str(error))
+        return chosen
+
+    def by_hand(self, features: Sequence[Any]) -> Any:
+        """A batch, as people write it: a stack for each leaf, or pad_sequence."""
+        return list(features) if self.mode == "list" else self._column(features, "")
+
+    def _column(self, values: Sequence[Any], name: str) -> Any:
+        first = values[0]
+        if isinstance(first, torch.Tensor):
+            if (name or "the feature") in self.ragged:
+                return pad(values)
+            return torch.stack(list(values))
+        if isinstance(first, dict):
+            return {k: self._column([v[k] for v in values], f"{name}[{k!r}]") for k in first}
+        if isinstance(first, (list, tuple)):
+            columns = [
+                self._column([v[number] for v in values], f"{name}[{number!r}]")
+                for number in range(len(first))
+            ]
+            if hasattr(first, "_fields"):
+                return type(first)(*columns)
+            return columns if isinstance(first, list) else tuple(columns)
+        return default_collate(list(values))
+
+    def for_nodes(self) -> dict[str, Any]:
+        """The same as arguments for a GPUCollator."""
+        if self.mode == "list":
+            return {"collate_fn": list}
+        return {"ragged": dict.fromkeys(self.ragged, "pad")} if self.ragged else {}
+
+
+def pad(sequences: Sequence[torch.Tensor]) -> Padded:
+    """Sequences that differ in length, padded with zeros."""
+    values = pad_sequence(list(sequences), batch_first=True)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=values.device)
+    return Padded(values, lengths, torch.arange(values.shape[1], device=values.device)
+                  < lengths.unsqueeze(1))  # fmt: skip
+
+
+def checksum(batch: Any, start: int = 0) -> int:
+    """A CRC of all that a batch holds: names, shapes, dtypes, every byte, in order.
+
+    Lists and tuples are the same, as some loaders make one of the other.
+    """
+    if isinstance(batch, torch.Tensor):
+        dense = batch.detach().cpu().contiguous()
+        crc = zlib.crc32(f"{dense.dtype} {tuple(dense.shape)}".encode(), start)
+        count = dense.numel() * dense.dtype.itemsize
+        if count:
+            crc = zlib.crc32((ctypes.c_ubyte * count).from_address(dense.data_ptr()), crc)
+        return crc
+    if isinstance(batch, Mapping):
+        start = zlib.crc32(f"{{{len(batch)}".encode(), start)
+        for key, value in batch.items():
+            start = checksum(value, zlib.crc32(repr(key).encode(), start))
+        return start
+    if isinstance(batch, (list, tuple)):
+        start = zlib.crc32(f"[{len(batch)}".encode(), start)
+        for value in batch:
+            start = checksum(value, start)
+        return start
+    return zlib.crc32(repr(batch).encode(), start)

@@ -1,0 +1,142 @@
+"""What reads the same files: gpucache_pipes, what torch brings, and what people write by hand."""
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torchdata.nodes as tn
+from torch.utils.data import DataLoader, Dataset
+
+from gpucache_pipes.cli.bench.contender import Contender, Opener, Run
+from gpucache_pipes.cli.bench.work import Work, load
+from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
+from gpucache_pipes.store import GPUFeatureStore
+
+_README_BUDGET = 8 << 30
+"""Bytes."""
+
+
+def gpucache_pipes(work: Work, share: float) -> Iterator[Run]:
+    """The pipeline of the README, which has a budget."""
+    budget = max(_README_BUDGET, 2 * work.budget(1)) if share == 1 else work.budget(share)
+    with GPUFeatureStore(
+        work.device, max_cache_bytes=budget, weights_only=work.weights_only
+    ) as store:
+        nodes = GPUCollator(
+            GPUPrefetcher(work.lister(), store, depth=4), **work.collation.for_nodes()
+        )
+        batches = tn.Loader(nodes)
+        after_first = store.stats()
+
+        def epoch(number: int) -> Iterable[Any]:
+            nonlocal after_first
+            if number == 1:
+                after_first = store.stats()
+            return batches
+
+        yield Run(epoch, lambda: store.stats().since(after_first).hit_rate)
+
+
+class Files(Dataset[Any]):
+    """What most people write, but that its indices are paths."""
+
+    def __init__(self, weights_only: bool, mmap: bool = False) -> None:
+        self.weights_only = weights_only
+        self.mmap = mmap
+
+    def __getitem__(self, path: str) -> Any:
+        return load(path, self.weights_only, self.mmap)
+
+
+class Batches:
+    """A batch sampler that is told what to yield."""
+
+    def __init__(self) -> None:
+        self.chosen: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.chosen)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+def _dataloader(workers: int, mmap: bool = False) -> Opener:
+    def run(work: Work, share: float) -> Iterator[Run]:
+        sampler = Batches()
+        stacked = work.collation.mode == "stack"
+        loader = DataLoader(
+            Files(work.weights_only, mmap),
+            batch_sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=work.on_accelerator,
+            # In workers torch's own collation writes to shared memory at once.
+            collate_fn=None if stacked else work.collation.by_hand,
+        )
+
+        def epoch(number: int) -> Iterable[Any]:
+            sampler.chosen = work.batches[number]
+            return map(work.upload, loader)
+
+        yield Run(epoch)
+
+    return run
+
+
+def _torchdata(work: Work, share: float) -> Iterator[Run]:
+    def epoch(number: int) -> Iterable[Any]:
+        batches = tn.IterableWrapper(work.batches[number])
+        mapped = tn.ParallelMapper(batches, work.load_batch, num_workers=work.threads)
+        return map(work.upload, tn.Loader(tn.Prefetcher(mapped, 4)))
+
+    yield Run(epoch)
+
+
+def _dictionary(work: Work, share: float) -> Iterator[Run]:
+    kept: dict[str, Any] = {}
+    room = round(share * len(work.paths))
+
+    def fetch(path: str) -> Any:
+        feature = kept.get(path)
+        if feature is None:
+            feature = work.upload(work.load(path))
+            if len(kept) < room:
+                kept[path] = feature
+        return feature
+
+    yield _by_feature(work, fetch)
+
+
+def _lru(work: Work, share: float) -> Iterator[Run]:
+    @lru_cache(maxsize=round(share * len(work.paths)))
+    def fetch(path: str) -> Any:
+        return work.upload(work.load(path))
+
+    yield _by_feature(work, fetch)
+
+
+def _by_feature(work: Work, fetch: Any) -> Run:
+    def epoch(number: int) -> Iterable[Any]:
+        return (
+            work.collation.by_hand([fetch(path) for path in batch])
+            for batch in work.batches[number]
+        )
+
+    return Run(epoch)
+
+
+OURS = Contender("gpucache_pipes", "ours", gpucache_pipes, caches=True)
+BASELINE = Contender("DataLoader, 0 workers", "peer", _dataloader(0))
+LOADERS = [
+    OURS,
+    BASELINE,
+    Contender("DataLoader, torch.load(mmap=True)", "peer", _dataloader(0, mmap=True)),
+    *(
+        Contender(f"DataLoader, {workers} workers", "peer", _dataloader(workers))
+        for workers in (2, 4, 8)
+    ),
+    Contender("torchdata ParallelMapper", "peer", _torchdata),
+    Contender("dict of features, never evicts", "peer", _dictionary, caches=True),
+    Contender("functools.lru_cache", "peer", _lru, caches=True),
+]

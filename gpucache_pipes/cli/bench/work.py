@@ -1,0 +1,221 @@
+"""What all contenders are given: the same files, in the same batches, for the same device."""
+
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from gpucache_pipes.cli.bench.collation import Collation, checksum
+from gpucache_pipes.files import FileOpener, Layout, leaf_names
+from gpucache_pipes.nodes import PathLister
+from gpucache_pipes.units import format_bytes
+
+_MOST_EPOCHS = 11
+"""Of a run where everything is cached: the first of many epochs are slower than the others."""
+
+
+def load(path: str, weights_only: bool = True, mmap: bool = False) -> Any:
+    """The feature in a file, by the library that defines its format."""
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if path.endswith(".npy"):
+        import numpy as np
+
+        return torch.from_numpy(np.load(path))
+    return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap)
+
+
+def sample(paths: Sequence[str], most_files: int, most_bytes: int, seed: int) -> list[str]:
+    """Some of the files, drawn by chance, in their order: so many bytes at most, but two files."""
+    drawn = random.Random(seed).sample(range(len(paths)), len(paths))
+    chosen: list[int] = []
+    total = 0
+    for number in drawn:
+        total += os.stat(paths[number]).st_size
+        if len(chosen) == most_files or (len(chosen) > 1 and total > most_bytes):
+            break
+        chosen.append(number)
+    return [paths[number] for number in sorted(chosen)]
+
+
+@dataclass
+class Work:
+    """A sample of files, and what is to be done with them.
+
+    Attributes:
+        paths: of the files that are read.
+        known: how many there are in all.
+        batch_size: files in a batch.
+        device: where batches are wanted.
+        epochs: how often a run goes through the files where not all are cached.
+        seed: of their order, another in each epoch.
+        weights_only: as in `torch.load`.
+        cold_storage: forget what the page cache has of the files before each epoch.
+        threads: of peers that have threads.
+    """
+
+    paths: Sequence[str]
+    batch_size: int
+    device: torch.device
+    known: int = 0
+    epochs: int = 5
+    seed: int = 0
+    weights_only: bool = True
+    cold_storage: bool = False
+    threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
+
+    def __post_init__(self) -> None:
+        if self.cold_storage and not hasattr(os, "posix_fadvise"):
+            raise ValueError("--cold-storage: this system has no posix_fadvise to forget files by")
+        self.known = self.known or len(self.paths)
+        self.on_accelerator = self.device.type != "cpu"
+        self.layouts, values = self._open_all()
+        self.feature_bytes = sum(layout.span for layout in self.layouts)
+        lister = self.lister()
+        self.batches: list[list[list[str]]] = []
+        for _ in range(max(self.epochs, _MOST_EPOCHS)):
+            lister.reset()
+            self.batches.append(list(lister))
+        examples = [self.load(path) for path in self.batches[0][0][:8]]
+        self.collation = Collation.of(self.layouts, values, examples)
+        self._prepared: dict[str, Any] = {}
+        self._scratch = tempfile.TemporaryDirectory(prefix="gpucache-bench-")
+
+    def _open_all(self) -> tuple[list[Layout], list[tuple[Any, ...]]]:
+        opener = FileOpener(self.weights_only)
+        layouts, values = [], []
+        for path in self.paths:
+            try:
+                feature, _ = opener.probe(path)
+            except Exception as error:
+                raise ValueError(
+                    f"{path!r} cannot be read: {error}; `inspect` lists all such files"
+                ) from error
+            feature.close()
+            layouts.append(feature.layout)
+            values.append(feature.values)
+        if not any(layout.span for layout in layouts):
+            raise ValueError("there are no tensors in these files")
+        return layouts, values
+
+    def budget(self, share: float) -> int:
+        """Bytes for that share of the features, and for one of them at least."""
+        largest = max(layout.span for layout in self.layouts)
+        return max(int(share * self.feature_bytes), 2 * largest)
+
+    def lister(self) -> PathLister:
+        """What yields `batches`, epoch by epoch."""
+        return PathLister(
+            self.paths,
+            batch_size=self.batch_size,
+            shuffle=True,
+            seed=self.seed,
+            num_shards=1,
+            shard_index=0,
+        )
+
+    def load(self, path: str) -> Any:
+        """What most people write."""
+        return load(path, self.weights_only)
+
+    def load_batch(self, paths: Sequence[str]) -> Any:
+        """A batch in host memory, from where the device can fetch it at full speed."""
+        batch = self.collation.by_hand([self.load(path) for path in paths])
+        return (
+            tree_map_only(torch.Tensor, torch.Tensor.pin_memory, batch)
+            if self.on_accelerator
+            else batch
+        )
+
+    def upload(self, batch: Any) -> Any:
+        """A batch or a feature on the device."""
+        if not self.on_accelerator:
+            return batch
+        move = partial(torch.Tensor.to, device=self.device, non_blocking=True)
+        return tree_map_only(torch.Tensor, move, batch)
+
+    def wait(self) -> None:
+        """Until the device is idle."""
+        if self.on_accelerator:
+            torch.accelerator.synchronize(self.device)
+
+    def expected(self, epoch: int) -> list[int]:
+        """The checksum of each batch, by way of `torch.load`."""
+        sums: list[int] = self.prepared(
+            f"checksums of epoch {epoch}",
+            lambda: [checksum(self.load_batch(batch)) for batch in self.batches[epoch]],
+        )
+        return sums
+
+    def prepared(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is made once and by nobody's clock, such as the data in another format."""
+        if name not in self._prepared:
+            self._prepared[name] = make()
+        return self._prepared[name]
+
+    def directory(self, name: str) -> Path:
+        """An empty directory that goes with the work."""
+        path = Path(self._scratch.name, name)
+        path.mkdir()
+        return path
+
+    def forget_pages(self, also: Iterable[str | Path] = ()) -> None:
+        """With `cold_storage`: have the next read of the files come from the disk."""
+        if not self.cold_storage:
+            return
+        for path in (*self.paths, *also):
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+    def __enter__(self) -> "Work":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what was prepared."""
+        self._prepared.clear()
+        self._scratch.cleanup()
+
+    def as_json(self) -> dict[str, Any]:
+        """For reports."""
+        first = self.layouts[0]
+        leaves = zip(leaf_names(first.tree), first.leaves, strict=True)
+        return {
+            "files": len(self.paths),
+            "known_files": self.known,
+            "feature_bytes": self.feature_bytes,
+            "batch_size": self.batch_size,
+            "batches": len(self.batches[0]),
+            "epochs": self.epochs,
+            "seed": self.seed,
+            "device": str(self.device),
+            "collation": self.collation.mode,
+            "reason": self.collation.reason,
+            "cold_storage": self.cold_storage,
+            "example": {
+                name: f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+                for name, leaf in leaves
+            },
+        }
+
+    def __str__(self) -> str:
+        part = "" if self.known == len(self.paths) else f" of {self.known}"
+        example = ", ".join(f"{k}: {v}" for k, v in self.as_json()["example"].items())
+        return (
+            f"{len(self.paths)}{part} files, {format_bytes(self.feature_bytes)} of tensors "
+            f"({example}), batches of {self.batch_size}, on {self.device}"
+        )

@@ -1,0 +1,165 @@
+"""`python -m gpucache_pipes`: what is in feature files, and what a cache makes of them."""
+
+import argparse
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m gpucache_pipes")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspecting = commands.add_parser(
+        "inspect", help="what is in a file, or in those of a directory"
+    )
+    inspecting.set_defaults(run=_inspect)
+    planning = commands.add_parser("plan", help="hit rates for sizes of a cache, by simulation")
+    planning.set_defaults(run=_plan)
+    planning.add_argument("--gpu-memory", metavar="SIZE", help='for features, such as "24GiB"')
+    planning.add_argument("--epochs", type=int, default=5, help="to simulate")
+    planning.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True)
+    planning.add_argument("--seed", type=int, default=0)
+    planning.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
+    bench = commands.add_parser("bench", help="what these files gain, beside other loaders")
+    bench.set_defaults(run=_bench)
+    bench.add_argument("--device", default="auto", help='"cuda", "cpu"; by default the GPU')
+    bench.add_argument("--batch-size", type=int, default=256)
+    bench.add_argument(
+        "--cache", type=float, default=0.5, metavar="PART", help="of the data, where not all fits"
+    )
+    bench.add_argument("--epochs", type=int, default=5, help="of a run with --cache")
+    bench.add_argument("--rounds", type=int, default=3, help="how often each takes its turn")
+    bench.add_argument("--files", type=int, default=2000, help="how many to read at most")
+    bench.add_argument("--bytes", default="512MiB", metavar="SIZE", help="how much, at most")
+    bench.add_argument(
+        "--overlap", action="store_true", help="also beside training steps, which takes longer"
+    )
+    bench.add_argument(
+        "--cold-storage", action="store_true", help="read from the disk, not from the page cache"
+    )
+    bench.add_argument("--only", action="append", metavar="NAME", help="some of the contenders")
+    bench.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
+    for command in (inspecting, planning, bench):
+        command.add_argument("path", help="a feature file, a directory or a glob")
+        command.add_argument("--pattern", default="*.pt", help="which files of a directory")
+        command.add_argument("--recursive", action="store_true", help="subdirectories too")
+        command.add_argument("--unsafe", action="store_true", help="weights_only=False")
+        command.add_argument("--json", action="store_true", help="for programs")
+    args = parser.parse_args(arguments)
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        print(f"{args.path}: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _bench(args: argparse.Namespace) -> int:
+    # As Ctrl-C: what was written in other formats goes, and what was measured is shown.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _measure(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from gpucache_pipes.cli import bench, charts
+    from gpucache_pipes.nodes import PathLister
+    from gpucache_pipes.units import parse_bytes, positive_int
+
+    if not 0 < args.cache <= 1:
+        raise ValueError(f"--cache={args.cache}: a part of the data, above 0 and at most 1")
+    for name, least in (("batch_size", 1), ("rounds", 1), ("files", 2), ("epochs", 2)):
+        positive_int(f"--{name.replace('_', '-')}", getattr(args, name), least)
+    most_bytes = parse_bytes("--bytes", args.bytes)
+    contenders = bench.choose(args.only)
+    if args.plot is not None:
+        charts.require_plot(args.plot)  # now, and not after everything has been measured
+    device = bench.find_device(args.device)
+    paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
+    with bench.Work(
+        bench.sample(paths, args.files, most_bytes, seed=0),
+        args.batch_size,
+        device,
+        known=len(paths),
+        epochs=args.epochs,
+        weights_only=not args.unsafe,
+        cold_storage=args.cold_storage,
+    ) as work:
+        if not args.json:
+            _print(f"{work}\n")
+        report = bench.bench(
+            work,
+            contenders=contenders,
+            rounds=args.rounds,
+            share=args.cache,
+            overlap=args.overlap,
+            progress=not args.json,
+        )
+    if args.json:
+        _print(json.dumps(report, indent=1))
+    else:
+        _print(f"{bench.as_text(report)}\n\n{bench.advice(report, bench.free_bytes(device))}")
+    if args.plot is not None and bench.headings(report):
+        bench.draw(report, args.plot)
+    if not report["complete"]:
+        return 130
+    return 1 if report["contenders"][bench.OURS.name]["problem"] else 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    # Here: --help should not have to wait for torch.
+    from gpucache_pipes.cli import inspect
+    from gpucache_pipes.nodes import PathLister
+
+    if os.path.isfile(args.path):
+        report = inspect.inspect_file(args.path, not args.unsafe)
+        text = inspect.file_as_text(report)
+    else:
+        paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
+        report = inspect.inspect_files(paths, not args.unsafe, progress=not args.json)
+        text = inspect.files_as_text(report)
+    _print(json.dumps(report, indent=1) if args.json else text)
+    return 1 if report.get("failures") else 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from gpucache_pipes.cli import charts, plan
+    from gpucache_pipes.nodes import PathLister
+    from gpucache_pipes.units import parse_bytes
+
+    memory = None if args.gpu_memory is None else parse_bytes("--gpu-memory", args.gpu_memory)
+    if args.plot is not None:
+        charts.require_plot(args.plot)  # now, and not after the simulation
+    report = plan.plan(
+        PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths,
+        memory=memory,
+        epochs=args.epochs,
+        shuffle=args.shuffle,
+        seed=args.seed,
+        weights_only=not args.unsafe,
+        progress=not args.json,
+    )
+    if args.plot is not None:
+        charts.draw_plan(report, args.plot)
+    text = f"{charts.plan_as_text(report)}\n\n{plan.advice(report)}"
+    _print(json.dumps(report, indent=1) if args.json else text)
+    return 0
+
+
+def _print(text: str) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file may have a name that is no text, and a terminal no place for a mark.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    print(text)
