@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gpucache_pipes.cache import Trace, simulate
     from gpucache_pipes.errors import FeatureLoadError, RankError
     from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher, Lockstep, PathLister
-    from gpucache_pipes.store import GPUFeatureStore, PendingBatch, StoreStats
+    from gpucache_pipes.store import GPUFeatureStore, PendingBatch, StoreStats, Ticket
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,7 @@ __all__ = [
     "PendingBatch",
     "RankError",
     "StoreStats",
+    "Ticket",
     "Trace",
     "simulate",
 ]
@@ -57,6 +58,7 @@ _MODULES = {
     "PathLister": "nodes",
     "RankError": "errors",
     "StoreStats": "store",
+    "Ticket": "store",
     "PendingBatch": "store",
     "Trace": "cache",
     "simulate": "cache",

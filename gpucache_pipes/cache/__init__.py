@@ -7,6 +7,9 @@ from gpucache_pipes.cache.ledger import Ledger
 from gpucache_pipes.cache.policies import Policy, make_policy, register
 from gpucache_pipes.cache.simulation import Served, Simulation, Trace, simulate
 
+Future = AccessPlan
+"""The former name."""
+
 __all__ = [
     "LAYOUT_SHIFT",
     "NOT_READY",
@@ -14,6 +17,7 @@ __all__ = [
     "AccessPlan",
     "Cache",
     "Entry",
+    "Future",
     "Ledger",
     "Policy",
     "Served",

@@ -5,4 +5,7 @@ from gpucache_pipes.store.stats import StoreStats
 from gpucache_pipes.store.store import GPUFeatureStore
 from gpucache_pipes.store.upcoming import Upcoming
 
-__all__ = ["GPUFeatureStore", "PendingBatch", "StoreStats", "Upcoming"]
+Ticket = PendingBatch
+"""The former name."""
+
+__all__ = ["GPUFeatureStore", "PendingBatch", "StoreStats", "Ticket", "Upcoming"]

@@ -59,7 +59,7 @@ _inherited = settings(
 )
 
 
-_CALLS = ["on_access", "on_insert", "on_remove", "victims", "announce", "forget", "begin_epoch"]
+_CALLS = ["on_access", "on_insert", "on_remove", "victims", "announce", "retract", "begin_epoch"]
 
 
 class PolicyContract:
@@ -121,7 +121,7 @@ class PolicyContract:
                 plan = data.draw(traces(max_size=20))
                 left = data.draw(st.integers(0, len(plan)))
                 policy.announce(data.draw(owners), AccessPlan(plan, left))
-            elif call in ("begin_epoch", "forget"):
+            elif call in ("begin_epoch", "retract"):
                 getattr(policy, call)(data.draw(owners))
             elif call == "victims":
                 key = data.draw(keys)
