@@ -1,15 +1,13 @@
-"""What a consumer sees when a file cannot become a feature."""
-
-import os
-from typing import Any
+"""Exceptions of this package."""
 
 
 class FeatureLoadError(RuntimeError):
-    """One file could not be loaded; the store goes on and the next request tries again.
+    """One file could not be loaded; the store goes on, and the next request tries again.
 
     Attributes:
         path: the file.
-        __cause__: what the reader or `load_fn` raised.
+        reason: what is wrong with it.
+        __cause__: the exception of the reader or of `load_fn`.
     """
 
     def __init__(self, path: str, reason: str) -> None:
@@ -22,10 +20,10 @@ class FeatureLoadError(RuntimeError):
 
 
 class RankError(RuntimeError):
-    """Other ranks had errors, so that this one cannot go on with its batch: see Lockstep.
+    """Another rank had an error, so this rank cannot go on with its batch: see Lockstep.
 
     Attributes:
-        texts: by rank, what was raised there.
+        texts: by rank, the type and text of the exception that was raised there.
     """
 
     def __init__(self, texts: dict[int, str]) -> None:
@@ -34,38 +32,3 @@ class RankError(RuntimeError):
 
     def __str__(self) -> str:
         return "; ".join(f"rank {rank} failed with {text}" for rank, text in self.texts.items())
-
-
-def load_error(path: str, cause: BaseException) -> Exception:
-    """The exception to raise `from cause` at the batch that needed `path`.
-
-    A missing file stays a FileNotFoundError and a lack of memory a MemoryError, so that
-    `except` clauses written for plain `torch.load` keep working. A new one is made for each
-    consumer: two threads must not share one traceback.
-    """
-    if isinstance(cause, FileNotFoundError):
-        reason = cause.strerror or "No such file"
-        if not _is_same(cause.filename, path):  # a load_fn needs more than the path it is given
-            reason = f"{reason} ({cause.filename!r}, needed to load)"
-        return FileNotFoundError(cause.errno, reason, path)
-    if isinstance(cause, MemoryError) or _is_lack_of_device_memory(cause):
-        text = str(cause) or "out of memory"
-        return MemoryError(text if path in text else f"cannot load {os.fspath(path)!r}: {text}")
-    return FeatureLoadError(path, f"{type(cause).__name__}: {cause}".removesuffix(": "))
-
-
-def _is_lack_of_device_memory(cause: BaseException) -> bool:
-    """For most of it torch has a class of its own, a RuntimeError; for the rest it has none."""
-    return isinstance(cause, RuntimeError) and (
-        type(cause).__name__ == "OutOfMemoryError" or "error: out of memory" in str(cause)
-    )
-
-
-def _is_same(missing: Any, path: str) -> bool:
-    """Whether what is missing is the file itself, as it was spelled or with links resolved."""
-    if missing in (None, path):
-        return True
-    try:
-        return str(os.path.realpath(missing)) == os.path.realpath(path)
-    except (OSError, TypeError, ValueError):
-        return False

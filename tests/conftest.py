@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,11 +13,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from gpucache_pipes.cache import make_policy
 from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
 from gpucache_pipes.store import GPUFeatureStore, process_hooks
 from gpucache_pipes.testing import SimulatedRuntime
 
 torch.set_num_threads(1)
+# A shell that starts a job in the background has it ignore SIGINT, which tests send themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if "SWITCH_INTERVAL" in os.environ:  # seconds; see `make stress`
     sys.setswitchinterval(float(os.environ["SWITCH_INTERVAL"]))
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
@@ -62,7 +66,7 @@ def check_every_store() -> Iterator[None]:
     """After each test every store is consistent, and closing it leaves no reader behind."""
     yield
     gc.collect()  # pipelines with threads of their own end before their store does
-    for store in list(process_hooks._living):
+    for store in list(process_hooks.registered()):
         assert isinstance(store, GPUFeatureStore)
         store.check()
         store.close()
@@ -93,9 +97,7 @@ def make_files(tmp_path: Path) -> Callable[..., list[str]]:
 
 def wait_for_readers(store: GPUFeatureStore) -> None:
     """Also those that read for pipelines that are gone, or that have been replaced."""
-    with store._desk.lock:
-        while store._cache.loading:
-            store._desk.lock.changed.wait(1)
+    assert store.wait_idle(60)
 
 
 def in_threads(work: Callable[[int], None], count: int) -> None:
@@ -123,6 +125,25 @@ def sample(number: int, width: int = 8) -> dict[str, Any]:
         "feature": torch.arange(width, dtype=torch.float32) + number,
         "label": torch.tensor([number]),
     }
+
+
+class Acting:
+    """A policy that does something when a feature is inserted: so with the store's lock held."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self._policy, self._action = make_policy("lru"), action
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def on_insert(self, key: int) -> None:
+        self._policy.on_insert(key)
+        self._action()
+
+
+for _name in ("on_access", "on_remove", "victims", "begin_epoch", "announce", "retract"):
+    # isinstance with a protocol looks at the class.
+    setattr(Acting, _name, lambda self, *args, _name=_name: getattr(self._policy, _name)(*args))
 
 
 class Gate:

@@ -29,6 +29,7 @@ import torch
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
+from gpucache_pipes.files import LocalFiles
 
 FILES = 400
 CONSUMERS = 8
@@ -59,17 +60,18 @@ def is_right(feature: Any, number: int) -> bool:
     )
 
 
-class Faulty:
-    """An opener, of which one file in a hundred fails: when it is opened, or half read."""
+class FaultyFiles(LocalFiles):
+    """A source of which one file in a hundred fails: when it is opened, or half read."""
 
-    def __init__(self, opener: Any, soak: "Soak") -> None:
-        self.opener, self.soak = opener, soak
+    def __init__(self, soak: "Soak", load_fn: Any = None) -> None:
+        super().__init__(load_fn)
+        self.soak = soak
 
-    def __call__(self, path: str) -> Any:
+    def open(self, key: str, path: str) -> Any:
         fault = self.soak.draw_fault()
         if fault == "open":
             raise random.choice(FAULTS)()
-        opened = self.opener(path)
+        opened = super().open(key, path)
         return HalfRead(opened) if fault == "read" else opened
 
 
@@ -108,10 +110,9 @@ class Slot:
             "revalidate": random.random() < 0.2,
         }
         if self.kind == "load_fn":
-            options |= {"load_fn": torch.load, "asynchronous": random.random() < 0.8}
-        store = GPUFeatureStore(device, **options)
-        store._loader._open_file = Faulty(store._loader._open_file, self.soak)
-        return store
+            options |= {"asynchronous": random.random() < 0.8}
+        options["source"] = FaultyFiles(self.soak, torch.load if self.kind == "load_fn" else None)
+        return GPUFeatureStore(device, **options)
 
     def reopen(self) -> None:
         with self.lock:

@@ -18,7 +18,7 @@ from gpucache_pipes import (
     GPUPrefetcher,
     PathLister,
 )
-from gpucache_pipes.cache import AccessPlan, Trace, simulate
+from gpucache_pipes.cache import AccessPlan, Trace, make_policy, simulate
 from gpucache_pipes.cache.policies import BasePolicy
 from gpucache_pipes.store import Upcoming
 
@@ -295,12 +295,16 @@ def test_a_batch_of_misses_does_not_walk_past_itself_for_each_of_them(warm: bool
     feature = torch.ones(4)
     files = [f"/data/{number}" for number in range(2000)]
     named = 0
+    policy = make_policy("clairvoyant")
     with GPUFeatureStore(
-        "cpu", load_fn=lambda path: feature, max_cache_items=1000, asynchronous=False
+        "cpu",
+        load_fn=lambda path: feature,
+        max_cache_items=1000,
+        asynchronous=False,
+        policy=policy,
     ) as store:
         if warm:
             store.warm(files, progress=False)
-        policy = store._cache.policy
         victims = policy.victims
 
         def counted(key: int) -> Iterator[int]:

@@ -13,7 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpucache_pipes.files import Layout, LoadedFeature, PathTable, build, flatten, leaf_names
+from gpucache_pipes.files import (
+    Layout,
+    LoadedFeature,
+    LocalFiles,
+    PathTable,
+    build,
+    flatten,
+    leaf_names,
+)
 from gpucache_pipes.testing import assert_same, features
 
 
@@ -103,7 +111,7 @@ class Numbers:
 
     def __init__(self) -> None:
         self.keys: list[str] = []
-        self.table = PathTable(self.add, threading.Lock())
+        self.table = PathTable(LocalFiles(), self.add, threading.Lock())
 
     def add(self, keys: Sequence[str], paths: Sequence[str]) -> int:
         for key, path in zip(keys, paths, strict=True):

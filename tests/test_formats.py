@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from test_pt import read
 
 from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher, PathLister
-from gpucache_pipes.files.formats import opener
+from gpucache_pipes.files import FileOpener
 from gpucache_pipes.testing import assert_same
 from gpucache_pipes.testing.features import tensors
 
-open_file = opener(None, True)
+open_file = FileOpener(True).open
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=4), tensors(), max_size=4))

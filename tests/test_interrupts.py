@@ -5,7 +5,6 @@ import random
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -25,13 +24,15 @@ def interrupt() -> None:
     signal.pthread_kill(main, signal.SIGINT)
 
 
-def under_interrupts(seed: int, count: int, work: Callable[[], None]) -> Counter[str]:
-    """Do `work` again and again while interrupts come at random moments; what came of it.
+def under_interrupts(seed: int, wanted: int, work: Callable[[], None]) -> None:
+    """Do `work` again and again while interrupts come at random moments.
 
-    One at a time: the next is let through when work begins anew.
+    Until it has been interrupted `wanted` times and has come to its end as often. One interrupt at
+    a time: the next is let through when work begins anew.
     """
     draw = random.Random(seed)
     armed: list[bool] = []
+    enough = threading.Event()
 
     def handler(number: int, frame: Any) -> None:
         if armed:
@@ -39,25 +40,27 @@ def under_interrupts(seed: int, count: int, work: Callable[[], None]) -> Counter
             raise KeyboardInterrupt
 
     def send() -> None:
-        for _ in range(count):
+        while not enough.is_set():
             time.sleep(draw.random() * 0.002)
             interrupt()
 
-    came: Counter[str] = Counter()
     before = signal.signal(signal.SIGINT, handler)
     thread = threading.Thread(target=send)
     thread.start()
-    while thread.is_alive():
+    done = interrupted = 0
+    while done < wanted or interrupted < wanted:
         try:
-            armed.append(True)
+            # Now and then none is let through, or slow work would never come to its end.
+            if done >= wanted or draw.random() < 0.7:
+                armed.append(True)
             work()
             armed.clear()
-            came["done"] += 1
+            done += 1
         except KeyboardInterrupt:
-            came["interrupted"] += 1
-    time.sleep(0.01)  # the last one may still be on its way
+            interrupted += 1
+    enough.set()
+    thread.join()
     assert signal.signal(signal.SIGINT, before) is handler
-    return came
 
 
 @pytest.mark.parametrize("kind", ["host", "staged"])
@@ -95,14 +98,13 @@ def test_nothing_is_lost_or_left(
         node.shutdown()
 
     with store:
-        came = under_interrupts(1, 150, use)
-        assert came["interrupted"] > 10 and came["done"]
+        under_interrupts(1, 30, use)
         wait_for_readers(store)
         gc.collect()
         store.check()
         assert [int(f["label"]) for f in store.get_batch(paths)] == list(range(12))
         store.clear()
-        assert not store._cache.pins.tickets
+        assert store.stats().pending_batches == 0
         assert store.stats().reserved_bytes == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -114,7 +116,7 @@ def test_a_guard_keeps_an_interrupt_until_it_is_released() -> None:
     def inside() -> None:
         with guard:
             interrupt()
-            steps.extend(["inside", guard.lock.locked()])
+            steps.extend(["inside", guard.locked()])
         steps.append("behind")
 
     def waiting() -> None:
@@ -125,13 +127,13 @@ def test_a_guard_keeps_an_interrupt_until_it_is_released() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         inside()
-    assert steps == ["inside", True] and not guard.lock.locked()
+    assert steps == ["inside", True] and not guard.locked()
     with guard:
         pass
     # Not while waiting: that may take long.
     with pytest.raises(KeyboardInterrupt):
         waiting()
-    assert not guard.lock.locked()
+    assert not guard.locked()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchdata.nodes as tn
-from conftest import BACKENDS, Gate, device_for, sample
+from conftest import BACKENDS, Acting, Gate, device_for, sample
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import RandomSampler
@@ -21,6 +21,7 @@ from gpucache_pipes import (
     GPUPrefetcher,
     PathLister,
 )
+from gpucache_pipes.device import HostBackend
 from gpucache_pipes.testing import assert_same
 
 Files = Callable[..., list[str]]
@@ -288,19 +289,22 @@ def test_errors_of_the_source_and_of_path_fn_come_in_their_turn(store: GPUFeatur
 
 
 def test_an_interrupt_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__) as store:
+    """One that comes in the gather: the batch has been used up, and must be requested again."""
+    backend: Any = HostBackend()
+    with GPUFeatureStore(backend, load_fn=FEATURES.__getitem__) as store:
         node = GPUPrefetcher(PATHS, store)
         next(node)
         with monkeypatch.context() as patch:
 
-            def interrupted(tickets: Any, ragged: Any = None) -> Any:
-                store.cancel(tickets)
+            def interrupted(*arguments: Any) -> Any:
                 raise KeyboardInterrupt
 
-            patch.setattr(store, "collect", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                next(node)
+            patch.setattr(backend, "gather", interrupted)
+            for _ in range(2):
+                with pytest.raises(KeyboardInterrupt):
+                    next(node)
         assert [numbers(item) for item in node] == [[n] for n in range(1, 10)]
+        assert store.stats().pending_batches == 0
 
 
 def test_nothing_is_held_for_a_pipeline_that_is_gone(store: GPUFeatureStore) -> None:
@@ -308,14 +312,14 @@ def test_nothing_is_held_for_a_pipeline_that_is_gone(store: GPUFeatureStore) -> 
     next(node)
     node.shutdown()
     store.check()
-    assert not store._cache.pins.numbers()
+    assert store.stats().pending_batches == 0
     node.reset()
     next(node)
     del node
     store.get_batch(PATHS)  # what was being loaded has come
     gc.collect()
     store.check()
-    assert not store._cache.pins.numbers()
+    assert store.stats().pending_batches == 0
 
 
 def test_train_and_validation_share_a_store() -> None:
@@ -360,15 +364,25 @@ class _Anew:
         yield from self.lister
 
 
-def test_shutting_down_takes_no_lock(store: GPUFeatureStore) -> None:
+def test_shutting_down_takes_no_lock() -> None:
     """It happens in finalizers, which the collector may run inside the lock."""
-    node = GPUPrefetcher(PathLister(PATHS), store)
-    next(node)
-    with store._desk.lock:
-        node.shutdown()
-        del node
-        gc.collect()
-    store.check()
+    node: Any = None
+
+    def drop() -> None:
+        nonlocal node
+        if node is not None:
+            node.shutdown()
+            node = None
+            gc.collect()
+
+    policy: Any = Acting(drop)  # whose actions run with the lock held
+    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__, policy=policy) as store:
+        node = GPUPrefetcher(PathLister(PATHS), store)
+        next(node)
+        store.wait_idle(60)
+        store.get_batch(PATHS)
+        assert node is None
+        store.check()
 
 
 @pytest.mark.parametrize(
@@ -410,7 +424,12 @@ def test_mistakes_are_named(store: GPUFeatureStore) -> None:
         next(GPUCollator(PathLister(PATHS, batch_size=2)))
 
 
-def test_many_elements_with_path_fn_are_gathered_at_once(store: GPUFeatureStore) -> None:
+def test_many_elements_with_path_fn_are_gathered_at_once() -> None:
+    backend: Any = HostBackend()
+    store = GPUFeatureStore(backend, load_fn=FEATURES.__getitem__)
+    gathers = []
+    gather = backend.gather
+    backend.gather = lambda *a: gathers.append(a) or gather(*a)
     rows = [(path, n) for n, path in enumerate(PATHS)]
     node = GPUCollator(
         GPUPrefetcher(
@@ -418,9 +437,6 @@ def test_many_elements_with_path_fn_are_gathered_at_once(store: GPUFeatureStore)
         ),
         batch_size=4,
     )
-    gathers = []
-    gather = store._backend.gather
-    store._backend.gather = lambda *a: gathers.append(a) or gather(*a)  # type: ignore
     assert [batch["r"].tolist() for batch in node] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert len(gathers) == 3
 

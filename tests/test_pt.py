@@ -18,9 +18,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpucache_pipes.files import build
+from gpucache_pipes.files import FileOpener, build
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.formats import by_torch_load, opener
+from gpucache_pipes.files.formats import by_torch_load
 from gpucache_pipes.files.planned import SMALL
 from gpucache_pipes.files.pt.pickle import read_pickle
 from gpucache_pipes.files.pt.reader import PtReader
@@ -217,7 +217,7 @@ class WithAttribute(torch.Tensor):
 def test_what_the_reader_leaves_to_torch_load_comes_out_the_same(tmp_path: Path, make: Any) -> None:
     path = make(tmp_path / "x.pt", {"a": torch.arange(5), "b": [1, "x"]})
     by_torch = read(by_torch_load(path, True))
-    assert_same(read(opener(None, True)(path)), by_torch)
+    assert_same(read(FileOpener(True).open(path)), by_torch)
 
 
 def test_zip64(tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_what_torch_load_would_read_as_something_else(tmp_path: Path) -> None:
     zipped = Path(plain).read_bytes()
     old = legacy(tmp_path / "old.pt", torch.tensor([1, 1]))
     Path(old).write_bytes(Path(old).read_bytes() + zipped)
-    assert_same(read(opener(None, True)(old)), torch.load(old))
+    assert_same(read(FileOpener(True).open(old)), torch.load(old))
     nameless = tmp_path / "x.pt"
     nameless.write_bytes(zipped.replace(b"plain/version", b"plain/verzion"))
     with pytest.raises(Unsupported):
@@ -537,7 +537,7 @@ def test_a_storage_that_nobody_uses_must_be_there(tmp_path: Path) -> None:
 def test_files_that_name_a_part_more_than_once(tmp_path: Path) -> None:
     zeros = (0, 0)
     feature = {"x": torch.ones(3), "pad": [zeros] * 5000}
-    assert_same(read(opener(None, True)(save(tmp_path / "x.pt", feature))), feature)
+    assert_same(read(FileOpener(True).open(save(tmp_path / "x.pt", feature))), feature)
 
 
 def test_parts_beyond_measure_in_what_torch_loads(tmp_path: Path) -> None:
@@ -546,7 +546,7 @@ def test_parts_beyond_measure_in_what_torch_loads(tmp_path: Path) -> None:
         part = [part, part]
     path = save(tmp_path / "x.pt", part)
     with pytest.raises(ValueError, match=r"a feature of more than \d+ parts"):
-        opener(None, False)(path)
+        FileOpener(False).open(path)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ import torch
 from conftest import Gate, device_for, sample, wait_for_readers
 
 from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher
-from gpucache_pipes.files import FileOpener
+from gpucache_pipes.files import FileOpener, LocalFiles
 from gpucache_pipes.files.planned import PlannedFeature
-from gpucache_pipes.store import loader
+from gpucache_pipes.store.load_tracker import LoadTracker
+from gpucache_pipes.store.reader_pool import ReaderPool
 
 Files = Callable[..., list[str]]
 NAMES = [f"/f/{number:02d}" for number in range(40)]
@@ -160,20 +161,41 @@ def test_in_a_pipeline() -> None:
         gate.open(*NAMES)
 
 
-def test_closing_while_a_reader_is_replaced() -> None:
-    for _ in range(20):
-        gate = a_gate()
-        gate.opened[NAMES[0]].clear()
-        store = GPUFeatureStore("cpu", load_fn=gate, read_timeout=0.01)
-        store.prefetch(NAMES)
-        gate.wait_until_started(NAMES[0])
-        store._loader._pool._watched.put(None)  # type: ignore[union-attr]  # from now on by hand
-        closer = threading.Thread(target=store.shut, args=(0.0,))
-        with store._desk.lock:
-            closer.start()
-        store._loader.take_over_from_the_stuck()
-        closer.join()
-        gate.open(*NAMES)
+@pytest.mark.parametrize(
+    "where",
+    [(ReaderPool, "start_another"), (LoadTracker, "take_over"), (ReaderPool, "forget")],
+    ids=["before", "in between", "behind"],
+)
+def test_closing_while_a_reader_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, where: tuple[type, str]
+) -> None:
+    """The watcher stops at each of its steps until the store has been closed."""
+    owner, name = where
+    step, at_step, closed = getattr(owner, name), threading.Event(), threading.Event()
+
+    def stopping(*arguments: Any) -> Any:
+        at_step.set()
+        assert closed.wait(60)
+        return step(*arguments)
+
+    monkeypatch.setattr(owner, name, stopping)
+    before = set(threading.enumerate())
+    gate = a_gate()
+    gate.opened[NAMES[0]].clear()
+    store = GPUFeatureStore("cpu", load_fn=gate, read_timeout=0.01)
+    batch = store.request(NAMES)
+    assert at_step.wait(60)
+    if name == "forget":  # the file at hand has failed by then, and the others are read
+        assert isinstance(batch.wait()[0].__cause__, TimeoutError)
+    store.shut(0.0)
+    closed.set()
+    with pytest.raises(RuntimeError, match="closed"):
+        batch.result()
+    gate.open(*NAMES)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+        assert not thread.is_alive(), thread
+    assert store.stats().reserved_bytes == 0
 
 
 def test_a_stat_that_hangs_says_nothing_of_what_was_read_meanwhile(
@@ -187,19 +209,19 @@ def test_a_stat_that_hangs_says_nothing_of_what_was_read_meanwhile(
         os.replace(path + "~", path)
 
     write(1, age=1000)
-    real, go_on, hung = loader.file_version, threading.Event(), [True]
+    real, go_on, hung = LocalFiles.version, threading.Event(), [True]
     late = threading.Event()
 
-    def version(key: str) -> Any:
+    def version(self: LocalFiles, key: str) -> Any:
         if hung and hung.pop():
             assert go_on.wait(60)
             try:
-                return real(key)
+                return real(self, key)
             finally:
                 late.set()
-        return real(key)
+        return real(self, key)
 
-    monkeypatch.setattr(loader, "file_version", version)
+    monkeypatch.setattr(LocalFiles, "version", version)
     with GPUFeatureStore("cpu", revalidate=True, read_timeout=0.1) as store:
         with pytest.raises(FeatureLoadError, match="read_timeout"):
             store.get(path)

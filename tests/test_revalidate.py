@@ -176,7 +176,7 @@ def test_versions_are_not_kept_for_ever(tmp_path: Path) -> None:
             assert value(ahead.result()[0]) == n - 1
             ahead = ticket
             store.check()
-        assert len(store._cache.entries) <= 3
+        assert len(store._shared.cache.entries) <= 3
         assert store.warm([path, Path(path)], progress=False) == 1
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import device_for, in_threads, sample, wait_for_readers
+from conftest import Acting, device_for, in_threads, sample, wait_for_readers
 
 from gpucache_pipes import (
     FeatureLoadError,
@@ -23,7 +23,6 @@ from gpucache_pipes import (
     PathLister,
     PendingBatch,
 )
-from gpucache_pipes.cache import make_policy
 from gpucache_pipes.device import AcceleratorBackend, HostBackend, InOrderRuntime
 from gpucache_pipes.store.lock import StoreLock
 
@@ -47,25 +46,6 @@ def handled(request: pytest.FixtureRequest) -> Iterator[Any]:
 
     yield install
     signal.signal(number, before)
-
-
-class Acting:
-    """A policy that does something when a feature comes in: so with the store's lock held."""
-
-    def __init__(self, action: Callable[[], Any]) -> None:
-        self._policy, self._action = make_policy("lru"), action
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._policy, name)
-
-    def on_insert(self, key: int) -> None:
-        self._policy.on_insert(key)
-        self._action()
-
-
-for _name in ("on_access", "on_remove", "victims", "begin_epoch", "announce", "retract"):
-    # A protocol is looked for in the class.
-    setattr(Acting, _name, lambda self, *args, _name=_name: getattr(self._policy, _name)(*args))
 
 
 def backend_of(kind: str) -> Any:
@@ -337,7 +317,7 @@ def test_what_a_handler_raises_waits_until_the_lock_is_released(number: int) -> 
         for wait in (False, True):
             with pytest.raises(GivenUpError):
                 inside(wait)
-            assert steps == ["inside", "handled"] and not guard.lock.locked()
+            assert steps == ["inside", "handled"] and not guard.locked()
             steps.clear()
     finally:
         assert signal.signal(number, before) is give_up
@@ -350,7 +330,7 @@ def test_a_handler_between_the_steps_of_deferring(
     monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """One that is not deferred, and uses a store: in the end all handlers are where they were."""
-    from gpucache_pipes.store import lock as module
+    from gpucache_pipes.store import signals as module
 
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM]
     handlers = [lambda *_, n=n: handled.append(n) for n in numbers]

@@ -15,9 +15,11 @@ import pytest
 import torch
 from conftest import Gate, sample
 
-from gpucache_pipes import FeatureLoadError, GPUFeatureStore
+from gpucache_pipes import FeatureLoadError, GPUFeatureStore, PendingBatch
 from gpucache_pipes.cache.policies import LRU
-from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
+from gpucache_pipes.device import AcceleratorBackend, HostBackend, InOrderRuntime
+from gpucache_pipes.store.lock import StoreLock
+from gpucache_pipes.store.reader_pool import ReaderPool
 from gpucache_pipes.testing import assert_same
 
 Files = Callable[..., list[str]]
@@ -322,7 +324,8 @@ def test_a_store_is_collected_without_close(make_files: Files) -> None:
     paths = make_files(2)
     store = GPUFeatureStore("cpu")
     store.get_batch(paths)
-    threads = store._loader._pool.threads if store._loader._pool else []
+    threads = [t for t in threading.enumerate() if t.name.startswith("gpucache-reader")]
+    assert threads
     del store
     gc.collect()
     for thread in threads:
@@ -435,8 +438,7 @@ def test_an_interrupt_before_the_readers_know(
             def interrupted(*arguments: Any) -> None:
                 raise KeyboardInterrupt
 
-            assert store._loader._pool is not None
-            patch.setattr(store._loader._pool, "submit", interrupted)
+            patch.setattr(ReaderPool, "submit", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.get_batch(paths)
         assert [int(f["label"]) for f in store.get_batch(paths)] == [0, 1]
@@ -471,8 +473,18 @@ def test_a_policy_that_raises_hangs_nobody(make_files: Files, mood: str) -> None
         assert [int(f["label"]) for f in store.get_batch(paths)] == [0, 1, 2]
 
 
-def test_a_ticket_that_is_cancelled_wakes_who_waits_for_it() -> None:
+def test_a_pending_batch_that_is_cancelled_wakes_the_thread_that_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gate = Gate({"/a": torch.tensor([1.0])})
+    waiting, plain_wait = threading.Event(), StoreLock.wait
+
+    def noted(self: StoreLock, seconds: float | None = None) -> None:
+        # With the lock held: whoever takes it after this comes when the consumer waits.
+        waiting.set()
+        plain_wait(self, seconds)
+
+    monkeypatch.setattr(StoreLock, "wait", noted)
     with GPUFeatureStore("cpu", load_fn=gate) as store:
         ticket = store.request(["/a"])
         gate.wait_until_started("/a")
@@ -486,19 +498,41 @@ def test_a_ticket_that_is_cancelled_wakes_who_waits_for_it() -> None:
 
         consumer = threading.Thread(target=wait)
         consumer.start()
-        while not store._desk.lock.changed._waiters:  # type: ignore[attr-defined]
-            pass
+        assert waiting.wait(60)
         ticket.cancel()
         consumer.join(60)
-        assert "cancelled" in errors[0]
+        assert not consumer.is_alive() and "cancelled" in errors[0]
         gate.open("/a")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_closing_in_a_child_does_not_wait_for_gathers_of_the_parent() -> None:
-    store = GPUFeatureStore("cpu")
-    store._desk.lock.uses[object()] = 0
-    store.refuse_after_fork()
-    store.close()
+    """A thread of the parent is in a gather, and has no counterpart in the child."""
+    backend: Any = HostBackend()
+    gather, gathering, go_on = backend.gather, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        gathering.set()
+        assert go_on.wait(60)
+        return gather(*arguments)
+
+    def refuse_to_wait(*_: Any) -> None:
+        os._exit(1)
+
+    backend.gather = slow
+    with GPUFeatureStore(backend, load_fn=lambda path: torch.ones(2)) as store:
+        consumer = threading.Thread(target=lambda: store.get("/a"))
+        consumer.start()
+        assert gathering.wait(60)
+        child = os.fork()
+        if child == 0:
+            threading.Condition.wait = refuse_to_wait  # type: ignore[assignment]
+            store.close()
+            os._exit(7)
+        go_on.set()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        consumer.join(60)
 
 
 def test_one_file_that_is_too_large_spoils_nothing(make_files: Files) -> None:
@@ -623,15 +657,18 @@ def test_a_feature_that_can_never_fit_costs_nothing(
         held.result()
 
 
-def test_nobody_can_close_a_ticket_during_its_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_can_close_a_pending_batch_during_its_gather(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     items = {f"/{n}": torch.full((4,), n) for n in range(8)}
-    with GPUFeatureStore("cpu", load_fn=items.__getitem__, max_cache_items=2) as store:
+    backend: Any = HostBackend()
+    with GPUFeatureStore(backend, load_fn=items.__getitem__, max_cache_items=2) as store:
         ticket = store.request(["/0", "/1"])
         store.get_batch(["/0", "/1"])
-        gather = store._backend.gather
+        gather = backend.gather
 
         def interfere(pages: Any, columns: Any) -> Any:
-            monkeypatch.setattr(store._backend, "gather", gather)
+            monkeypatch.setattr(backend, "gather", gather)
             ticket.cancel()
             with pytest.raises(RuntimeError, match="used"):
                 ticket.result()
@@ -639,7 +676,7 @@ def test_nobody_can_close_a_ticket_during_its_gather(monkeypatch: pytest.MonkeyP
             store.get_batch(["/4", "/5", "/6", "/7"])
             return gather(pages, columns)
 
-        monkeypatch.setattr(store._backend, "gather", interfere)
+        monkeypatch.setattr(backend, "gather", interfere)
         assert [int(f[0]) for f in ticket.result()] == [0, 1]
 
 
@@ -669,18 +706,20 @@ def test_a_ticket_is_cancelled_while_it_is_collected(
     paths = make_files(2)
     with GPUFeatureStore("cpu") as store:
         ticket = store.request(paths)
-        wait_for = store._desk.wait_for
+        failures = PendingBatch.failures
 
-        def cancelled_behind(tickets: Any) -> None:
-            wait_for(tickets)
-            ticket.use_up()
+        def abandoned_meanwhile(self: PendingBatch) -> Any:
+            """Looked at behind the wait; a finalizer may take the batch just then."""
+            self.abandon()
+            return failures(self)
 
-        monkeypatch.setattr(store._desk, "wait_for", cancelled_behind)
+        monkeypatch.setattr(PendingBatch, "failures", abandoned_meanwhile)
         with pytest.raises(RuntimeError, match="used or cancelled"):
             ticket.result()
         monkeypatch.undo()
-        assert not store._desk.lock.uses
+        # Nothing is in use or pinned any more, or clear() would wait for it.
         store.clear()
+        assert store.stats().reserved_bytes == store.stats().pending_batches == 0
 
 
 def test_a_ticket_of_another_store(make_files: Files) -> None:
@@ -715,20 +754,18 @@ def test_an_interrupt_while_files_are_handed_to_readers(
 ) -> None:
     paths = make_files(100)
     with GPUFeatureStore("cpu", reader_threads=2) as store:
-        pool = store._loader._pool
-        assert pool is not None
-        submit, calls = pool.submit, 0
+        submit, calls = ReaderPool.submit, 0
 
-        def interrupted(task: Any, argument: Any) -> None:
+        def interrupted(self: ReaderPool, task: Any, argument: Any) -> None:
             nonlocal calls
             calls += 1
             if calls == 2 and when == "before":
                 raise KeyboardInterrupt
-            submit(task, argument)
+            submit(self, task, argument)
             if calls == 2:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(pool, "submit", interrupted)
+        monkeypatch.setattr(ReaderPool, "submit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.request(paths)
         monkeypatch.undo()

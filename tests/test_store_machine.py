@@ -155,9 +155,7 @@ class StoreMachine(RuleBasedStateMachine):
         if hasattr(self, "store"):
             self.store.check()
             # What is still on its way would come between the readings below.
-            with self.store._desk.lock:
-                while self.store._cache.loading:
-                    self.store._desk.lock.changed.wait()
+            assert self.store.wait_idle(60)
             stats = self.store.stats()
             assert self.max_bytes is None or stats.cached_bytes <= self.max_bytes
             assert self.max_items is None or stats.items <= self.max_items

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from gpucache_pipes.errors import load_error
-from gpucache_pipes.files import FileOpener, OpenFeature, build, own
+from gpucache_pipes.files import FileOpener, OpenFeature, build, load_error, own
 from gpucache_pipes.files.listing import GivenPaths, find_files
 
 

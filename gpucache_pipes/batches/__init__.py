@@ -1,6 +1,16 @@
-"""Batches of features: sequences of them, and the tensors they are collated to."""
+"""Batches of features: sequences of them, and the tensors that they are collated to."""
 
-from gpucache_pipes.batches.feature_batch import FeatureBatch, first_device, to_device
+from gpucache_pipes.batches.collation import first_device, to_device
+from gpucache_pipes.batches.feature_batch import ColumnBatch, FeatureBatch, PageBatch
 from gpucache_pipes.batches.ragged import MODES, Padded, RaggedOptions
 
-__all__ = ["MODES", "FeatureBatch", "Padded", "RaggedOptions", "first_device", "to_device"]
+__all__ = [
+    "MODES",
+    "ColumnBatch",
+    "FeatureBatch",
+    "Padded",
+    "PageBatch",
+    "RaggedOptions",
+    "first_device",
+    "to_device",
+]

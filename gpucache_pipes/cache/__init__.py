@@ -2,6 +2,7 @@
 
 from gpucache_pipes.cache.access_plan import AccessPlan
 from gpucache_pipes.cache.cache import LAYOUT_SHIFT, Cache
+from gpucache_pipes.cache.check import check_cache
 from gpucache_pipes.cache.entry import NOT_READY, SCATTERED, Entry, State
 from gpucache_pipes.cache.ledger import Ledger
 from gpucache_pipes.cache.policies import Policy, make_policy, register
@@ -24,6 +25,7 @@ __all__ = [
     "Simulation",
     "State",
     "Trace",
+    "check_cache",
     "make_policy",
     "register",
     "simulate",

@@ -1,7 +1,7 @@
-"""What is cached, what is on its way and what must stay: the store's bookkeeping.
+"""The bookkeeping of a store: which files are cached, loading, pinned, and which are evicted.
 
-Pure logic over plain values: no lock, no thread, no device. The store calls everything here
-with its lock held.
+Pure logic over plain values: no lock, no thread, no device. Its owner calls every method with the
+lock of the store held.
 """
 
 from collections import deque
@@ -20,10 +20,10 @@ LAYOUT_SHIFT = 40
 """A row is (number of the layout << LAYOUT_SHIFT) + page; see Cache.rows."""
 
 _MOST_LAYOUTS = 1024
-"""Layouts that get a number. Where files have more, each likely has its own, and it is no use."""
+"""Layouts that get a number. A data set with more likely has one for each file."""
 
 _BUNDLE = 64
-"""Requests are reported to the policy in bundles of at most so many batches."""
+"""Requests are reported to the policy in bundles of at most this many batches."""
 
 Grow = Callable[[int, int | None], int]
 """grow(needed, useful) -> pages added to the arena: at least `needed` or 0, and no more than
@@ -31,16 +31,18 @@ Grow = Callable[[int, int | None], int]
 
 
 class Cache:
-    """Entries, the ledger that counts them, the policy that orders them, and what is pinned.
+    """Entries, the ledger that counts them, the policy that orders them, and the pins.
 
     Attributes:
         entries: of all known files, by number.
-        rows: for each number, what a batch needs to know in the usual case, as one number:
-            the layout and the page, if it is READY in one page; SCATTERED if it is READY in
-            any other way, else NOT_READY, which is less. So a batch that is all there, and all
-            alike, is told from any other by its least and largest row, without looking at 256
-            objects.
-        layouts: the layouts by their number.
+        rows: for each number, what a batch needs in the usual case, as one number: layout and page
+            if the entry is READY in one page; SCATTERED if it is READY in any other way, else
+            NOT_READY, which is less. The least and the largest row of a batch tell whether all of
+            it is READY and alike, without a look at 256 objects.
+        layouts: the layouts by the number that rows have for them.
+        pins: the pending batches, and what they need.
+        loading: how many entries are LOADING.
+        evictions: how many entries have been evicted.
     """
 
     def __init__(self, ledger: Ledger, policy: Policy, grow: Grow) -> None:
@@ -49,23 +51,22 @@ class Cache:
         self.entries = Entries()
         self.rows = self.entries.rows
         self.layouts: list[Any] = []
-        self.evictions = 0
-        self._layout_numbers: dict[Any, int] = {}
-        # Entries that are LOADING.
-        self.loading = 0
-        self._grow = grow
         self.pins = Pins()
-        # READY entries that go with their last ticket.
-        self._bypassed: set[Entry] = set()
-        # Accesses that the policy has not been told of.
+        self.loading = 0
+        self.evictions = 0
+        self.layout_numbers: dict[Any, int] = {}
+        # READY entries that are not cached: freed with the last batch that needs them.
+        self.bypassed: set[Entry] = set()
+        self._grow = grow
+        # Requests that have not been reported to the policy.
         self._unreported: deque[tuple[object, Sequence[int]]] = deque()
 
-    # Tickets
+    # Pending batches
 
-    def open_ticket(self, numbers: Sequence[int], owner: object, *, report: bool = True) -> int:
-        """Pin these entries (repeats allowed) until close_tickets.
+    def open_batch(self, numbers: Sequence[int], owner: object, *, report: bool = True) -> int:
+        """Pin these entries (repeats allowed) until close_batches; returns the batch's number.
 
-        `report` to the policy that `owner` requests them.
+        With `report` the policy is told that `owner` requests them.
         """
         if report and numbers and self.ledger.bounded:
             # First: a policy may raise.
@@ -74,45 +75,49 @@ class Cache:
             self._unreported.append((owner, numbers))
         return self.pins.open(numbers)
 
-    def close_tickets(self, tickets: Iterable[int]) -> None:
-        """Unpin; transient entries that nobody needs any more go. Unknown tickets are ignored."""
-        closed = self.pins.close(tickets)
-        if self._bypassed:
+    def close_batches(self, batches: Iterable[int]) -> None:
+        """Unpin; free bypassed entries that no batch needs any more. Ignores unknown batches."""
+        closed = self.pins.close(batches)
+        if self.bypassed:
             for number in set().union(*closed) - self.pins.numbers():
-                if self.entries[number] in self._bypassed:
+                if self.entries[number] in self.bypassed:
                     self._drop(self.entries[number])
 
-    def close_lost_tickets(self) -> None:
-        """Close those that nobody holds any more."""
+    def close_lost_batches(self) -> None:
+        """Close the batches whose holders have been collected."""
         if lost := self.pins.lost():
-            self.close_tickets(lost)
+            self.close_batches(lost)
 
     @property
     def idle(self) -> bool:
-        """Whether no ticket is open and nothing is being loaded."""
-        self.close_lost_tickets()
-        return not self.pins.tickets and not self.loading
-
-    @property
-    def bypassed_items(self) -> int:
-        """READY entries that go with the last ticket that needs them."""
-        return len(self._bypassed)
+        """Whether no batch is open and no entry is LOADING."""
+        self.close_lost_batches()
+        return not self.pins.batches and not self.loading
 
     # Loading
 
     def start_loading(self, entry: Entry, *, evict: bool = True) -> None:
-        """ABSENT -> LOADING. Unless `evict`, nothing else goes for it."""
+        """ABSENT -> LOADING. Without `evict` no other entry is evicted for it."""
         assert entry.state is State.ABSENT
         entry.state = State.LOADING
-        entry.keep = True
-        entry.evict = evict
+        entry.may_cache = True
+        entry.may_evict = evict
         self.loading += 1
 
-    def place(self, entry: Entry, span: int, nbytes: int) -> bool:
-        """Give pages to a LOADING entry: cached if budget and policy allow, else transient.
+    def join_loading(self, entry: Entry, waiter: Any, *, evict: bool) -> bool:
+        """Have `waiter` told when LOADING ends; False if the entry is not LOADING."""
+        if entry.state is not State.LOADING:
+            return False
+        entry.may_cache = True
+        entry.may_evict |= evict
+        entry.waiters += (waiter,)
+        return True
 
-        False if it may not be cached and nobody needs it otherwise: then it need not be read.
-        Raises MemoryError if it is larger than the whole budget, or if no pages can be had.
+    def allocate(self, entry: Entry, span: int, nbytes: int) -> bool:
+        """Assign pages to a LOADING entry: cached if budget and policy admit it, else bypassed.
+
+        False if it is not admitted and no batch needs it: then it need not be read. Raises
+        MemoryError if it is larger than the whole budget, or if there are no pages for it.
         """
         ledger = self.ledger
         if ledger.max_bytes is not None and nbytes > ledger.max_bytes:
@@ -121,8 +126,8 @@ class Cache:
                 f"max_cache_bytes={ledger.max_bytes}; raise the limit or split the feature"
             )
         pages, charge = ledger.pages_for(span), ledger.charge(span)
-        cached = entry.keep and self._make_room(entry, pages, charge)
-        if not cached and (entry.number not in self.pins.numbers() or not entry.evict):
+        cached = entry.may_cache and self._make_room(entry, pages, charge)
+        if not cached and (entry.number not in self.pins.numbers() or not entry.may_evict):
             return False
         if ledger.free_pages < pages and not self._find_pages(entry, pages, cached):
             raise MemoryError(
@@ -137,33 +142,31 @@ class Cache:
         """Evict until the budget has room, or evict nothing and return False."""
         if self.ledger.fits(pages, charge):
             return True
-        if not wanted.evict or not self.ledger.could_fit(pages, charge):
+        if not wanted.may_evict or not self.ledger.could_fit(pages, charge):
             return False
         self.report_accesses()
-        self.close_lost_tickets()
+        self.close_lost_batches()
         pinned = self.pins.numbers()
-        going: dict[Entry, None] = {}
+        victims: dict[Entry, None] = {}
         freed_pages = freed = 0
-        for victim in self.policy.victims(wanted.file):
-            entry = self.entries.latest(victim)
+        for key in self.policy.victims(wanted.file):
+            entry = self.entries.latest(key)
             if not entry.cached:
                 raise RuntimeError(f"policy {self.policy!r} would evict {entry.path!r}: not cached")
-            if entry.number in pinned or entry in going:
+            if entry.number in pinned or entry in victims:
                 continue
-            going[entry] = None
+            victims[entry] = None
             freed_pages += len(entry.pages)
             freed += entry.charge
-            if self.ledger.fits(pages - freed_pages, charge - freed, 1 - len(going)):
+            if self.ledger.fits(pages - freed_pages, charge - freed, 1 - len(victims)):
                 break
         else:
             return False
-        for entry in going:
-            self.evictions += 1
-            self._drop(entry)
+        self._evict(victims)
         return True
 
     def _find_pages(self, wanted: Entry, pages: int, cached: bool) -> bool:
-        """Have `pages` free ones: from the device, or once that is full, from the cache."""
+        """Have `pages` free ones: from the device or, once that is full, by evicting."""
         ledger = self.ledger
         if ledger.ceiling is None:
             limit = ledger.useful_pages
@@ -172,113 +175,114 @@ class Cache:
             if ledger.free_pages >= pages:
                 return True
         self.report_accesses()
-        going: dict[Entry, None] = {}
+        victims: dict[Entry, None] = {}
         shortage = pages - ledger.free_pages
         for entry in self._evictable(wanted):
             if shortage <= 0:
                 break
-            if entry not in going:
-                going[entry] = None
+            if entry not in victims:
+                victims[entry] = None
                 shortage -= len(entry.pages)
         if shortage > 0:
-            # Batches in flight hold the rest, and may have what the cache may not.
+            # Batches in flight hold the rest. They may grow the arena beyond the budget.
             added = self._grow(shortage, 0)
             ledger.add_pages(added)
             if added < shortage:
                 return False
-        for entry in going:
-            self.evictions += 1
-            self._drop(entry)
-        # In-flight batches need the rest: a cache that took it back would evict for each of them.
+        self._evict(victims)
+        # Batches in flight need the rest: a cache that took it again would evict for each of them.
         ledger.ceiling = ledger.cached_pages + (pages if cached else 0)
         return True
 
     def _evictable(self, wanted: Entry) -> Iterator[Entry]:
-        """What may go where something must: in the order of the policy, and then anything."""
+        """What may be evicted where pages must be found: the policy's victims, then any entry."""
         chosen = map(self.entries.latest, self.policy.victims(wanted.file))
         pinned = self.pins.numbers()
         for entry in chain(chosen, self.entries.values()):
             if entry.cached and entry.state is State.READY and entry.number not in pinned:
                 yield entry
 
-    def finish(self, entry: Entry, layout: Any, values: tuple[Any, ...]) -> Sequence[Any]:
-        """LOADING -> READY. Returns the tickets that waited."""
+    def finish_loading(
+        self, entry: Entry, layout: Any, values: tuple[Any, ...], version: bytes | None = None
+    ) -> Sequence[Any]:
+        """LOADING -> READY. Returns the waiters. May raise what the policy raises."""
         assert entry.state is State.LOADING
         if entry.cached:
-            # First: a policy may raise, and then the entry is still LOADING.
+            # First: where the policy raises, the entry is still LOADING.
             self.report_accesses()
             self.policy.on_insert(entry.file)
         self.loading -= 1
         entry.state = State.READY
         entry.layout = layout
         entry.values = values
+        entry.version = version
         self.rows[entry.number] = (
             self._row(layout, entry.pages[0]) if len(entry.pages) == 1 else SCATTERED
         )
         if not entry.cached:
-            self._bypassed.add(entry)
+            self.bypassed.add(entry)
             if entry.number not in self.pins.numbers():
                 self._drop(entry)
         waiters, entry.waiters = entry.waiters, ()
         return waiters
 
     def _row(self, layout: Any, page: int) -> int:
-        number = self._layout_numbers.get(layout)
+        number = self.layout_numbers.get(layout)
         if number is None:
             number = len(self.layouts)
             if number == _MOST_LAYOUTS:
                 return SCATTERED
-            self._layout_numbers[layout] = number
+            self.layout_numbers[layout] = number
             self.layouts.append(layout)
         return (number << LAYOUT_SHIFT) + page
 
-    def give_up(self, entry: Entry) -> Sequence[Any]:
-        """LOADING -> ABSENT. Returns the tickets that waited."""
-        if entry.state is not State.LOADING:  # after an interrupt
+    def fail_loading(self, entry: Entry) -> Sequence[Any]:
+        """LOADING -> ABSENT. Returns the waiters; none if the entry is not LOADING any more."""
+        if entry.state is not State.LOADING:
             return ()
         self.loading -= 1
-        self.ledger.give_back(entry)
+        self.ledger.free(entry)
         entry.state = State.ABSENT
         waiters, entry.waiters = entry.waiters, ()
         return waiters
 
-    def forsake(self, entry: Entry) -> Sequence[Any]:
-        """Give up a LOADING entry whose reader is stuck. Returns the tickets that waited.
+    def abandon_loading(self, entry: Entry) -> Sequence[Any]:
+        """Give up a LOADING entry whose reader hangs. Returns the waiters.
 
-        If it has pages, the reader may yet write to them: it stays LOADING until somebody gives it
-        up, and the file goes on as another entry.
+        The reader may still write to the pages of the entry, if it has any: then the entry stays
+        LOADING until `fail_loading`, and another entry takes its place for new requests.
         """
         if not entry.pages:
-            return self.give_up(entry)
-        entry.keep = False
+            return self.fail_loading(entry)
+        entry.may_cache = False
         if entry.cached:
             self.ledger.bypass(entry)
         waiters, entry.waiters = entry.waiters, ()
         self.entries.renew(entry)
         return waiters
 
-    def start_again(self, entry: Entry) -> None:
-        """LOADING by another reader, without what it has got so far; who waits goes on waiting."""
-        self.ledger.give_back(entry)
+    def restart_loading(self, entry: Entry) -> None:
+        """Free the pages of a LOADING entry, which another reader reads anew. Waiters stay."""
+        self.ledger.free(entry)
 
-    # Going
+    # Leaving the cache
 
     def release(self, entries: Iterable[Entry]) -> None:
-        """Stop caching these. What in-flight batches need stays until they have it."""
+        """Stop caching these. What pending batches need stays, bypassed, until they have it."""
         self.report_accesses()
         pinned = self.pins.numbers()
         for entry in entries:
-            entry.keep = False
+            entry.may_cache = False
             if entry.cached and entry.state is State.READY and entry.number not in pinned:
                 self._drop(entry)
             elif entry.cached:
                 if entry.state is State.READY:
                     self.policy.on_remove(entry.file)
-                    self._bypassed.add(entry)
+                    self.bypassed.add(entry)
                 self.ledger.bypass(entry)
 
     def renew(self, entry: Entry) -> None:
-        """The file has changed: what is READY of it is for open tickets only, and for no other."""
+        """The file has changed: keep the READY bytes for pending batches only."""
         if entry.state is not State.READY or entry.number in self.entries.newer:
             return
         self.release([entry])
@@ -286,27 +290,32 @@ class Cache:
             self.entries.renew(entry)
 
     def forget_pages(self) -> None:
-        """The arena is gone. Only while no entry holds a page."""
+        """Start anew without an arena. Only while no entry holds a page."""
         self.ledger.forget_pages()
-        self._layout_numbers.clear()
+        self.layout_numbers.clear()
         self.layouts = []
+
+    def _evict(self, victims: Iterable[Entry]) -> None:
+        for entry in victims:
+            self.evictions += 1
+            self._drop(entry)
 
     def _drop(self, entry: Entry) -> None:
         """READY -> ABSENT."""
         assert entry.state is State.READY
         if entry.cached:
             self.policy.on_remove(entry.file)
-        self._bypassed.discard(entry)
-        self.ledger.give_back(entry)
+        self.bypassed.discard(entry)
+        self.ledger.free(entry)
         entry.state = State.ABSENT
         entry.layout = None
         entry.values = ()
         self.rows[entry.number] = NOT_READY
 
-    # The policy's news
+    # The policy
 
     def report_accesses(self) -> None:
-        """Tell the policy of the requests that it has not heard of."""
+        """Report the requests that the policy has not been told of."""
         while self._unreported:
             owner, numbers = self._unreported.popleft()
             self.policy.on_access(self.entries.files(numbers), owner)
@@ -317,40 +326,11 @@ class Cache:
         self.policy.begin_epoch(owner)
 
     def announce(self, owner: object, plan: AccessPlan) -> None:
-        """What `owner` will request from now on."""
+        """`owner` announces its next requests."""
         self.report_accesses()
         self.policy.announce(owner, plan)
 
     def retract(self, owner: object) -> None:
-        """`owner` takes back what it foresaw."""
+        """`owner` retracts what it announced."""
         self.report_accesses()
         self.policy.retract(owner)
-
-    def check(self) -> None:
-        """Recompute what can be recomputed; raises AssertionError on a difference."""
-        entries = list(self.entries.values())
-        self.ledger.check(entries)
-        pinned = self.pins.numbers()
-        loading = sum(entry.state is State.LOADING for entry in entries)
-        if self.loading != loading:
-            raise AssertionError(f"cache: {self.loading} != {loading} entries are loading")
-        for number, entry in self.entries.items():
-            ok = {
-                State.ABSENT: not entry.pages and not entry.cached and entry.layout is None,
-                State.LOADING: entry.layout is None and entry not in self._bypassed,
-                State.READY: entry.layout is not None
-                and entry.cached != (entry in self._bypassed)
-                and (entry.cached or entry.number in pinned),
-            }[entry.state]
-            row = SCATTERED if entry.state is State.READY else NOT_READY
-            if entry.state is State.READY and len(entry.pages) == 1:
-                layout = self._layout_numbers.get(entry.layout)
-                row = SCATTERED if layout is None else (layout << LAYOUT_SHIFT) + entry.pages[0]
-            if (
-                not ok
-                or (entry.waiters and entry.state is not State.LOADING)
-                or entry.number != number
-                or (self.entries.latest(entry.file) is not entry) != (number in self.entries.newer)
-                or self.rows[number] != row
-            ):
-                raise AssertionError(f"cache: inconsistent {entry!r}")

@@ -1,4 +1,4 @@
-"""Which files are known, and what has become of them."""
+"""The table of known files."""
 
 from collections.abc import Sequence
 from itertools import repeat
@@ -7,17 +7,17 @@ from gpucache_pipes.cache.entry import NOT_READY, Entry, State
 
 
 class Entries(dict[int, Entry]):
-    """The entries of files by their numbers, made when somebody first looks at them.
+    """Entries of files by number. An entry is made when it is first looked up.
 
-    So a million files can be announced in advance for the price of a few lists.
+    So announcing a million files costs a few lists and no million objects.
 
-    Where a file has changed while a ticket needed what it had been, it has several entries, one
-    for each version; all but the latest are there for open tickets only.
+    A file that has changed while a pending batch needed its old bytes has several entries, one for
+    each version. All but the latest serve such batches only.
 
     Attributes:
         rows: see Cache.
-        paths: the files as they were first spelled, absolute, by number.
-        newer: for the numbers of entries that are not the latest of their file, that one.
+        paths: by number, the first spelling of each file, absolute.
+        newer: for the number of an entry that is not the latest of its file, the number of that.
     """
 
     def __init__(self) -> None:
@@ -29,9 +29,9 @@ class Entries(dict[int, Entry]):
         self._versions: dict[int, list[Entry]] = {}
 
     def add(self, keys: Sequence[str], paths: Sequence[str]) -> int:
-        """Files that are new, and how to spell them. Returns the number of the first of them."""
+        """Add new files with these keys and paths; returns the number of the first of them."""
         start = len(self.rows)
-        # What an interrupt has left behind is overwritten.
+        # Slices, so that what an interrupted call left behind is overwritten.
         self._keys[start:] = keys
         self.paths[start:] = paths
         self.rows.extend(repeat(NOT_READY, len(keys)))
@@ -42,22 +42,22 @@ class Entries(dict[int, Entry]):
         return entry
 
     def current(self, numbers: Sequence[int]) -> Sequence[int]:
-        """The same, but for entries that others have taken the place of."""
+        """The numbers of the latest versions of the files of these entries."""
         newer = self.newer
         return [newer.get(number, number) for number in numbers] if newer else numbers
 
     def latest(self, file: int) -> Entry:
-        """The entry of a file, by the number of its first one."""
+        """The entry of the latest version of a file, by the number of its first version."""
         return self[self.newer.get(file, file)]
 
     def files(self, numbers: Sequence[int]) -> Sequence[int]:
-        """What policies know these entries by."""
+        """The keys by which policies know these entries."""
         return [self[number].file for number in numbers] if self._versions else numbers
 
     def renew(self, entry: Entry) -> None:
-        """Let another entry take the place of this one, the latest of its file."""
-        # One that nobody needs any more serves again: there are as many as there have been
-        # versions in flight at one time.
+        """Replace `entry`, the latest version of its file, by an ABSENT one."""
+        # An older version that no batch needs any more is used again: there are never more entries
+        # of a file than versions of it in flight at one time.
         versions = self._versions.setdefault(entry.file, [entry])
         latest = next((e for e in versions if e.state is State.ABSENT), None)
         if latest is None:

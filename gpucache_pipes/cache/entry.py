@@ -1,4 +1,4 @@
-"""One known file, as the cache sees it."""
+"""The cache's record of one file."""
 
 import enum
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from typing import Any
 
 NOT_READY = -2
 SCATTERED = -1
-"""What `Cache.rows` has for entries of which there is no row to tell."""
+"""Values in `Cache.rows` of entries that have no row there."""
 
 
 class State(enum.Enum):
     """Where the bytes of a file are.
 
-    ABSENT -> LOADING when somebody asks; LOADING -> READY when they have come, or back to
-    ABSENT when they could not; READY -> ABSENT when the pages are given to others.
+    ABSENT -> LOADING when a batch requests the file; LOADING -> READY when it has been read, or
+    back to ABSENT when that failed; READY -> ABSENT when its pages are freed.
     """
 
     ABSENT = enum.auto()
@@ -22,34 +22,37 @@ class State(enum.Enum):
 
 
 class Entry:
-    """A file and what is held of it. Entries stay when their bytes go: they are small.
+    """One version of one file, and what the cache holds of it. Written in this folder only.
+
+    An entry stays when its bytes are evicted: it is small.
 
     Attributes:
-        key: the file.
-        path: the file as it was first spelled, absolute: for readers and messages.
-        number: its name in the tables of the cache.
-        file: what policies know it by: the number of the first version of the file.
+        key: the identity of the file in its source.
+        path: its first spelling, absolute: for sources and messages.
+        number: its position in the tables of the cache.
+        file: the key that policies know it by: the number of the first version of the file.
         state: see State.
-        cached: its pages count against the budget, and stay when no ticket needs them. A READY
-            entry that is not cached is transient: it goes with the last ticket that needs it.
-        keep: while LOADING, whether it may become cached; release() says no.
-        evict: while LOADING, whether others may go for it.
-        pages: ids of the arena rows that hold its bytes, in order; a range where they are fresh.
+        cached: its pages count against the budget and stay when no batch needs them. A READY entry
+            that is not cached is bypassed: its pages are freed with the last batch that needs it.
+        may_cache: while LOADING, whether it may become cached; `release` clears it.
+        may_evict: while LOADING, whether other entries may be evicted for it.
+        pages: numbers of the pages that hold its bytes, in order; a range where they were never
+            used before.
         nbytes: bytes of its tensors, while it has pages.
-        charge: what it counts against the budget in bytes; see Ledger.
-        layout, values: how to read the pages and the plain values; opaque to the cache.
-        version: what the file was when it was read, if the store looks whether it changes.
-        waiters: the tickets to tell when LOADING ends.
+        charge: bytes that it counts against the budget; see Ledger.
+        layout, values: how to read the pages, and the plain values; opaque to the cache.
+        version: of the file when it was read, where the store revalidates.
+        waiters: the pending batches to notify when LOADING ends.
     """
 
     __slots__ = (
         "cached",
         "charge",
-        "evict",
         "file",
-        "keep",
         "key",
         "layout",
+        "may_cache",
+        "may_evict",
         "nbytes",
         "number",
         "pages",
@@ -67,15 +70,15 @@ class Entry:
         self.file = file
         self.state = State.ABSENT
         self.cached = False
-        self.keep = False
-        self.evict = False
+        self.may_cache = False
+        self.may_evict = False
         self.pages: Sequence[int] = ()
         self.nbytes = 0
         self.charge = 0
         self.layout: Any = None
         self.values: tuple[Any, ...] = ()
         self.version: bytes | None = None
-        # No list of its own: a million of those would cost the garbage collector seconds.
+        # A tuple: a million empty lists would cost the garbage collector seconds.
         self.waiters: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Who holds which pages. The only place that counts bytes, items and pages."""
+"""Which entry holds which pages, and all totals of bytes, items and pages."""
 
 from collections.abc import Iterable
 
@@ -6,21 +6,21 @@ from gpucache_pipes.cache.entry import Entry
 
 
 class Ledger:
-    """Counts pages, bytes and items against the budget.
+    """Assigns pages to entries, and counts pages, bytes and items against the budget.
 
-    What always holds (`check` recomputes it):
+    Invariants, which `check` recomputes from the entries:
 
         free_pages + cached_pages + bypassed_pages == pages
         cached_bytes <= charged_bytes <= max_bytes
         cached_items <= max_items,  cached_pages <= ceiling
 
-    What a feature is charged is the bytes that it spans and what it leaves unused of its last
-    page, but for the up to 15 bytes that round a page: so a budget of exactly n features of one
-    tensor holds n, and pages that fit badly cannot take more memory than the budget.
+    A feature is charged the bytes that it spans and what it leaves unused of its last page, without
+    the up to 15 bytes that align the feature to 16: so a budget of exactly n features of one tensor
+    holds n, and badly fitting pages cannot take more memory than the budget.
 
-    Pages are not divided into cached and transient ones in advance: any page serves either
-    purpose, and a feature changes from one to the other without moving. Hence the
-    pages exceed the budget by what in-flight batches needed at most at one time.
+    Any page may hold cached or bypassed features, and a feature changes from one to the other in
+    place. The number of pages exceeds the budget by the most that batches in flight have needed at
+    one time.
     """
 
     def __init__(self, max_bytes: int | None, max_items: int | None) -> None:
@@ -28,10 +28,10 @@ class Ledger:
         self.max_items = max_items
         self.page_bytes = 0
         self.pages = 0
-        # Set once the device has no more memory to give: pages that cached features may hold.
+        # The most pages that cached features may hold. Set once the device has no more memory.
         self.ceiling: int | None = None
-        # Pages freed since they were first used, and the first of those never used: a fresh
-        # arena of millions of pages costs nothing to list.
+        # Pages that were used and freed, and the first page that was never used: so an arena of
+        # millions of new pages need not be listed.
         self._freed: list[int] = []
         self._fresh = 0
         self.cached_pages = 0
@@ -42,14 +42,14 @@ class Ledger:
 
     @property
     def useful_pages(self) -> int | None:
-        """About so many pages could be of use to the cache, or None for no limit."""
+        """About how many pages the budget can fill; None without a limit in bytes."""
         if self.max_bytes is None or not self.page_bytes:
             return None
         return -(-self.max_bytes // self.page_bytes)
 
     @property
     def bounded(self) -> bool:
-        """Whether there is any limit, so that something may have to go."""
+        """Whether there is any limit, so that something may have to be evicted."""
         return not (self.max_bytes is self.max_items is self.ceiling is None)
 
     def pages_for(self, span: int) -> int:
@@ -57,11 +57,11 @@ class Ledger:
         return -(-span // self.page_bytes) if span else 0
 
     def charge(self, span: int) -> int:
-        """What caching a feature counts against max_bytes."""
+        """Bytes that caching a feature of `span` bytes counts against max_bytes."""
         return span + self.pages_for(span) * self.page_bytes - -(-span // 16) * 16
 
     def fits(self, pages: int, charge: int, items: int = 1) -> bool:
-        """Whether the budget has room for so much more, beside all that is cached."""
+        """Whether the budget has room for this much in addition to all that is cached."""
         return (
             (self.max_items is None or self.cached_items + items <= self.max_items)
             and (self.max_bytes is None or self.charged_bytes + charge <= self.max_bytes)
@@ -69,22 +69,22 @@ class Ledger:
         )
 
     def could_fit(self, pages: int, charge: int) -> bool:
-        """Whether the budget would have room for so much if nothing else were cached."""
+        """Whether the budget would have room for this much if nothing else were cached."""
         return (self.max_bytes is None or charge <= self.max_bytes) and (
             self.ceiling is None or pages <= self.ceiling
         )
 
     @property
     def free_pages(self) -> int:
-        """Pages that nobody holds."""
+        """Pages that no entry holds."""
         return len(self._freed) + self.pages - self._fresh
 
     def add_pages(self, count: int) -> None:
-        """The arena has grown: pages `pages .. pages + count - 1` exist now, and are free."""
+        """The arena has grown by `count` pages, which are free."""
         self.pages += count
 
     def take(self, entry: Entry, pages: int, charge: int, nbytes: int, *, cached: bool) -> None:
-        """Give `entry` that many free pages. The caller has made sure that they exist."""
+        """Assign free pages to `entry`. There must be as many."""
         assert not (entry.pages or entry.cached)
         assert self.free_pages >= pages
         freed = self._freed
@@ -98,7 +98,7 @@ class Ledger:
         entry.cached = cached
         self._count(entry, +1)
 
-    def give_back(self, entry: Entry) -> None:
+    def free(self, entry: Entry) -> None:
         """Free the pages of `entry`."""
         self._count(entry, -1)
         self._freed.extend(reversed(entry.pages))
@@ -107,7 +107,7 @@ class Ledger:
         entry.cached = False
 
     def bypass(self, entry: Entry) -> None:
-        """Stop counting `entry` against the budget; it keeps its pages."""
+        """Count `entry`, which is cached, as bypassed. It keeps its pages."""
         self._count(entry, -1)
         entry.cached = False
         self._count(entry, +1)
@@ -123,11 +123,11 @@ class Ledger:
 
     @property
     def held_pages(self) -> int:
-        """Pages that somebody holds."""
+        """Pages that entries hold."""
         return self.cached_pages + self.bypassed_pages
 
     def forget_pages(self) -> None:
-        """The arena is gone. Only while no entry holds a page."""
+        """Start anew without an arena. Only while no entry holds a page."""
         assert not self.held_pages
         self._freed.clear()
         self._fresh = 0
@@ -136,7 +136,7 @@ class Ledger:
         self.ceiling = None
 
     def check(self, entries: Iterable[Entry]) -> None:
-        """Recompute every total from `entries` (all that there are) and compare."""
+        """Recompute every total from `entries`, which are all. Raises AssertionError."""
         held = [e for e in entries if e.pages or e.cached]
         cached = [e for e in held if e.cached]
         owned = [page for e in held for page in e.pages]

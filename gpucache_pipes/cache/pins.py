@@ -1,4 +1,4 @@
-"""What must stay because a batch on its way needs it."""
+"""Which entries pending batches need, so that they are not evicted."""
 
 import weakref
 from collections import deque
@@ -6,63 +6,65 @@ from collections.abc import Iterable, Sequence
 
 
 class _Holder(weakref.ref[object]):
-    __slots__ = ("ticket",)
+    __slots__ = ("number",)
 
-    ticket: int
+    number: int
 
 
 class Pins:
-    """Open tickets, and the entries that they name.
+    """The open pending batches, by number, and the entries that each of them names.
 
-    A pin is not a counter: an entry is pinned while an open ticket names it. So pins cannot leak or
-    go below zero, pinning a batch costs one dict insertion whatever its size, and the set is
-    computed only when something must go.
+    An entry is pinned while an open batch names it. There is no counter for each entry: so pins
+    cannot leak or become negative, pinning a batch is one dict insertion whatever its size, and the
+    set of pinned entries is computed only when something must be evicted.
+
+    Attributes:
+        batches: by the number of each open batch, the numbers of its entries.
     """
 
     def __init__(self) -> None:
-        # By ticket, the numbers of entries.
-        self.tickets: dict[int, Sequence[int]] = {}
-        # Weak references to who holds them, where that is known; and those whose object is gone.
-        # The callback is a method of deque, which takes no step of Python: a `__del__` would
-        # swallow what a signal handler raises in it.
+        self.batches: dict[int, Sequence[int]] = {}
+        # Weak references to the objects that stand for batches, and those whose object is gone.
+        # The callback is a method of deque, so no Python code runs in it. A `__del__` would not do:
+        # Python swallows what a signal handler raises inside one.
         self._holders: dict[int, _Holder] = {}
         self._gone: deque[_Holder] = deque()
         self._next = 0
-        # What they name together, once somebody has asked.
+        # The union of all batches, computed on demand.
         self._numbers: set[int] | None = None
 
     def open(self, numbers: Sequence[int]) -> int:
-        """A ticket that names these entries; repeats allowed."""
-        ticket = self._next
-        self._next = ticket + 1
-        self.tickets[ticket] = numbers
+        """Open a batch that names these entries (repeats allowed); returns its number."""
+        batch = self._next
+        self._next = batch + 1
+        self.batches[batch] = numbers
         self._numbers = None
-        return ticket
+        return batch
 
-    def hold(self, ticket: int, holder: object) -> None:
-        """Note who has the ticket: once that object is gone, nobody will close it."""
+    def hold(self, batch: int, holder: object) -> None:
+        """Close the batch once `holder` has been collected: see `lost`."""
         reference = _Holder(holder, self._gone.append)
-        reference.ticket = ticket
-        self._holders[ticket] = reference
+        reference.number = batch
+        self._holders[batch] = reference
 
-    def close(self, tickets: Iterable[int]) -> list[Sequence[int]]:
-        """The entries that each of these named. Unknown tickets are ignored."""
+    def close(self, batches: Iterable[int]) -> list[Sequence[int]]:
+        """Close batches; returns the entries that each of them named. Ignores unknown numbers."""
         closed = []
-        for ticket in tickets:
-            closed.append(self.tickets.pop(ticket, ()))
-            self._holders.pop(ticket, None)
+        for batch in batches:
+            closed.append(self.batches.pop(batch, ()))
+            self._holders.pop(batch, None)
         self._numbers = None
         return closed
 
     def lost(self) -> list[int]:
-        """Tickets whose holders are gone, each once. Takes 50 ns where there are none."""
+        """Batches whose holders have been collected, each once. Takes 50 ns if there are none."""
         lost = []
         while self._gone:
-            lost.append(self._gone.popleft().ticket)
+            lost.append(self._gone.popleft().number)
         return lost
 
     def numbers(self) -> set[int]:
-        """The numbers of the entries that open tickets name."""
+        """The numbers of all pinned entries."""
         if self._numbers is None:
-            self._numbers = set().union(*self.tickets.values())
+            self._numbers = set().union(*self.batches.values())
         return self._numbers

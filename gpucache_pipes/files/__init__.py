@@ -1,6 +1,7 @@
-"""Files: their keys, their formats, and the threads that read them."""
+"""Feature files: where they are, what is in them, and how their bytes are read."""
 
-from gpucache_pipes.files.formats import FileOpener, opener
+from gpucache_pipes.files.failures import load_error
+from gpucache_pipes.files.formats import FileOpener
 from gpucache_pipes.files.layout import (
     ALIGNMENT,
     Branch,
@@ -12,10 +13,9 @@ from gpucache_pipes.files.layout import (
     leaf_names,
     own,
 )
+from gpucache_pipes.files.local import LocalFiles
 from gpucache_pipes.files.path_table import PathLike, PathTable
-from gpucache_pipes.files.sampling import sample_file_sizes
-from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature
-from gpucache_pipes.files.versions import file_version, has_version
+from gpucache_pipes.files.source import LoadedFeature, OpenFeature, Source
 
 __all__ = [
     "ALIGNMENT",
@@ -24,17 +24,15 @@ __all__ = [
     "Layout",
     "Leaf",
     "LoadedFeature",
+    "LocalFiles",
     "OpenFeature",
-    "Opener",
     "PathLike",
     "PathTable",
+    "Source",
     "Tree",
     "build",
-    "file_version",
     "flatten",
-    "has_version",
     "leaf_names",
-    "opener",
+    "load_error",
     "own",
-    "sample_file_sizes",
 ]

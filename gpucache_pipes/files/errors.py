@@ -1,5 +1,5 @@
-"""Why a reader leaves a file to somebody else."""
+"""Why a fast reader leaves a file to torch.load."""
 
 
 class Unsupported(Exception):  # noqa: N818  (nothing is wrong with the file)
-    """Not, or not certainly, what the fast reader knows; `torch.load` decides."""
+    """The file is not, or not certainly, what the fast reader understands."""

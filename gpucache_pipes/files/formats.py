@@ -1,9 +1,8 @@
-"""How a store opens files."""
+"""Which reader opens a file: chosen by the end of its name."""
 
 import os
 import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -13,29 +12,17 @@ from gpucache_pipes.files.planned import PlanReader
 from gpucache_pipes.files.pt.reader import PtReader
 from gpucache_pipes.files.pt.vetting import require_sound
 from gpucache_pipes.files.safetensors import SafetensorsReader
-from gpucache_pipes.files.source import LoadedFeature, Opener, OpenFeature
+from gpucache_pipes.files.source import LoadedFeature, OpenFeature
 
 FORMATS: dict[str, Callable[[], PlanReader]] = {
     ".npy": NpyReader,
     ".safetensors": SafetensorsReader,
 }
-"""Readers by the end of a file's name; every other name is that of a `.pt` file."""
-
-
-def opener(load_fn: Callable[[str], Any] | None, weights_only: bool) -> Opener:
-    """How a store opens files: by `load_fn(path)` if there is one, else by their names."""
-    if load_fn is not None:
-
-        def by_load_fn(path: str) -> OpenFeature:
-            return LoadedFeature(load_fn(path))
-
-        return by_load_fn
-
-    return FileOpener(weights_only).open
+"""Readers by the end of a file's name. Files of all other names are read as `.pt` files."""
 
 
 class FileOpener:
-    """Opens feature files by the ends of their names, and says how it did."""
+    """Opens feature files by the ends of their names. For any number of threads."""
 
     def __init__(self, weights_only: bool) -> None:
         self._weights_only = weights_only
@@ -44,11 +31,11 @@ class FileOpener:
         self._pt = PtReader()
 
     def open(self, path: str) -> OpenFeature:
-        """See Opener."""
+        """The feature in a file. Raises OSError, or ValueError with the reason."""
         return self.probe(path)[0]
 
     def probe(self, path: str) -> tuple[OpenFeature, str | None]:
-        """The feature, and why `torch.load` had to read it; None if it did not."""
+        """The feature, and why `torch.load` read it, or None. Raises as `open` does."""
         if path.endswith(self._suffixes):
             reader = next(r for suffix, r in self._readers.items() if path.endswith(suffix))
             try:

@@ -1,6 +1,6 @@
-"""What the store knows of a file: how to open it, and how its bytes reach their place."""
+"""What the store asks of files: `Source` opens them, `OpenFeature` gives their bytes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -9,10 +9,10 @@ from gpucache_pipes.files.layout import Layout, flatten
 
 
 class OpenFeature(Protocol):
-    """A feature whose layout is known and whose bytes can be asked for, once.
+    """A feature whose layout is known and whose bytes can be read once.
 
     Attributes:
-        layout: how the bytes will lie.
+        layout: where the bytes of each leaf go.
         values: the plain values of the feature, in the order of the layout's tree.
     """
 
@@ -21,25 +21,60 @@ class OpenFeature(Protocol):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that were or will be read from storage for it."""
+        """Bytes that were or will be read from storage for this feature."""
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers`, which together hold at least `layout.span` writable bytes.
 
-        Called at most once, in the thread that opened the feature, with no lock held. May
-        raise what reading raises; the buffers then hold nothing of worth.
+        Called at most once, by the thread that opened the feature, with no lock held. May raise
+        whatever reading raises; the contents of the buffers are then undefined.
         """
 
     def close(self) -> None:
-        """Give back what opening took. Always called, in the same thread."""
+        """Release what opening took. Always called, by the same thread."""
 
 
-Opener = Callable[[str], OpenFeature]
-"""Opens the file at an absolute path. Called from reader threads, several at a time."""
+class Source(Protocol):
+    """Where features come from. `LocalFiles` is the one for local files.
+
+    A file has a key, which is equal for all spellings of its path, and a path: its first spelling,
+    made absolute, for messages and for a `load_fn`. All methods are called by any number of
+    threads, without a lock of the store. To add a source, see CONTRIBUTING.md.
+    """
+
+    def absolute(self, path: str, cwd: str) -> str:
+        """A path that means the same wherever the current directory is later. Raises nothing."""
+
+    def key(self, path: str) -> str:
+        """The key of an absolute path. Raises nothing: a bad path is its own key."""
+
+    def are_keys(self, directory: str, names_end: str, files: int) -> bool:
+        """Whether paths in `directory` are their own keys; False if finding out costs too much.
+
+        See LocalFiles. A source without links says True.
+        """
+
+    def is_link(self, path: str) -> bool:
+        """Whether the key of this path may change while the store lives."""
+
+    def open(self, key: str, path: str) -> OpenFeature:
+        """Open one file. Called by reader threads; what it raises is an error of this file."""
+
+    def version(self, key: str) -> bytes | None:
+        """A value that changes when the file changes, read before `open`. None if unknown."""
+
+    def is_current(self, path: str, version: bytes | None) -> bool:
+        """Whether the file is certainly unchanged since it had this version. Raises nothing."""
+
+    def size(self, path: str) -> int:
+        """Bytes in storage. Raises OSError or ValueError if that is unknown."""
+
+    def sample_sizes(self, paths: Sequence[str]) -> list[int]:
+        """The sizes of about 64 of these files, those that are known. Raises nothing."""
 
 
 class LoadedFeature:
-    """A feature that is already in host memory, as `torch.load` or a `load_fn` returns it."""
+    """An `OpenFeature` over a feature that is in host memory already, as a `load_fn` returns it."""
 
     def __init__(self, feature: Any, bytes_read: int | None = None) -> None:
         tree, tensors, values = flatten(feature)
@@ -63,7 +98,7 @@ class LoadedFeature:
 
 
 def spread(source: torch.Tensor, offset: int, buffers: Sequence[memoryview]) -> None:
-    """Copy the bytes of `source` to `offset` of the buffers taken as one."""
+    """Copy the bytes of `source` (uint8) to `offset` of the concatenated buffers."""
     done, total = 0, source.numel()
     for buffer in buffers:
         size = len(buffer)

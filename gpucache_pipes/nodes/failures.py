@@ -52,4 +52,4 @@ class Failures:
             path = os.fspath(paths[position])
             ticket.replace(position, guarded(self.substitute, "on_error", path, error))
         # Also what was decided before an interrupt.
-        return {position for position, feature in ticket.instead.items() if feature is None}
+        return ticket.left_out

@@ -1,25 +1,20 @@
-"""From files to pages: what reader threads do."""
+"""Reads files into pages, in reader threads or in the thread of the caller."""
 
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from threading import get_ident
+from threading import TIMEOUT_MAX
 from typing import Any
 
-from gpucache_pipes.cache import Cache, Entry
+from gpucache_pipes.cache import Entry
 from gpucache_pipes.device import Backend
-from gpucache_pipes.files import (
-    Opener,
-    OpenFeature,
-    file_version,
-    has_version,
-    sample_file_sizes,
-)
-from gpucache_pipes.store.lock import StoreLock, require_stack
+from gpucache_pipes.files import Source
+from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.page_size import choose_page_bytes
-from gpucache_pipes.store.process_hooks import await_at_exit
-from gpucache_pipes.store.read_task import Revoked, Task
+from gpucache_pipes.store.process_hooks import join_at_exit
+from gpucache_pipes.store.read_task import OpenEntry, ReadTask, Revoked
 from gpucache_pipes.store.reader_pool import ReaderPool
+from gpucache_pipes.store.signals import require_stack
 from gpucache_pipes.store.tracing import trace
 
 _log = logging.getLogger("gpucache_pipes")
@@ -28,241 +23,178 @@ _FILES_PER_TASK = 32
 """Few enough that several readers share a batch, many enough that a task costs little."""
 
 _FRAMES = 64
-"""Calls that reading in the thread of a caller nests, but for those of a load_fn."""
+"""Nested calls that reading in the caller's thread takes, without those of a load_fn."""
 
-_LOOKED_AT = 100_000
-"""Known files of which some are looked at to choose a size of pages."""
+_KNOWN_FILES = 100_000
+"""Known files from which some are drawn to choose a page size."""
 
 
 class Loader:
-    """Reads LOADING entries, in the threads of `pool` or, without one, in the caller's.
+    """Opens files, reads them into the pages that `loads` assigns, and reports to it.
 
-    `lock` is the store's, with its condition. Methods that say so are called with it held;
-    while files are opened and read it is not.
+    It changes no entry itself. Files are opened and read without the lock of the store.
+
+    Args:
+        source: opens files.
+        loads: the reader side of the shared cache.
+        backend: takes the bytes.
+        pool: the reader threads; None reads in the thread that calls `submit`.
+        page_bytes: the size of a page; None chooses by the first files.
+        upload_bytes: what goes to the device at once, at most, unless one file is larger: staging
+            memory is in proportion to it.
+        revalidate: note the version of each file that is read.
+        read_timeout: seconds after which a reader that is still at one file is replaced.
     """
 
     def __init__(
         self,
-        cache: Cache,
+        source: Source,
+        loads: LoadTracker,
         backend: Backend,
-        open_file: Opener,
-        as_spelled: bool,
         pool: ReaderPool | None,
+        *,
         page_bytes: int | None,
         upload_bytes: int,
         revalidate: bool,
         read_timeout: float | None,
-        lock: StoreLock,
     ) -> None:
-        self._cache = cache
+        self._source = source
+        self._loads = loads
         self._backend = backend
-        self._open_file = open_file
-        # Whether paths are opened as they were first spelled, or with all links resolved.
-        self._as_spelled = as_spelled
         self._pool = pool
         self._page_bytes = page_bytes
-        # What goes up at once at most, unless one file is larger: staging is in proportion.
         self._upload_bytes = upload_bytes
-        # Whether to note, for each file that is read, what it was then.
-        self.revalidate = revalidate
-        # Seconds that a reader may spend on one file, and what readers are at.
+        self._revalidate = revalidate
         self._read_timeout = read_timeout
-        self._running: set[Task] = set()
-        self._lock = lock
-        # The store is closed: what takes long ends early.
-        self._stopping = False
-        # Counters; under the lock.
-        self.files_read = 0
-        self.bytes_read = 0
-        self.failures = 0
+        # Tasks under way. Adding and discarding an item of a set is atomic; the watcher iterates
+        # over a copy.
+        self._running: set[ReadTask] = set()
         if pool is not None and read_timeout is not None:
-            pool.watch(read_timeout / 4, weakref.WeakMethod(self.take_over_from_the_stuck))
+            pool.watch(read_timeout / 4, weakref.WeakMethod(self.replace_overdue_readers))
 
     def submit(self, entries: list[Entry]) -> None:
-        """Read `entries`, which are LOADING, and empty the list. Without the lock.
+        """Have `entries`, which are LOADING, read, and empty the list. Takes no lock of the store.
 
-        Whatever happens, those that are left in the list are not being read.
+        Whatever is raised, entries that are still in the list afterwards are not being read.
         """
         if not entries:
             return
         if self._pool is None:
             require_stack(_FRAMES)
             use = object()
-            # All of it: a signal that was deferred is handled where the lock is released.
+            # All inside the `try`: a deferred signal is handled where the lock is released.
             try:
-                with self._lock:
-                    self._require_running()
-                    self._lock.uses[use] = get_ident()
+                self._loads.begin_use(use)
                 task = entries.copy()
                 entries.clear()
                 self._load(task)
             finally:
-                self._lock.uses.pop(use, None)
-                self._lock.run_postponed()
+                self._loads.end_use(use)
             return
         # Fewer files in a task when there are few, so that all readers have work.
         size = min(_FILES_PER_TASK, -(-len(entries) // len(self._pool.threads)))
         tasks = [[entries[at : at + size]] for at in range(0, len(entries), size)]
         try:
-            for task_of_one in tasks:
-                self._pool.submit(self._load_in_thread, task_of_one)
+            for boxed in tasks:
+                self._pool.submit(self._load_in_thread, boxed)
             entries.clear()
         except BaseException:
-            # An interrupt. A task belongs to who takes it out of its list: a reader, or we.
-            entries[:] = [entry for task_of_one in tasks for entry in _take(task_of_one)]
+            # An interrupt. Each task belongs to the thread that takes it out of its list first: a
+            # reader or this one.
+            entries[:] = [entry for boxed in tasks for entry in _take(boxed)]
             raise
 
     def stop(self) -> None:
-        """End readers after the file at hand, and give up what has not begun. Takes no lock."""
-        self._stopping = True
+        """End the reader threads after the file at hand; drop what has not begun. No lock."""
         if self._pool is not None:
             self._pool.stop()
 
     def join(self, seconds: float) -> list[str]:
-        """Wait for readers to end, at most so long; returns the names of those that read on."""
+        """Wait for reader threads to end, at most this long; the names of those that still run."""
         return [] if self._pool is None else self._pool.join(seconds)
 
-    def is_current(self, path: str, version: bytes | None) -> bool:
-        """Whether the file is certainly still what it was in that version."""
-        return has_version(path, version)
+    # Reader threads
 
-    def give_up(self, entries: Sequence[Entry], error: BaseException) -> None:
-        """Tell all who wait for `entries`, which nobody reads, that they will not come."""
-        self._end({}, failed=dict.fromkeys(entries, error))
-
-    def _load_in_thread(self, task: list[list[Entry]]) -> bool:
-        """True if the thread has been replaced, and is to end."""
-        entries = _take(task)
+    def _load_in_thread(self, boxed: list[list[Entry]]) -> bool:
+        """Read one task. Returns True if this thread has been replaced and must end."""
+        entries = _take(boxed)
         try:
             if entries:
                 self._load(entries)
         except Revoked:
             return True
         except BaseException:
-            pass  # Whoever waits has been told, and the thread must live on.
+            pass  # The batches that wait have been told, and the thread must go on.
         return False
 
-    def take_over_from_the_stuck(self) -> None:
-        """Replace readers that have been at one file for too long. In a thread of its own."""
-        assert self._pool is not None and self._read_timeout is not None
-        for task in list(self._running):
-            if not task.is_overdue(self._read_timeout):
-                continue
-            # First, as it may fail: then the next look tries again.
-            self._pool.start_another()
-            with self._lock:
-                stuck = self._revoke(task, self._read_timeout)
-            if stuck is None:  # it has got through at last
-                self._pool.end_one()
-                continue
-            self._pool.forget(task.thread)
-            await_at_exit(task.thread)
-            # Without the lock: handlers of logs have locks of their own.
-            _log.warning(
-                "%r: not read within read_timeout=%g seconds; another thread goes on with what is "
-                "behind it", stuck.path, self._read_timeout,
-            )  # fmt: skip
-
-    def _revoke(self, task: Task, seconds: float) -> Entry | None:
-        """Under the lock: fail the file that its reader is at, and hand on the others."""
-        stuck = task.revoke(seconds)
-        if stuck is None:
-            return None
-        if stuck.pages:
-            task.forsaken = stuck
-        rest = [entry for entry in task.left if entry is not stuck]
-        task.left.clear()
-        task.opened.pop(stuck, None)  # the reader may be reading from it
-        task.close_opened()
-        self.failures += 1
-        waiters = self._cache.forsake(stuck)
-        for ticket in waiters:
-            ticket.errors[stuck] = TimeoutError(f"not read within read_timeout={seconds:g} seconds")
-        self._tell(waiters)
-        for entry in rest:
-            self._cache.start_again(entry)
-        if rest:
-            assert self._pool is not None
-            self._pool.submit(self._load_in_thread, [rest])
-        return stuck
-
     def _load(self, entries: Sequence[Entry]) -> None:
-        """Open, place, read and finish every entry. None is LOADING afterwards."""
-        # Those that are LOADING because of this task: others may load them again afterwards.
-        task = Task(entries)
-        left = task.left
-        group: list[tuple[Entry, OpenFeature]] = []
+        """Open, place, read and report every entry. None is LOADING afterwards."""
+        task = ReadTask(entries)
+        group: list[OpenEntry] = []
         size = 0
         self._running.add(task)
         try:
             for entry in entries:
-                self._require_running()
-                feature = self._open(entry, task)
-                if isinstance(feature, BaseException):
-                    self._end(left, failed={entry: feature})
+                self._loads.require_running()
+                opened = self._open(entry, task)
+                if isinstance(opened, BaseException):
+                    self._loads.complete(task.left, failed={entry: opened})
                     continue
-                group.append((entry, feature))
-                size += feature.layout.span
+                group.append(opened)
+                size += opened.feature.layout.span
                 if size >= self._upload_bytes:
                     self._upload(group, task)
                     group, size = [], 0
             if group:
                 self._upload(group, task)
         except Revoked:
-            with self._lock:
-                if task.forsaken is not None:
-                    self._cache.give_up(task.forsaken)
+            self._loads.end_abandoned(task)
             raise
         except BaseException as error:
-            # An interrupt, or a bug: nobody may wait for these for ever.
-            self._end(left, failed=dict.fromkeys(left, error))
+            # An interrupt or a bug: no batch may wait for these for ever.
+            self._loads.complete(task.left, failed=dict.fromkeys(task.left, error))
             raise
         finally:
             self._running.discard(task)
             task.close_opened()
 
-    def _open(self, entry: Entry, task: Task) -> OpenFeature | BaseException:
+    def _open(self, entry: Entry, task: ReadTask) -> OpenEntry | BaseException:
         version = feature = None
         task.begin(entry)
         try:
-            if self.revalidate:
-                # First: if it changes now, what is read is taken for older than it is.
-                version = file_version(entry.key)
+            if self._revalidate:
+                # Before opening: a file that changes in between is taken for older than it is.
+                version = self._source.version(entry.key)
             with trace("gpucache::read"):
-                feature = self._open_file(entry.path if self._as_spelled else entry.key)
+                feature = self._source.open(entry.key, entry.path)
         except BaseException as error:
-            if not self._is_of_the_file(error):
+            if not self._concerns_the_file(error):
                 raise
             return error
         finally:
             task.end(feature)
-        # Only now: a reader that was too late touches nothing.
-        entry.version = version
+        # Only behind `end`: a reader that was replaced meanwhile must not touch anything.
         task.opened[entry] = feature
-        return feature
+        return OpenEntry(entry, feature, version)
 
-    def _is_of_the_file(self, error: BaseException) -> bool:
-        """Whether it may be told to who needs the file, and the others go on."""
-        # In a thread of ours not even a SystemExit is anybody else's: nobody interrupts it.
+    def _concerns_the_file(self, error: BaseException) -> bool:
+        """Whether an exception fails one file, and the others are read all the same."""
+        # In a reader thread even a SystemExit comes from the file: no signal is handled there.
         return isinstance(error, Exception) or self._pool is not None
 
-    def _require_running(self) -> None:
-        if self._stopping:
-            raise RuntimeError("the store was closed")
-
-    def _upload(self, group: Sequence[tuple[Entry, OpenFeature]], task: Task) -> None:
-        left = task.left
+    def _upload(self, group: Sequence[OpenEntry], task: ReadTask) -> None:
         try:
-            placed, failed = self._place(group, left)
+            page_bytes = self._choose_page_bytes(group)
+            placed, failed = self._loads.place(task, group, page_bytes)
             with trace("gpucache::upload"):
                 for part in self._parts(placed):
-                    upload = self._backend.upload([entry.pages for entry, _ in part])
-                    for number, (entry, feature) in enumerate(part):
+                    upload = self._backend.upload([opened.entry.pages for opened in part])
+                    for number, (entry, feature, _) in enumerate(part):
                         task.begin(entry)
                         try:
                             feature.read_into(upload.buffers(number))
                         except BaseException as error:
-                            if not self._is_of_the_file(error):
+                            if not self._concerns_the_file(error):
                                 raise
                             failed[entry] = error
                         finally:
@@ -270,110 +202,78 @@ class Loader:
                     upload.finish()
         finally:
             task.close_opened()
-        self._end(left, [item for item in placed if item[0] not in failed], failed)
+        ready = [opened for opened in placed if opened.entry not in failed]
+        self._loads.complete(task.left, ready, failed)
 
-    def _parts(self, placed: list[tuple[Entry, OpenFeature]]) -> Iterator[list[Any]]:
-        """What to upload at once."""
+    def _parts(self, placed: list[OpenEntry]) -> Iterator[list[OpenEntry]]:
+        """What goes to the device at once."""
         most = self._upload_bytes // (self._backend.page_bytes or 1)
-        part: list[tuple[Entry, OpenFeature]] = []
+        part: list[OpenEntry] = []
         pages = 0
-        for entry, feature in placed:
-            if part and pages + len(entry.pages) > most:
+        for opened in placed:
+            if part and pages + len(opened.entry.pages) > most:
                 yield part
                 part, pages = [], 0
-            part.append((entry, feature))
-            pages += len(entry.pages)
+            part.append(opened)
+            pages += len(opened.entry.pages)
         if part:
             yield part
 
-    def _place(
-        self, group: Sequence[tuple[Entry, OpenFeature]], left: dict[Entry, None]
-    ) -> tuple[list[tuple[Entry, OpenFeature]], dict[Entry, BaseException]]:
-        """Give pages to all that need them; what nobody needs any more is given up."""
-        placed: list[tuple[Entry, OpenFeature]] = []
-        failed: dict[Entry, BaseException] = {}
-        page_bytes = self._choose_page_bytes(group)
-        with self._lock:
-            self._require_running()
-            self._fit_pages(page_bytes)
-            for entry, feature in group:
-                try:
-                    layout = feature.layout
-                    if self._cache.place(entry, layout.span, layout.nbytes):
-                        placed.append((entry, feature))
-                    else:
-                        left.pop(entry, None)
-                        self._tell(self._cache.give_up(entry))
-                except Exception as error:
-                    failed[entry] = error
-        return placed, failed
-
-    def _choose_page_bytes(self, group: Sequence[tuple[Entry, OpenFeature]]) -> int:
-        """The size of a page that suits this group and its like; 0 if any or none does."""
-        ledger = self._cache.ledger
-        if ledger.held_pages:
+    def _choose_page_bytes(self, group: Sequence[OpenEntry]) -> int:
+        """The page size that suits these features and others like them; 0 for no choice."""
+        limit = self._loads.page_limit()
+        if limit == 0:
             return 0
-        limit = ledger.max_bytes
-        fits = [f for _, f in group if limit is None or f.layout.nbytes <= limit]
+        features = [opened.feature for opened in group]
+        fits = [f for f in features if limit is None or f.layout.nbytes <= limit]
         spans = [feature.layout.span for feature in fits]
         if self._page_bytes or not any(spans):
             return self._page_bytes or 0
-        known = self._cache.entries.paths[:_LOOKED_AT]
+        known = self._loads.known_paths(_KNOWN_FILES)
         overhead = min(feature.bytes_read - feature.layout.span for feature in fits)
-        return choose_page_bytes(spans, sample_file_sizes(known), max(0, overhead))
+        return choose_page_bytes(spans, self._source.sample_sizes(known), max(0, overhead))
 
-    def _fit_pages(self, page_bytes: int) -> None:
-        """Under the lock: use pages of that size from now on, while there are no others."""
-        ledger = self._cache.ledger
-        if page_bytes and page_bytes != ledger.page_bytes and not ledger.held_pages:
-            if ledger.page_bytes:
-                self._backend.reset()
-                self._cache.forget_pages()
-            ledger.page_bytes = page_bytes
-            self._backend.configure(page_bytes)
+    # The watcher
 
-    def _end(
-        self,
-        left: dict[Entry, None],
-        ready: Sequence[tuple[Entry, OpenFeature]] = (),
-        failed: dict[Entry, BaseException] | None = None,
-    ) -> None:
-        """Tell everybody who waits what became of their entries."""
-        failed = dict(failed or {})
-        with self._lock:
-            cache = self._cache
-            for entry, feature in ready:
-                try:
-                    waiters = cache.finish(entry, feature.layout, feature.values)
-                except Exception as error:  # of a policy
-                    failed[entry] = error
-                    continue
-                left.pop(entry, None)
-                self.files_read += 1
-                self.bytes_read += feature.bytes_read
-                self._tell(waiters)
-            for entry, cause in failed.items():
-                self.failures += 1
-                left.pop(entry, None)
-                waiters = cache.give_up(entry)
-                for ticket in waiters:
-                    ticket.errors[entry] = cause
-                self._tell(waiters)
-            if not cache.loading:
-                self._lock.changed.notify_all()
-
-    def _tell(self, waiters: Sequence[Any]) -> None:
-        """Under the lock: an entry that they wait for is no longer LOADING."""
-        for ticket in waiters:
-            ticket.pending -= 1
-            # Not before: a consumer that is woken for nothing takes the interpreter from readers.
-            if not ticket.pending:
-                self._lock.changed.notify_all()
+    def replace_overdue_readers(self) -> None:
+        """Replace readers that have been at one file for too long. In the watcher thread."""
+        assert self._pool is not None and self._read_timeout is not None
+        for task in list(self._running):
+            if not task.is_overdue(self._read_timeout):
+                continue
+            # First, since it may fail: then the next look tries again.
+            self._pool.start_another()
+            taken = self._loads.take_over(task, self._read_timeout)
+            if taken is None:  # the reader has finished the file after all
+                self._pool.end_one()
+                continue
+            hanging, rest = taken
+            task.opened.pop(hanging, None)  # the reader may be reading from it
+            task.close_opened()
+            if rest:
+                self._pool.submit(self._load_in_thread, [rest])
+            self._pool.forget(task.thread)
+            join_at_exit(task.thread)
+            # Without the lock: the handlers of a log have locks of their own.
+            _log.warning(
+                "%r: not read within read_timeout=%g seconds; another thread goes on with the "
+                "files behind it", hanging.path, self._read_timeout,
+            )  # fmt: skip
 
 
-def _take(task: list[list[Entry]]) -> list[Entry]:
-    """The entries of a task for the one who takes them first, none for all others."""
+def _take(boxed: list[list[Any]]) -> list[Any]:
+    """The entries of a task for the first caller, none for the others: `list.pop` is atomic."""
     try:
-        return task.pop()
+        return boxed.pop()
     except IndexError:
         return []
+
+
+def require_timeout(read_timeout: float | None, asynchronous: bool) -> None:
+    """Raise ValueError for a read_timeout that no loader can have."""
+    if read_timeout is not None and not asynchronous:
+        raise ValueError("read_timeout needs reader threads: asynchronous=True")
+    if read_timeout is not None and not 0 < read_timeout < TIMEOUT_MAX:
+        raise ValueError(
+            f"read_timeout={read_timeout!r} must be a positive, finite number of seconds"
+        )

@@ -12,12 +12,20 @@ def choose_page_bytes(
 ) -> int:
     """The largest page in which features of these sizes waste at most a sixteenth.
 
-    Features of one size get a page each, so that a batch is one row of pages and each leaf one
-    column of it. Features of many sizes get pages small enough that the unused end of each
-    one's last page matters little. Sizes in bytes; at least one span is not 0.
+    Features of one size get a page each: then a batch is one row of pages, and each leaf is one
+    column of it. Features of many sizes get pages so small that the unused end of each feature's
+    last page matters little.
 
-    `file_sizes` are those of other files like these, which have `overhead` bytes beside the
-    feature. They count if they differ by more than names and padding can make them differ.
+        >>> choose_page_bytes([4096, 4096])
+        4096
+        >>> choose_page_bytes([1000, 30_000])
+        1024
+
+    Args:
+        spans: sizes of features in bytes, at least one of them not 0.
+        file_sizes: bytes of other files of the same kind. They count only if they differ by more
+            than names and padding make files differ.
+        overhead: bytes that such a file has in addition to its feature.
     """
     if file_sizes and max(file_sizes) - min(file_sizes) > _SAME_SIZE:
         spans = [*spans, *(max(16, size - overhead) for size in file_sizes)]
@@ -27,6 +35,6 @@ def choose_page_bytes(
         held = sum(-(-size // page) * page for size in needed)
         if held - sum(needed) <= held * _MOST_WASTE:
             break
-        # Powers of two after the first: sizes seen later divide about as well as these.
+        # Powers of two after the first: sizes that are seen later divide about as well.
         page = 1 << (page - 1).bit_length() - 1
     return largest if page == largest else max(page, _SMALLEST)

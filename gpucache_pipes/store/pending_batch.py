@@ -1,96 +1,173 @@
-"""A batch that is on its way."""
+"""A batch that was requested and has not been gathered."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from gpucache_pipes.batches import FeatureBatch
 from gpucache_pipes.cache import Entry
-from gpucache_pipes.files import LoadedFeature
+from gpucache_pipes.files import LoadedFeature, load_error
 
 
 class Issuer(Protocol):
-    """Who makes tickets and takes them back."""
+    """Makes pending batches and takes them back: the request manager of a store."""
 
-    def collect(self, tickets: Sequence["PendingBatch"]) -> FeatureBatch:
-        """Make a batch of them."""
+    def collect(self, batches: "Sequence[PendingBatch]") -> FeatureBatch:
+        """Gather them into one batch."""
 
-    def cancel(self, tickets: Sequence["PendingBatch"]) -> None:
+    def cancel(self, batches: "Sequence[PendingBatch]") -> None:
         """Take them back unused."""
 
     def abandon(self, number: int) -> None:
         """Take one back later, without a lock."""
 
-    def settle(self, ticket: "PendingBatch") -> dict[int, Exception]:
-        """Wait for its files; what failed, by position."""
+    def wait(self, batch: "PendingBatch") -> dict[int, Exception]:
+        """Wait for its files; the errors of those that failed, by position."""
 
-    def replace(self, ticket: "PendingBatch", position: int, feature: LoadedFeature | None) -> None:
-        """Put a feature in the place of one that failed, or nothing."""
+    def replace(self, batch: "PendingBatch", position: int, feature: LoadedFeature | None) -> None:
+        """Replace a feature that failed, or leave it out."""
 
 
 class PendingBatch:
-    """Holds the features of one batch from the request until they are gathered.
+    """Keeps the features of one batch on the device from the request until they are gathered.
 
-    Made by `GPUFeatureStore.request`. Use it up once, by `result`, `cancel` or the store's
-    `collect`; a ticket that is dropped is cancelled.
+    Made by `GPUFeatureStore.request`. Consume it once, by `result`, by `cancel`, or by the store's
+    `collect`. A pending batch that is dropped is cancelled. May be used from any thread.
+
+    Attributes:
+        numbers: of the entries, in order; repeats are allowed.
+        rows: theirs in the cache, if all were READY in one page at the request.
+        pending: how many entries are still LOADING.
+        errors: for the number of each entry that failed, its path and the exception.
+        substitutes: by position, features that replace entries that failed; None leaves one out.
+
+    All but `numbers` and `rows` change with the lock of the store held.
     """
 
-    def __init__(self, issuer: Issuer, number: int, numbers: Sequence[int]) -> None:
-        # The entries, as numbers; and their rows, if all were there when the ticket was opened.
+    def __init__(
+        self,
+        issuer: Issuer,
+        number: int,
+        numbers: Sequence[int],
+        rows: Sequence[int] | None,
+        keep_alive: object,
+    ) -> None:
         self.numbers = numbers
-        self.rows: Sequence[int] | None = None
-        # Entries that are still loading, and what became of those that failed. Under the lock
-        # of the store.
+        self.rows = rows
         self.pending = 0
-        self.errors: dict[Entry, BaseException] = {}
-        # What is taken, by position, instead of features that failed; None leaves one out.
-        self.instead: dict[int, LoadedFeature | None] = {}
-        # What must live for as long as this: the store.
-        self.holder: object = None
+        self.errors: dict[int, tuple[str, BaseException]] = {}
+        self.substitutes: dict[int, LoadedFeature | None] = {}
+        # The store: one that is dropped while a caller waits for a batch would not read it.
+        self._keep_alive = keep_alive
         self._issuer = issuer
-        # A list, since taking the last item out of one happens at once, in whatever thread.
+        # The number is in a list because `list.pop` is atomic, with and without the global
+        # interpreter lock: of all threads that consume or cancel the batch, one gets the number.
         self._number = [number]
 
     def result(self) -> FeatureBatch:
-        """The features, gathered on the current stream of this thread; waits for files."""
+        """Wait for the files, and gather the features on the current stream of this thread.
+
+        Raises what loading a file raised (FeatureLoadError, FileNotFoundError, MemoryError), the
+        first by position; RuntimeError if the batch was consumed, or the store closed.
+        """
         return self._issuer.collect([self])
 
     def wait(self) -> dict[int, Exception]:
-        """Wait until all files have been read. The errors of those that failed, by position.
+        """Wait until all files have been read. Returns the errors of those that failed.
 
-        They are what `result` would raise.
+        By position in the batch; `result` would raise the first of them.
         """
-        return self._issuer.settle(self)
+        return self._issuer.wait(self)
 
     def replace(self, position: int, feature: Any = None) -> None:
-        """Take `feature` instead of the one at that position, which has failed.
+        """Use `feature` in place of the one at `position`, which failed to load.
 
-        Without one, it is left out of the result, which is shorter then.
+        With None that position is left out, and the result is shorter. Raises IndexError for a
+        position beyond the batch, ValueError for a feature that has not failed, TypeError for one
+        that cannot be cached.
         """
-        found = None if feature is None else LoadedFeature(feature)
-        self._issuer.replace(self, position, found)
+        substitute = None if feature is None else LoadedFeature(feature)
+        self._issuer.replace(self, position, substitute)
 
     def cancel(self) -> None:
-        """Let go. Harmless if the ticket was used."""
+        """Give the batch up. Does nothing if it was consumed."""
         self._issuer.cancel([self])
-
-    def is_from(self, issuer: Issuer) -> bool:
-        """Whether that made it."""
-        return self._issuer is issuer
 
     @property
     def used(self) -> bool:
-        """Whether there is nothing more to have from it."""
+        """Whether the batch has been consumed or cancelled."""
         return not self._number
 
+    @property
+    def left_out(self) -> set[int]:
+        """The positions that `replace` has left out."""
+        return {at for at, feature in self.substitutes.items() if feature is None}
+
+    # For the store and the pipelines
+
+    def is_from(self, issuer: Issuer) -> bool:
+        """Whether `issuer` made it."""
+        return self._issuer is issuer
+
     def use_up(self) -> int | None:
-        """The ticket's number for the one caller who closes it, None for all others."""
+        """The number of the batch for the one caller that closes it, None for all others."""
         try:
             return self._number.pop()
         except IndexError:
             return None
 
     def abandon(self) -> None:
-        """Let go at some later time. Takes no lock: finalizers may call this."""
+        """Cancel at some later time. Takes no lock, so finalizers may call it."""
         number = self.use_up()
         if number is not None:
             self._issuer.abandon(number)
+
+    def expect(self) -> None:
+        """One more entry is LOADING. With the lock held."""
+        self.pending += 1
+
+    def arrived(self, entry: Entry, error: BaseException | None = None) -> bool:
+        """An entry is not LOADING any more. Returns whether it was the last. With the lock held."""
+        if error is not None:
+            self.errors[entry.number] = (entry.path, error)
+        self.pending -= 1
+        return not self.pending
+
+    def failures(self) -> Iterator[tuple[int, Exception]]:
+        """The positions of features that failed and have no substitute, each with a new exception.
+
+        With the lock held.
+        """
+        if self.errors:
+            for position, number in enumerate(self.numbers):
+                if number in self.errors and position not in self.substitutes:
+                    yield position, self.error_of(number)
+
+    def error_of(self, number: int) -> Exception:
+        """A new exception for an entry that failed: each consumer gets its own."""
+        path, cause = self.errors[number]
+        error = load_error(path, cause)
+        error.__cause__ = cause
+        return error
+
+
+def concatenate(
+    batches: Sequence[PendingBatch],
+) -> tuple[list[int], dict[int, LoadedFeature]]:
+    """The entries of several batches in order, and the substitutes among them by position.
+
+    Features that are left out are not counted.
+    """
+    numbers: list[int] = []
+    substitutes: dict[int, LoadedFeature] = {}
+    for batch in batches:
+        if not batch.substitutes:
+            numbers += batch.numbers
+            continue
+        for position, number in enumerate(batch.numbers):
+            if position in batch.substitutes:
+                feature = batch.substitutes[position]
+                if feature is None:
+                    continue
+                substitutes[len(numbers)] = feature
+            numbers.append(number)
+    return numbers, substitutes

@@ -1,4 +1,4 @@
-"""What happens to stores when the process forks or ends."""
+"""What happens to stores when the process forks or exits."""
 
 import atexit
 import os
@@ -8,51 +8,54 @@ import weakref
 from typing import Protocol
 
 EXIT_SECONDS = 0.8
-"""How long the end of the interpreter waits, at most, for readers in the middle of a file.
+"""How long the exit of the interpreter waits, at most, for readers in the middle of a file.
 
-A thread that is inside torch's C++ while the interpreter is taken down can abort the process; one
-that reads or waits ends in silence.
+A thread that is inside the C++ code of torch while the interpreter is torn down can abort the
+process; a thread that reads or waits ends silently.
 """
 
 
-class Mortal(Protocol):
-    """Something that must hear of a fork and of the end of the process."""
+class Closable(Protocol):
+    """A store, as the hooks see it."""
 
     def shut(self, seconds: float) -> None:
-        """End threads, waiting for them at most so long."""
+        """Close, waiting for reader threads at most this long."""
 
     def refuse_after_fork(self) -> None:
-        """In a forked child: refuse to work from now on. No lock of the parent may be taken."""
+        """In a forked child: refuse all further calls. Must not take a lock of the parent."""
 
 
-_living: "weakref.WeakSet[Mortal]" = weakref.WeakSet()
+_open: "weakref.WeakSet[Closable]" = weakref.WeakSet()
+_replaced_readers: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 
-def watch(mortal: Mortal) -> None:
-    """Tell `mortal`, while it lives, of forks and of the end."""
-    _living.add(mortal)
+def register(store: Closable) -> None:
+    """Tell `store`, for as long as it lives, about forks and the exit of the process."""
+    _open.add(store)
 
 
-_left_behind: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
+def registered() -> list[Closable]:
+    """All stores that are registered and alive."""
+    return list(_open)
 
 
-def await_at_exit(thread: threading.Thread) -> None:
-    """Nobody waits for this thread, but the end of the process does, as for readers."""
-    _left_behind.add(thread)
+def join_at_exit(thread: threading.Thread) -> None:
+    """Have the exit of the process wait for a reader thread that has been replaced."""
+    _replaced_readers.add(thread)
 
 
 @atexit.register
 def _at_exit() -> None:
     deadline = time.monotonic() + EXIT_SECONDS
-    for mortal in list(_living):
-        mortal.shut(max(0.0, deadline - time.monotonic()))
-    for thread in list(_left_behind):
+    for store in registered():
+        store.shut(max(0.0, deadline - time.monotonic()))
+    for thread in list(_replaced_readers):
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _in_child() -> None:
-    for mortal in list(_living):
-        mortal.refuse_after_fork()
+    for store in registered():
+        store.refuse_after_fork()
 
 
 if hasattr(os, "register_at_fork"):

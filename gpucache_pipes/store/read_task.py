@@ -1,60 +1,78 @@
-"""The files that one reader reads, and how another takes them over from a reader that is stuck."""
+"""The files that one reader thread reads, and how another takes them over when it hangs."""
 
 import time
 from collections.abc import Sequence
 from threading import Thread, current_thread
+from typing import NamedTuple
 
 from gpucache_pipes.cache import Entry
 from gpucache_pipes.files import OpenFeature
 
 
 class Revoked(BaseException):
-    """For a reader: its task has gone to another one, and it may touch nothing any more."""
+    """Raised in a reader thread whose task another has taken over: it must not touch anything."""
 
 
-class Task:
-    """What one reader does, in the order in which it does it.
-
-    A reader may be taken out of a task only while it is in the middle of a file, between `begin`
-    and `end`: there it touches nothing of the cache. Whichever of `end` and `revoke` comes first
-    wins, since taking the last item out of a list happens at once.
+class OpenEntry(NamedTuple):
+    """An entry whose file is open.
 
     Attributes:
-        left: the entries that are LOADING because of it.
-        opened: what was opened for them and not closed.
-        thread: the reader.
-        forsaken: the entry whose pages a reader may yet write to, after it was revoked.
+        entry: LOADING.
+        feature: what was opened for it.
+        version: of the file before it was opened, where the store revalidates.
     """
 
-    __slots__ = ("_hand", "_since", "forsaken", "left", "opened", "thread")
+    entry: Entry
+    feature: OpenFeature
+    version: bytes | None
+
+
+class ReadTask:
+    """What one reader thread does, file by file.
+
+    The watcher may take a task away from its reader only in the middle of a file, between `begin`
+    and `end`, where the reader touches nothing of the cache. Whichever comes first wins, `end` by
+    the reader or `revoke` by the watcher, because both pop the one item of a list, which is atomic
+    with and without the global interpreter lock.
+
+    Attributes:
+        left: the entries that are LOADING because of this task. Others may load an entry again once
+            it has left. Changed with the lock of the store held.
+        opened: what is open for them. Items are taken out one at a time (`dict.popitem`, which is
+            atomic), so each is closed once.
+        thread: the reader.
+        abandoned: the entry to whose pages a reader may still write after `revoke`.
+    """
+
+    __slots__ = ("_current", "_since", "abandoned", "left", "opened", "thread")
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.left = dict.fromkeys(entries)
         self.opened: dict[Entry, OpenFeature] = {}
         self.thread: Thread = current_thread()
-        self.forsaken: Entry | None = None
-        self._hand: list[Entry] = []
+        self.abandoned: Entry | None = None
+        self._current: list[Entry] = []
         self._since = 0.0
 
     def begin(self, entry: Entry) -> None:
-        """The reader turns to that file."""
+        """The reader begins with the file of `entry`."""
         self._since = time.monotonic()
-        self._hand = [entry]
+        self._current = [entry]
 
     def end(self, feature: OpenFeature | None = None) -> None:
-        """The reader is through with it. Raises Revoked if that came too late.
+        """The reader has finished with the file. Raises Revoked if the task was taken away.
 
-        Then `feature`, which it has read from or just opened, is closed: it is nobody else's.
+        Then `feature`, from which it has read or which it has just opened, is closed here.
         """
         try:
-            self._hand.pop()
+            self._current.pop()
         except IndexError:
             if feature is not None:
                 feature.close()
             raise Revoked from None
 
     def close_opened(self) -> None:
-        """Close each once, whoever calls this how often."""
+        """Close every open file once, whichever threads call this."""
         while self.opened:
             try:
                 _, feature = self.opened.popitem()
@@ -63,15 +81,15 @@ class Task:
             feature.close()
 
     def is_overdue(self, seconds: float) -> bool:
-        """Whether the reader has been at one file for so long."""
-        return bool(self._hand) and time.monotonic() - self._since > seconds
+        """Whether the reader has been at one file for longer than `seconds`."""
+        return bool(self._current) and time.monotonic() - self._since > seconds
 
     def revoke(self, seconds: float) -> Entry | None:
-        """Take the task away if the reader has been at one file for so long: that one."""
-        hand = self._hand
+        """Take the task away if the reader is overdue; the entry that it is at, or None."""
+        current = self._current
         if not self.is_overdue(seconds):
             return None
         try:
-            return hand.pop()
+            return current.pop()
         except IndexError:
             return None

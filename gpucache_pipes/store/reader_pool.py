@@ -1,4 +1,4 @@
-"""The threads that read files ahead of the consumer."""
+"""The threads that read files."""
 
 import logging
 import queue
@@ -11,18 +11,21 @@ from typing import Any
 _log = logging.getLogger("gpucache_pipes")
 
 Task = Callable[[Any], Any]
-"""Returns something true if the thread is to end: another has taken its place."""
+"""Called with its argument by a reader thread; returns something true if the thread must end."""
 
 
 class ReaderPool:
-    """A fixed number of daemon threads that run tasks in the order of submission.
+    """Daemon threads that run tasks in the order of submission.
 
-    concurrent.plans is not used because its threads are joined at interpreter exit, so that
-    one stuck read would keep the process alive, and because its queue must not be filled from
-    a finalizer, while SimpleQueue.put is safe there.
+    Not a concurrent.futures executor: its threads are joined at the exit of the interpreter, so one
+    read that hangs would keep the process alive; and a finalizer must not put anything into its
+    queue, while `queue.SimpleQueue.put` is reentrant and safe there.
 
-    The threads know the queue and nothing else: a store that is dropped without close() is
-    collected, and its finalizer ends them through the queue.
+    The threads hold the queue and nothing else. So a store that is dropped without `close` is
+    collected, and its finalizer ends the threads through the queue.
+
+    Attributes:
+        threads: the threads that take tasks, without those that have been replaced.
     """
 
     def __init__(self, threads: int, name: str) -> None:
@@ -41,19 +44,22 @@ class ReaderPool:
         return thread
 
     def start_another(self) -> None:
-        """Have one thread more."""
+        """Start one more thread. Raises RuntimeError if the system has none."""
         self.threads.append(self._start())
 
     def end_one(self) -> None:
-        """Have one thread less, as soon as one is idle."""
+        """End one thread, as soon as one is idle."""
         self._tasks.put(None)
 
-    def forget(self, stuck: threading.Thread) -> None:
-        """Do not count on a thread, which ends when its task does."""
-        self.threads.remove(stuck)
+    def forget(self, thread: threading.Thread) -> None:
+        """Do not count on a thread that hangs. It ends when its task does."""
+        self.threads.remove(thread)
 
     def watch(self, seconds: float, method: "weakref.WeakMethod[Callable[[], None]]") -> None:
-        """Call it every so often, until stop() or until its object is gone."""
+        """Call `method` every so many seconds, in a thread of its own.
+
+        Until `stop`, or until its object has been collected.
+        """
         self._watched = queue.SimpleQueue()
         thread = threading.Thread(
             target=_watch,
@@ -65,24 +71,24 @@ class ReaderPool:
         self._watcher = thread
 
     def submit(self, task: Task, argument: Any) -> None:
-        """Run `task(argument)` in one of the threads. The task handles its own errors."""
+        """Run `task(argument)` in one of the threads. It must not raise. Takes no lock."""
         self._tasks.put((task, argument))
 
     def stop(self) -> None:
-        """Tell the threads to end after the task at hand; what waits is dropped. Takes no lock."""
+        """End the threads after the task at hand, and drop what waits. Takes no lock."""
         try:
             while True:
                 self._tasks.get_nowait()
         except queue.Empty:
             pass
-        # One for each thread that may be there: one that is being replaced leaves its own.
+        # One for each thread that was ever started: a thread that was replaced leaves its own.
         for _ in range(self._started):
             self._tasks.put(None)
         if self._watched is not None:
             self._watched.put(None)
 
     def join(self, seconds: float) -> list[str]:
-        """Wait for the threads to end, at most so long; returns the names of those that run on."""
+        """Wait for the threads to end, at most this long; the names of those that still run."""
         deadline = time.monotonic() + seconds
         watchers = [] if self._watcher is None else [self._watcher]
         threads = [*self.threads, *watchers]
@@ -97,7 +103,7 @@ def _work(tasks: "queue.SimpleQueue[tuple[Task, Any] | None]") -> None:
         task, argument = item
         if task(argument):
             return
-        # An idle thread must not keep the last task's store alive.
+        # An idle thread must not keep the store of its last task alive.
         del item, task, argument
 
 
@@ -115,7 +121,7 @@ def _watch(
                 try:
                     call()
                 except Exception:
-                    _log.exception("cannot replace a reader that hangs; trying again")
+                    _log.exception("cannot replace a reader thread that hangs; trying again")
                 del call
                 continue
         return

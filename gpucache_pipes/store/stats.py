@@ -2,62 +2,91 @@
 
 from dataclasses import dataclass, replace
 
+from gpucache_pipes.cache import Cache
+
+
+@dataclass
+class Counters:
+    """What a store counts while it runs; see StoreStats. Changed with its lock held."""
+
+    hits: int = 0
+    misses: int = 0
+    failures: int = 0
+    skipped: int = 0
+    files_read: int = 0
+    bytes_read: int = 0
+    wait_seconds: float = 0.0
+
 
 @dataclass(frozen=True)
 class StoreStats:
     """Counters since the store was made, and what it holds now. Times in seconds.
 
     Attributes:
-        hits: features requested that were on the device or already on their way.
+        hits: features requested that were on the device or already being read.
         misses: features requested for which a file had to be read.
-        evictions: features that went so that others could come.
         failures: files that could not be loaded.
         skipped: features that were left out of batches, or replaced, because of that.
         files_read: files that were read, for requests or ahead of them.
         bytes_read: bytes read from storage for them.
+        wait_seconds: time that consumers waited for files.
+        evictions: features that were evicted to make room for others.
         items: features cached now.
         cached_bytes: bytes of their tensors.
-        padding_bytes: bytes of their pages that hold nothing; a large share of cached_bytes
-            means that page_bytes does not fit the data.
-        bypassed_items: features that are held only until in-flight batches have them.
-        reserved_bytes: device memory taken for pages, used or not.
+        padding_bytes: bytes of their pages that hold nothing; a large share of cached_bytes means
+            that page_bytes does not fit the data.
+        bypassed_items: features that are not cached, and held until batches in flight have them.
+        pending_batches: batches that were requested, and neither gathered nor cancelled.
+        reserved_bytes: device memory of all pages, used or not.
         page_bytes: size of a page; 0 before the first feature.
-        wait_seconds: time that consumers waited for files.
     """
 
     hits: int
     misses: int
-    evictions: int
     failures: int
     skipped: int
     files_read: int
     bytes_read: int
+    wait_seconds: float
+    evictions: int
     items: int
     cached_bytes: int
     padding_bytes: int
     bypassed_items: int
+    pending_batches: int
     reserved_bytes: int
     page_bytes: int
-    wait_seconds: float
+
+    @classmethod
+    def of(cls, cache: Cache, counters: Counters, reserved_bytes: int) -> "StoreStats":
+        """The statistics of a cache. With the lock of its store held."""
+        ledger = cache.ledger
+        return cls(
+            **vars(counters),
+            evictions=cache.evictions,
+            items=ledger.cached_items,
+            cached_bytes=ledger.cached_bytes,
+            padding_bytes=ledger.cached_pages * ledger.page_bytes - ledger.cached_bytes,
+            bypassed_items=len(cache.bypassed),
+            pending_batches=len(cache.pins.batches),
+            reserved_bytes=reserved_bytes,
+            page_bytes=ledger.page_bytes,
+        )
 
     @property
     def hit_rate(self) -> float:
-        """Share of requests that were hits; 0.0 before the first request."""
+        """Share of requests that were hits, 0 to 1; 0.0 before the first request."""
         requests = self.hits + self.misses
         return self.hits / requests if requests else 0.0
 
+    @property
+    def transient_items(self) -> int:
+        """The former name of `bypassed_items`."""
+        return self.bypassed_items
+
     def since(self, earlier: "StoreStats") -> "StoreStats":
-        """What was counted after `earlier`; sizes are those of now."""
-        return replace(self, **{n: getattr(self, n) - getattr(earlier, n) for n in _COUNTERS})
+        """The counters less those of `earlier`, and the sizes of now."""
+        return replace(self, **{n: getattr(self, n) - getattr(earlier, n) for n in _COUNTED})
 
 
-_COUNTERS = (
-    "hits",
-    "misses",
-    "evictions",
-    "failures",
-    "skipped",
-    "files_read",
-    "bytes_read",
-    "wait_seconds",
-)
+_COUNTED = (*Counters.__dataclass_fields__, "evictions")

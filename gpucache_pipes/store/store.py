@@ -1,34 +1,30 @@
 """GPUFeatureStore: give it paths, get tensors on the device."""
 
-import logging
 import os
-import threading
-import time
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 
 from gpucache_pipes.batches import RaggedOptions
-from gpucache_pipes.cache import AccessPlan, Cache, Ledger, Policy, make_policy
+from gpucache_pipes.cache import Ledger, Policy, make_policy
 from gpucache_pipes.device import Backend, open_backend, resolve_device
-from gpucache_pipes.files import PathLike, PathTable, opener
-from gpucache_pipes.store.loader import Loader
-from gpucache_pipes.store.lock import StoreLock, require_stack
+from gpucache_pipes.files import LocalFiles, PathLike, Source
+from gpucache_pipes.store.gather import Gatherer
+from gpucache_pipes.store.loader import Loader, require_timeout
 from gpucache_pipes.store.pending_batch import PendingBatch
-from gpucache_pipes.store.process_hooks import watch
+from gpucache_pipes.store.process_hooks import register
 from gpucache_pipes.store.reader_pool import ReaderPool
 from gpucache_pipes.store.requests import RequestManager
+from gpucache_pipes.store.shared_cache import SharedCache
+from gpucache_pipes.store.shutdown import Shutdown
+from gpucache_pipes.store.signals import require_stack
 from gpucache_pipes.store.stats import StoreStats
 from gpucache_pipes.store.upcoming import Upcoming
-from gpucache_pipes.store.warmup import warm
+from gpucache_pipes.store.warmup import warm_up
 from gpucache_pipes.units import parse_bytes, positive_int, require_hashable
-
-_log = logging.getLogger("gpucache_pipes")
 
 _DEFAULT_THREADS = 1
 _STAGING_BYTES = 64 << 20
@@ -42,36 +38,39 @@ class GPUFeatureStore:
             batch = store.get_batch(["a.pt", "b.pt"])      # features, on the GPU
             batch[0]["feature"]                            # as it was saved
 
-    May be used from several threads. What it returns is always a fresh copy: nothing that is
-    done to a result changes the cache, and evicting never changes a result.
+    May be used from any number of threads. Results are fresh copies: writing to a result changes
+    nothing in the cache, and evicting a feature changes no result.
 
     Args:
-        device: where to keep features; None is the accelerator if there is one, else the CPU.
-            "cuda" means the device that is current now. Also a `device.Backend`.
-        max_cache_bytes: budget for the tensors of cached features: a number of bytes or a
-            string such as "8GiB". None is no limit: the cache grows until a tenth of the
-            device's memory is left. Batches in flight take memory beside it.
+        device: where features are kept. None is the accelerator if there is one, else the CPU;
+            "cuda" is the device that is current now. Also a `device.Backend`.
+        max_cache_bytes: budget for the tensors of cached features: a number of bytes, or a string
+            such as "8GiB". None is no limit: the cache grows until a tenth of the device's memory
+            is left. Batches in flight take memory in addition.
         max_cache_items: budget for the number of cached features; None is no limit.
-        policy: what goes when the budget is used up: "clairvoyant" (default), "keep", "lru",
-            "fifo", "lfu", "sieve", "s3fifo", "w-tinylfu", or an object with the methods of
-            `cache.Policy`.
-        load_fn: `load_fn(path) -> feature` replaces reading `.pt` files; called from reader
-            threads, several at a time.
-        weights_only: as in `torch.load`. False lets a file run any code it likes.
-        asynchronous: read in background threads; False reads in the caller's.
-        reader_threads: number of background threads; None chooses.
+        policy: which features are evicted when the budget is used up: "clairvoyant" (default),
+            "keep", "lru", "fifo", "lfu", "sieve", "s3fifo", "w-tinylfu", or an object with the
+            methods of `cache.Policy`.
+        load_fn: `load_fn(path) -> feature` replaces reading `.pt` files. Reader threads call it,
+            several at a time, with each path as it was first written in a request. After the
+            current directory has changed, relative paths come as absolute ones.
+        weights_only: as in `torch.load`. False lets a file run any code.
+        source: where features come from, in place of `load_fn` and `weights_only`: see
+            `files.Source`. None is local files.
+        asynchronous: read files in background threads; False reads in the thread that requests.
+        reader_threads: number of background threads; None is one.
         page_bytes: size of a page, a multiple of 16; None fits it to the first features.
-        staging_bytes: page-locked host memory for uploads to an accelerator, a number or a
-            string; None is 64 MiB for each reader thread. Each has two buffers, which are
-            powers of two. A file that does not fit into one makes it larger.
-        revalidate: look at each hit whether the file has changed (device, inode, size or time
-            of modification), and read it again if so. Takes a stat, about 3 us on a local
-            disk, for each file of a batch, in the thread that asks. A file that was written
-            less than two seconds before it was read is read again at its next hit, since
-            clocks are too coarse to tell; a path that is no file, as load_fn may take it, always.
-        read_timeout: seconds after which a file that is still being read counts as failed, with a
-            TimeoutError as the cause. Its reader is replaced by another thread, and ends when the
-            read returns, if ever. None waits for as long as it takes.
+        staging_bytes: page-locked host memory for uploads to an accelerator, a number or a string;
+            None is 64 MiB for each reader thread. Each thread has two buffers, of powers of two
+            bytes. A file that does not fit into a buffer makes it larger.
+        revalidate: look at each hit whether the file has changed (device, inode, size or
+            modification time), and read it again if so. Takes a stat, about 3 us on a local disk,
+            for each file of a batch, in the requesting thread. A file that was written less than
+            two seconds before it was read is read again at its next hit, since clocks are too
+            coarse to tell; a path that is not a file, as a load_fn may take it, always.
+        read_timeout: seconds after which a file that is still being read has failed, with a
+            TimeoutError as the cause. Another thread replaces its reader, which ends when the read
+            returns, if ever. None waits for as long as it takes.
 
     Raises:
         ValueError: an argument is out of range; the message names it and its value.
@@ -86,6 +85,7 @@ class GPUFeatureStore:
         policy: str | Policy = "clairvoyant",
         load_fn: Callable[[str], Any] | None = None,
         weights_only: bool = True,
+        source: Source | None = None,
         asynchronous: bool = True,
         reader_threads: int | None = None,
         page_bytes: int | None = None,
@@ -95,13 +95,9 @@ class GPUFeatureStore:
     ) -> None:
         if load_fn is not None and not callable(load_fn):
             raise ValueError(f"load_fn={load_fn!r} must be callable")
-        seconds = 1.0 if read_timeout is None else read_timeout
-        if read_timeout is not None and not (asynchronous and 0 < seconds < threading.TIMEOUT_MAX):
-            raise ValueError(
-                f"read_timeout={read_timeout!r} must be a positive, finite number of seconds"
-                if asynchronous
-                else "read_timeout needs reader threads: asynchronous=True"
-            )
+        if source is not None and (load_fn is not None or not weights_only):
+            raise ValueError("a source reads files itself: give load_fn or weights_only to it")
+        require_timeout(read_timeout, asynchronous)
         if page_bytes is not None and positive_int("page_bytes", page_bytes) % 16:
             raise ValueError(f"page_bytes={page_bytes} must be a multiple of 16")
         threads = positive_int(
@@ -115,45 +111,40 @@ class GPUFeatureStore:
             None if max_cache_items is None else positive_int("max_cache_items", max_cache_items),
         )
         policy = make_policy(policy)
-        self._backend = (
-            device if isinstance(device, Backend) else open_backend(resolve_device(device))
-        )
-        lock = StoreLock()
-        self._cache = Cache(ledger, policy, self._backend.grow)
+        backend = device if isinstance(device, Backend) else open_backend(resolve_device(device))
+        source = LocalFiles(load_fn, weights_only) if source is None else source
         pool = ReaderPool(threads, "gpucache-reader") if asynchronous else None
-        self._loader = Loader(
-            self._cache,
-            self._backend,
-            opener(load_fn, weights_only),
-            load_fn is not None,
+        self._backend = backend
+        self._shared = SharedCache(ledger, policy, backend)
+        loader = Loader(
+            source,
+            self._shared.loads,
+            backend,
             pool,
-            page_bytes,
-            _power_of_two_below(staging // (2 * threads)),
-            revalidate,
-            read_timeout,
-            lock,
+            page_bytes=page_bytes,
+            upload_bytes=_power_of_two_below(staging // (2 * threads)),
+            revalidate=revalidate,
+            read_timeout=read_timeout,
         )
-        self._desk = RequestManager(self._cache, self._backend, self._loader, lock)
-        self._paths = PathTable(self._cache.entries.add, lock, revalidate)
-        self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _let_go, self._pid, pool, self._backend)
-        self._finalizer.atexit = False
-        self._closed = threading.Event()
-        self._closed_by: int | None = None
-        watch(self)
-
-    # What users ask for
+        gatherer = Gatherer(self._shared.cache, backend)
+        self._requests = RequestManager(
+            self._shared, source, loader, gatherer, revalidate=revalidate
+        )
+        self._shutdown = Shutdown(self, self._shared, loader, pool, backend)
+        register(self)
 
     @property
     def device(self) -> torch.device:
         """Where results are."""
         return self._backend.device
 
-    def get(self, path: PathLike) -> Any:
-        """One feature, as it was saved, its tensors on the device.
+    # Batches
 
-        Raises FeatureLoadError (FileNotFoundError, MemoryError) if it cannot be loaded; the
-        next request tries again.
+    def get(self, path: PathLike) -> Any:
+        """One feature as it was saved, with its tensors on the device.
+
+        Raises FeatureLoadError (FileNotFoundError, MemoryError) if it cannot be loaded; the next
+        request tries again.
         """
         return self.request([path]).result()[0]
 
@@ -165,235 +156,171 @@ class GPUFeatureStore:
     ) -> Any:
         """The features of `paths`, in order, repeats allowed; or `collate_fn(their list)`.
 
-        Without collate_fn a FeatureBatch: a sequence that was gathered by O(1) device
-        operations, whose `collate()` gives tensors [B, ...]. Errors as in `get`.
+        Without collate_fn a FeatureBatch: a sequence that was gathered by a few device operations,
+        whose `collate()` gives tensors [B, ...]. Errors as in `get`.
         """
         batch = self.request(paths).result()
         return batch if collate_fn is None else collate_fn(list(batch))
 
     def prefetch(self, paths: Sequence[PathLike]) -> None:
-        """Start to load what is not there yet, and return at once.
+        """Start to load the files that are not loaded, and return at once.
 
-        Nothing is held for the caller: with a budget smaller than what is prefetched, some of
-        it may have gone, or not have come, when it is asked for. `request` holds.
+        Nothing is pinned: with a budget smaller than the files, some of them may have been evicted,
+        or not admitted, when they are requested. `request` pins.
         """
-        self._desk.prefetch(self._resolve(paths))
+        self._requests.prefetch(paths)
 
     def request(self, paths: Sequence[PathLike], *, owner: object = None) -> PendingBatch:
-        """Start to load what is not there yet, and hold all of it until the ticket is used.
+        """Start to load the files that are not loaded, and pin all of them for a batch.
 
-        `owner` says whose request it is, for the policy: the one of `begin_epoch`. Any hashable
-        object. Raises TypeError for one that is not.
+        They stay until the pending batch is consumed, cancelled or dropped. `owner` names the
+        pipeline to the policy: any hashable object, the one of `begin_epoch`. Raises TypeError for
+        one that is not hashable.
         """
         require_hashable("owner", owner)
-        ticket = self._desk.request(self._resolve(paths), owner)
-        # A store that is dropped while somebody waits for a batch of it would not read it.
-        ticket.holder = self
-        return ticket
+        return self._requests.request(paths, owner, keep_alive=self)
 
-    def collect(self, tickets: Sequence[PendingBatch], ragged: RaggedOptions | None = None) -> Any:
-        """The features of several tickets as one batch, in order. Uses the tickets up.
+    def collect(self, batches: Sequence[PendingBatch], ragged: RaggedOptions | None = None) -> Any:
+        """The features of several pending batches as one FeatureBatch, in order; consumes them.
 
         Waits for files that are still being read. The gather runs on the current stream of the
-        calling thread. Raises the first error among the features, in their order, that was not
-        dealt with by `PendingBatch.replace`. With `ragged` what its `collate(ragged)` gives,
-        which on the host takes one copy less.
+        calling thread. With `ragged`: what the `collate(ragged)` of that batch gives, which takes
+        one copy less on the host. Raises the first error by position of a file without a substitute
+        (`PendingBatch.replace`), and RuntimeError for a batch that was consumed or is of another
+        store.
         """
-        return self._desk.collect(tickets, ragged)
+        return self._requests.collect(batches, ragged)
 
-    def cancel(self, tickets: Iterable[PendingBatch]) -> None:
-        """Give tickets up: what they held may go. Harmless for tickets that were used."""
-        self._desk.cancel(tickets)
+    def cancel(self, batches: Iterable[PendingBatch]) -> None:
+        """Give pending batches up. Does nothing for those that were consumed.
+
+        Raises RuntimeError for a batch of another store, and cancels none.
+        """
+        self._requests.cancel(batches)
+
+    # The cache
 
     def release(self, paths: Sequence[PathLike]) -> None:
-        """Stop caching these. Batches in flight still get theirs; unknown paths are ignored.
+        """Stop caching these files. Pending batches still get theirs; unknown paths are ignored.
 
-        From a signal handler or a finalizer that has interrupted a call of this store: once that
-        is through.
+        In a signal handler or a finalizer that has interrupted a call of this store: behind it.
         """
-        if self._postponed(partial(self.release, list(paths))):
-            return
-        require_stack()
-        numbers = self._resolve(paths)
-        with self._desk.lock:
-            self._desk.require_open()
-            entries = self._cache.entries
-            self._cache.release([entries[number] for number in entries.current(numbers)])
+        self._requests.release(paths)
 
     def clear(self) -> None:
-        """Stop caching everything, and give memory back as soon as no batch is in flight."""
-        if not self._postponed(self.clear):
-            require_stack()
-            self._desk.clear()
-
-    def _postponed(self, call: Callable[[], None]) -> bool:
-        """Whether this thread is inside, as under a signal handler; then `call` comes later."""
-        lock = self._desk.lock
-        if not lock.is_entered():
-            return False
-        lock.postpone(lambda: call() if self._desk.refusal is None else None)
-        return True
+        """Stop caching everything, and free the memory as soon as no batch is in flight."""
+        self._requests.clear()
 
     def warm(self, paths: Sequence[PathLike], progress: bool = True) -> int:
-        """Load `paths` until all are cached or the budget is used up; returns how many are.
+        """Load `paths` until all are cached or the budget is used up; returns how many are cached.
 
-        Evicts nothing, and does not count as requests in `stats()`. Shows a progress bar on
-        stderr. Errors as in `get`; what was loaded before stays.
+        Evicts nothing, and does not count as requests in `stats()`. Shows a progress bar on stderr.
+        Errors as in `get`; what was loaded before stays.
         """
-        return warm(self._desk, self._cache, self._resolve, paths, progress)
+        return warm_up(self._requests, self._shared, paths, progress)
+
+    def wait_idle(self, timeout: float | None = None) -> bool:
+        """Wait until no file is being read, at most `timeout` seconds; returns whether that is so.
+
+        Counts readers of other threads, and those that `read_timeout` has replaced.
+        """
+        return self._shared.wait_idle(timeout)
+
+    # Hints for the policy. Pipelines give them themselves.
 
     def begin_epoch(self, owner: object = None) -> None:
         """Tell the policy that `owner` begins a new pass over its data.
 
-        Pipelines do this themselves. Without one, call it before each epoch.
+        Without a pipeline, call it before each epoch.
         """
         require_hashable("owner", owner)
         require_stack()
-        with self._desk.lock:
-            self._desk.require_open()
-            self._cache.begin_epoch(owner)
+        self._shared.begin_epoch(owner)
 
     def announce(
         self,
         owner: object,
         upcoming: Iterable[PathLike] | Upcoming | Callable[[], Iterable[PathLike] | Upcoming],
     ) -> None:
-        """Tell the policy what `owner` will request from now on. Pipelines do this themselves.
+        """Tell the policy what `owner` will request from now on.
 
-        A hint: whatever it says, results stay right. It holds until the next call, or `retract`.
-        A function that gives it is called only where something may ever have to go.
+        A hint: results are right whatever it says. It holds until the next call, or `retract`. A
+        function that returns it is called only if anything may ever have to be evicted.
 
         Raises TypeError for an owner that is not hashable.
         """
         require_hashable("owner", owner)
-        with self._desk.lock:
-            if not self._cache.ledger.bounded:
-                return  # nothing will ever have to go
-        # All that takes long is done without the lock.
-        if callable(upcoming):
-            upcoming = upcoming()
-        if isinstance(upcoming, Upcoming):
-            numbers = self._resolve(upcoming.files)
-            in_order = numbers == list(range(len(numbers)))  # as with the first pipeline
-            keys = upcoming.order if in_order else map(numbers.__getitem__, upcoming.order)
-            plan = AccessPlan(keys, upcoming.left)
-        else:
-            plan = AccessPlan(self._resolve(upcoming))
-        with self._desk.lock:
-            self._desk.require_open()
-            self._cache.announce(owner, plan)
+        self._requests.announce(owner, upcoming)
 
     def retract(self, owner: object) -> None:
-        """Take back, at some later time, what `owner` foresaw. Takes no lock.
+        """Take back, at some later time, what `owner` announced. Takes no lock.
 
         Raises TypeError for an owner that is not hashable.
         """
         require_hashable("owner", owner)
-        self._desk.defer(partial(self._cache.retract, owner))
+        self._shared.retract(owner)
+
+    foresee = announce  # the former names
+    withdraw = retract
 
     def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
         """A function whose contexts make any thread work on the stream that is current here.
 
-        For code that gathers in a thread of its own and hands results to this one. Pipelines do
-        this themselves.
+        For code that gathers in a thread of its own and hands results to this one.
         """
         return self._backend.bind_stream()
+
+    # Inspection
 
     def __contains__(self, path: object) -> bool:
         if not isinstance(path, (str, os.PathLike)):
             return False
-        numbers = self._resolve([path])
-        with self._desk.lock:
-            [number] = self._cache.entries.current(numbers)
-            return self._cache.entries[number].cached
+        return self._requests.cached([path]) == 1
 
     def __bool__(self) -> bool:
-        """True, also while nothing is cached: `store or other` must not drop a store."""
+        """True, even while nothing is cached: `store or other` must not drop a store."""
         return True
 
     def __len__(self) -> int:
-        """Features cached now."""
-        return self._cache.ledger.cached_items
+        """The number of features that are cached now."""
+        return self._shared.cache.ledger.cached_items
 
     def stats(self) -> StoreStats:
         """Counters and sizes, all of one moment.
 
-        But for a signal handler or a finalizer that has interrupted a call of this store: it may
-        see some of them before a change, and some behind it.
+        In a signal handler or a finalizer that has interrupted a call of this store, some may be
+        from before and some from behind a change.
         """
-        if not self._desk.lock.is_entered():
-            with self._desk.lock:
-                self._desk.run_deferred()
-                return self._count()
-        return self._count()
-
-    def _count(self) -> StoreStats:
-        ledger = self._cache.ledger
-        return StoreStats(
-            hits=self._desk.hits,
-            misses=self._desk.misses,
-            failures=self._loader.failures,
-            files_read=self._loader.files_read,
-            bytes_read=self._loader.bytes_read,
-            evictions=self._cache.evictions,
-            skipped=self._desk.skipped,
-            items=ledger.cached_items,
-            cached_bytes=ledger.cached_bytes,
-            padding_bytes=ledger.cached_pages * ledger.page_bytes - ledger.cached_bytes,
-            bypassed_items=self._cache.bypassed_items,
-            reserved_bytes=self._backend.reserved_bytes,
-            page_bytes=ledger.page_bytes,
-            wait_seconds=self._desk.wait_seconds,
-        )
+        return self._shared.stats()
 
     def check(self) -> None:
-        """Recompute every total from the ground truth; raises AssertionError on a difference."""
-        with self._desk.lock:
-            self._desk.run_deferred()
-            self._cache.check()
+        """Recompute every total from the entries; raises AssertionError on a difference."""
+        self._shared.check()
+
+    def __repr__(self) -> str:
+        # Without the lock: handlers of logs have locks of their own, and format their arguments.
+        items, size = len(self), self._shared.cache.ledger.cached_bytes
+        return f"GPUFeatureStore({self.device}, {items} items, {size} bytes)"
+
+    # The end
 
     def close(self) -> None:
-        """End the readers and give memory back. Consumers that wait are woken with an error.
+        """End the readers and free the memory. Consumers that wait get a RuntimeError.
 
-        May be called more than once, from any thread, and from signal handlers and finalizers:
-        where these have interrupted a call of this store, they return at once, and the store is
-        closed as soon as that call is through with its memory.
+        May be called more than once and from any thread, also from signal handlers and finalizers:
+        where these have interrupted a call of this store, `close` returns at once, and the store
+        closes as soon as that call is done with its memory. Waits for gathers and reads under way
+        for five seconds at most, in all.
         """
         self.shut(_CLOSE_SECONDS)
 
     def shut(self, seconds: float) -> None:
-        """Close, and wait at most so long for files that are being read, and for batches."""
-        self._desk.refuse()
-        lock = self._desk.lock
-        if lock.is_entered():
-            lock.postpone(partial(self.shut, seconds))
-            return
-        deadline = time.monotonic() + seconds
-        self._desk.shut(seconds)
-        if os.getpid() != self._pid:
-            return
-        if self._finalizer.detach() is None:
-            # Another thread is at it, or this one, which a signal has interrupted.
-            if self._closed_by != threading.get_ident():
-                self._closed.wait(max(0.0, deadline - time.monotonic()))
-            return
-        self._closed_by = threading.get_ident()
-        try:
-            if running := self._loader.join(max(0.0, deadline - time.monotonic())):
-                _log.warning("still reading after close: %s", ", ".join(running))
-            self._give_memory_back()
-        finally:
-            self._closed.set()
+        """Close, but wait at most this long."""
+        self._shutdown.close(seconds)
 
-    def _give_memory_back(self) -> None:
-        """Once nothing uses it: a gather that takes longer than closing waits does it itself."""
-        lock = self._desk.lock
-        if lock.uses:
-            lock.postpone(self._give_memory_back)
-            if not lock.uses:  # it has ended meanwhile, and may be the last
-                lock.run_postponed()
-        else:
-            self._backend.close()
+    def refuse_after_fork(self) -> None:
+        """In a forked child: refuse all further calls."""
+        self._shared.refuse_after_fork()
 
     def __enter__(self) -> "GPUFeatureStore":
         return self
@@ -412,29 +339,6 @@ class GPUFeatureStore:
             "paths, and make the store where the training loop runs"
         )
 
-    def __repr__(self) -> str:
-        # Without the lock: handlers of logs have locks of their own, and format what they get.
-        items, size = len(self), self._cache.ledger.cached_bytes
-        return f"GPUFeatureStore({self.device}, {items} items, {size} bytes)"
-
-    def refuse_after_fork(self) -> None:
-        """For the child of a fork: refuse to work."""
-        self._desk.refuse_after_fork()
-
-    def _resolve(self, paths: Iterable[PathLike]) -> list[int]:
-        """The numbers of the entries of `paths`. Without the lock."""
-        if self._desk.refusal is not None:
-            raise RuntimeError(self._desk.refusal)
-        return self._paths.numbers(paths)
-
 
 def _power_of_two_below(number: int) -> int:
     return 1 << max(0, number.bit_length() - 1)
-
-
-def _let_go(pid: int, pool: ReaderPool | None, backend: Backend) -> None:
-    """For a store that was collected without close(). Takes no lock and joins no thread."""
-    if os.getpid() == pid:
-        if pool is not None:
-            pool.stop()
-        backend.close()

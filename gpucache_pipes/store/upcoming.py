@@ -1,4 +1,4 @@
-"""What a lister knows of the order to come."""
+"""Requests that a pipeline can announce."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,12 +7,16 @@ from gpucache_pipes.units import positive_int
 
 
 class Upcoming:
-    """Paths in the order in which they will be requested; iterates over them.
+    """Paths in the order in which a pipeline will request them. Iterates over the paths.
+
+        >>> upcoming = Upcoming(["a.pt", "b.pt"], order=[1, 0, 1], left=2)
+        >>> list(upcoming), len(upcoming)
+        (['b.pt', 'a.pt', 'b.pt'], 3)
 
     Attributes:
         files: all files.
-        order: for each request to come, the position of its file among them.
-        left: how many of these requests belong to the epoch under way; the others are of the next.
+        order: for each request to come, the position of its file in `files`.
+        left: how many of these requests belong to the current epoch; the others are of the next.
 
     Raises:
         ValueError: a position beyond the files, or `left` beyond the order.

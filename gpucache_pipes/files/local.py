@@ -1,0 +1,184 @@
+"""Feature files in the local file system: identity, versions, sizes, and how to open them."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+from gpucache_pipes.files.formats import FileOpener
+from gpucache_pipes.files.links import LinkFinder
+from gpucache_pipes.files.source import LoadedFeature, OpenFeature
+from gpucache_pipes.files.versions import is_racy, version_of
+
+_NOT_A_NAME = ("/", "/.", "/..")
+"""Ends of paths whose last part is not the name of a file."""
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+_SAMPLED = 64
+_FEW = 8
+
+
+class LocalFiles:
+    """A `Source` of files in the local file system, or of whatever a `load_fn` makes of a path.
+
+    The only class that resolves links and asks the system about files: `realpath`, `islink`, `stat`
+    and `scandir` are called here and in the modules that it uses, and nowhere above.
+
+    The real paths of directories are remembered for the life of the source, so a link among the
+    directories of a path must not change. Links to files are followed once, at the first request.
+
+    Methods may be called by any number of threads: what they remember is kept in dicts that are
+    only added to, one key at a time. Each such step is atomic, with and without the global
+    interpreter lock, and two threads that meet in one compute the same value.
+
+    Args:
+        load_fn: `load_fn(path) -> feature`. It gets each path as the caller of the store wrote it:
+            `str` or what `os.fspath` makes of it. Only after the current directory has changed does
+            it get a relative path as an absolute one, which then still means the same file.
+        weights_only: as in `torch.load`, for files without a `load_fn`.
+    """
+
+    def __init__(
+        self, load_fn: Callable[[str], Any] | None = None, weights_only: bool = True
+    ) -> None:
+        self._load_fn = load_fn
+        self._opener = FileOpener(weights_only)
+        self._real_directories: dict[str, str] = {}
+        self._link_finder = LinkFinder()
+        # For a load_fn: by absolute path, the current directory and the relative path given in it.
+        self._relative: dict[str, tuple[str, str]] = {}
+
+    # Identity
+
+    def absolute(self, path: str, cwd: str) -> str:
+        """`path` as it will be opened, for a caller whose current directory is `cwd`.
+
+        Joined and not normalised: what `..` means behind a link only the system knows. A URL
+        ("s3://bucket/a.pt") is absolute already.
+        """
+        if _URL.match(path):
+            return path
+        joined = os.path.join(cwd, path)
+        if self._load_fn is not None and joined != path:
+            self._relative.setdefault(joined, (cwd, path))
+        return joined
+
+    def key(self, path: str) -> str:
+        """The identity of an absolute path: equal for all spellings of one file.
+
+        The path without links. A path that the system refuses to look at is its own key, and so is
+        a URL: opening it will say what is wrong. Takes a few microseconds.
+        """
+        if _URL.match(path):
+            return path
+        head, _, name = path.rpartition("/")
+        try:
+            if path.endswith(_NOT_A_NAME):
+                return os.path.realpath(path)
+            directory = self._real_directory(head)
+            plain = path if directory == head else f"{directory}/{name}"
+            # islink is False for a file that does not exist: opening it will name the path.
+            return os.path.realpath(plain) if os.path.islink(plain) else plain
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            return path
+
+    def are_keys(self, directory: str, names_end: str, files: int) -> bool:
+        """Whether `files` paths `directory`/name are their own keys, without looking at each.
+
+        Args:
+            directory: an absolute path without a slash at its end.
+            names_end: the names, each followed by a zero character.
+            files: how many of the directory's files are asked about; a directory is listed when
+                enough of its files have been asked about.
+        """
+        try:
+            return (
+                not any(f"{end}\0" in names_end for end in _NOT_A_NAME)
+                and self._real_directory(directory) == directory
+                and not self._link_finder.may_find(directory, files)
+            )
+        except (OSError, ValueError):
+            return False
+
+    def is_link(self, path: str) -> bool:
+        """Whether the file may be replaced by changing a link."""
+        return os.path.islink(path)
+
+    def _real_directory(self, head: str) -> str:
+        """A directory without links, and without a slash at its end. Raises OSError, ValueError."""
+        directory = self._real_directories.get(head)
+        if directory is None:
+            found = os.path.realpath(head or "/").rstrip("/")
+            directory = self._real_directories.setdefault(head, found)
+        return directory
+
+    # Contents
+
+    def open(self, key: str, path: str) -> OpenFeature:
+        """See Source."""
+        if self._load_fn is None:
+            return self._opener.open(key)
+        cwd, written = self._relative.get(path, ("", path))
+        if written != path and current_directory() != cwd:
+            written = path
+        return LoadedFeature(self._load_fn(written))
+
+    def version(self, key: str) -> bytes | None:
+        """See Source. From device, inode, size and modification time.
+
+        None for a file that was written less than two seconds ago: it may change again without a
+        change of its modification time.
+        """
+        try:
+            status = os.stat(key)
+        except (OSError, ValueError):
+            return None
+        return None if is_racy(status) else version_of(status)
+
+    def is_current(self, path: str, version: bytes | None) -> bool:
+        """See Source."""
+        try:
+            return version is not None and version_of(os.stat(path)) == version
+        except (OSError, ValueError):
+            return False
+
+    def size(self, path: str) -> int:
+        """The size of a file in bytes. Raises OSError, or ValueError for an impossible name."""
+        return os.stat(path).st_size
+
+    def sample_sizes(self, paths: Sequence[str]) -> list[int]:
+        """See Source. Of fewer than eight files, their neighbours in the directory count, too."""
+        if paths and len(paths) < _FEW:
+            directory, name = os.path.split(paths[0])
+            suffix = os.path.splitext(name)[1]
+            try:
+                with os.scandir(directory) as entries:
+                    similar = (e.path for e in entries if e.name.endswith(suffix))
+                    paths = [*paths, *islice(similar, _SAMPLED)]
+            except (OSError, ValueError):
+                return []
+        sizes = []
+        for path in paths[:: max(1, len(paths) // _SAMPLED)]:
+            try:
+                sizes.append(self.size(path))
+            except (OSError, ValueError):  # features need not be files
+                continue
+        return sizes
+
+
+def current_directory() -> str | None:
+    """The current directory; None if it has been removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
+
+
+def is_same_file(one: Any, other: str) -> bool:
+    """Whether two paths are spellings of one file; False for what is not a path."""
+    try:
+        return str(os.path.realpath(one)) == os.path.realpath(other)
+    except (OSError, TypeError, ValueError):
+        return False
