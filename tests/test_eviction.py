@@ -345,7 +345,7 @@ def test_a_wrong_owner_is_an_error_of_who_names_it(policy: str, hint: str) -> No
 def test_a_wrong_order_is_an_error_of_who_announces_it(order: list[int], left: int) -> None:
     with pytest.raises(ValueError, match=r"order has positions|left="):
         Upcoming(names(3), order, left)
-    with pytest.raises(ValueError, match=r"left=|is no key"):
+    with pytest.raises(ValueError, match=r"left=|is negative"):
         AccessPlan(order if order != [0, 5] else [0, -5], left)
 
 

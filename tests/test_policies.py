@@ -3,6 +3,7 @@
 import random
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import models
 import pytest
@@ -15,6 +16,7 @@ from gpucache_pipes.cache.policies import (
     LFU,
     LRU,
     S3FIFO,
+    BasePolicy,
     Clairvoyant,
     Keep,
     Key,
@@ -341,3 +343,105 @@ def test_names() -> None:
 def test_wrong_policies(policy: object) -> None:
     with pytest.raises(ValueError, match="policy="):
         make_policy(policy)  # type: ignore[arg-type]
+
+
+class FormerNames:
+    """A policy written for the former method names."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def on_access(self, keys: Sequence[Key], owner: object) -> None: ...
+    def on_insert(self, key: Key) -> None: ...
+    def on_remove(self, key: Key) -> None: ...
+    def begin_epoch(self, owner: object) -> None: ...
+
+    def victims(self, key: Key) -> Iterable[Key]:
+        return iter([7])
+
+    def foresee(self, owner: object, future: AccessPlan) -> None:
+        self.calls.append(("foresee", owner, future))
+
+    def forget(self, owner: object) -> None:
+        self.calls.append(("forget", owner))
+
+
+class FormerNamesOverBase(BasePolicy):
+    on_insert = on_remove = FormerNames.on_insert
+    victims = FormerNames.victims  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def foresee(self, owner: object, future: AccessPlan) -> None:
+        super().foresee(owner, future)
+        self.calls.append(("foresee", owner, future))
+
+    def forget(self, owner: object) -> None:
+        super().forget(owner)
+        self.calls.append(("forget", owner))
+
+
+@pytest.mark.parametrize("kind", [FormerNames, FormerNamesOverBase])
+@pytest.mark.parametrize("registered", [False, True])
+def test_former_method_names_are_called(kind: Callable[[], Any], registered: bool) -> None:
+    mine, plan = kind(), AccessPlan([1])
+    if registered:
+        register("former names", lambda: mine)
+    policy = make_policy("former names" if registered else mine)
+    assert isinstance(policy, Policy)
+    policy.announce("training", plan)
+    policy.retract("training")
+    assert mine.calls == [("foresee", "training", plan), ("forget", "training")]
+    assert [*policy.victims(0)] == [7]
+    assert repr(policy) == repr(mine)
+    mine.calls.clear()
+    simulate(Trace.epochs([[0, 1, 2]]), 3, mine)
+    assert [call[0] for call in mine.calls] == ["foresee"]
+
+
+def test_a_former_name_may_be_overridden_alone() -> None:
+    """Also in a subclass of a policy that has the present names."""
+
+    class Mine(Clairvoyant):
+        def foresee(self, owner: object, future: AccessPlan) -> None:
+            super().foresee(owner, AccessPlan(reversed(future.keys)))
+
+    policy = make_policy(Mine())
+    policy.announce("training", AccessPlan([0, 1, 2]))
+    for key in range(3):
+        policy.on_insert(key)
+    assert [*policy.victims(3)] == []
+    assert [*policy.victims(2)] == [0, 1]
+    policy.retract("training")
+    assert sorted(policy.victims(2)) == [0, 1, 2]
+
+
+def test_present_names_come_before_former_ones() -> None:
+    class Mine(Keep):
+        announced = False
+
+        def announce(self, owner: object, plan: AccessPlan) -> None:
+            self.announced = True
+
+        def forget(self, key: Key) -> None:  # type: ignore[override]
+            raise AssertionError("of the policy's own use")
+
+    mine = Mine()
+    policy = make_policy(mine)
+    assert policy is mine
+    policy.announce("training", AccessPlan([1]))
+    policy.retract("training")
+    assert mine.announced
+
+
+def test_former_names_do_not_make_a_policy() -> None:
+    class OnlyOne(FormerNames):
+        forget = None  # type: ignore[assignment]
+
+    class Incomplete:
+        foresee, forget = FormerNames.foresee, FormerNames.forget
+
+    for wrong in (OnlyOne(), Incomplete(), FormerNames):
+        with pytest.raises(ValueError, match="policy="):
+            make_policy(wrong)  # type: ignore[arg-type]
