@@ -46,7 +46,9 @@ class Policy(Protocol):
         One call is one eviction scan. The store takes victims until there is room for `key` and
         skips those that are pinned. It calls no other method during the scan, and removes the
         victims that it has taken right after it. If the scan ends before there is room, the store
-        evicts none of them and bypasses `key`. A scan must not propose a key twice.
+        evicts none of them and bypasses `key`. Where a pending batch must have pages on a full
+        device, the store takes the victims first and then any key that is not pinned. A scan must
+        not propose a key twice.
         """
 
     def begin_epoch(self, owner: object) -> None:
@@ -119,8 +121,8 @@ def make_policy(policy: "str | Policy") -> Policy:
             raise ValueError(f"policy={policy!r} is not known; the known policies are: {known}")
         made: Policy = with_present_names(factory())
         return made
-    adapted = policy if isinstance(policy, type) else with_present_names(policy)
-    if isinstance(policy, type) or not isinstance(adapted, Policy):
+    adapted = None if isinstance(policy, type) else with_present_names(policy)
+    if not isinstance(adapted, Policy):
         raise ValueError(
             f"policy={policy!r} must be a name or an object with the methods of "
             "gpucache_pipes.cache.policies.Policy"

@@ -34,7 +34,8 @@ from gpucache_pipes.cache.policies.base import Key
 #   known. In both cases every mark is put back.
 #
 # - Repairing a wrong announcement. Keys requested out of order are marked anew, but a plan with
-#   too many unannounced requests is dropped as a whole, since epochs serve as well without it.
+#   too many unannounced requests is dropped as a whole, since epochs serve as well without it. The
+#   next announcements of the pipeline are ignored: each trial disturbs the order of an epoch.
 
 Proposed = dict[Key, tuple[AccessPlan, int]]
 """Keys that a scan has proposed, each with the plan and the position of its mark."""

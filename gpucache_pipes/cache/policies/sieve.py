@@ -11,9 +11,9 @@ class Sieve(BasePolicy):
     key that was used since its last pass, and evicts the first one that was not.
 
     Zhang, Yang, Yue, Vigfusson and Rashmi, "SIEVE is simpler than LRU: an efficient turn-key
-    eviction algorithm for web caches" (NSDI 2024). Keys stay in the order of
-    insertion, so that unused new keys are evicted soon and used old keys stay. O(1) amortised: the
-    hand spares a key only once for each use.
+    eviction algorithm for web caches" (NSDI 2024). Keys stay in the order of insertion, so that
+    unused new keys are evicted soon and used old keys stay. O(1) amortised: the hand spares a key
+    only once for each use.
     """
 
     def __init__(self) -> None:

@@ -60,7 +60,7 @@ def simulate(
         >>> result = simulate(Trace.epochs([["a", "b", "c"], ["c", "a", "b"]]), 2)
         >>> [epoch.hits for epoch in result.epochs]
         [0, 2]
-        >>> simulate("aba", "1KiB", sizes={"a": 1000, "b": 500}).read  # b is bypassed
+        >>> simulate("aba", "1KiB", "keep", sizes={"a": 1000, "b": 500}).read  # bytes of a and b
         1500
 
     Args:
