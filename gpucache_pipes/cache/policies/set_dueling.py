@@ -15,7 +15,7 @@ _MAX_REPEAT_RATE = 0.02
 """An epoch with at most this share of repeats counts as touching each file once."""
 
 _MIN_GAIN = 1.02
-"""A policy takes over when its hits exceed those of the leader by this factor."""
+"""A policy takes over when its hits exceed those of the leader by this factor, and by 8 more."""
 
 
 class SetDueling(BasePolicy):
@@ -28,7 +28,7 @@ class SetDueling(BasePolicy):
     must be better by a fiftieth. Without repeats no policy beats ByEpoch, and no shadow cache runs.
 
     Attributes:
-        by_epoch: the policy for epochs without repeats. It always knows all cached keys.
+        by_epoch: the policy for epochs without repeats. It is kept up to date in a duel.
         leader: the policy that orders the keys: `by_epoch` or a rival of it.
     """
 
