@@ -232,7 +232,7 @@ def cost(files: int, rounds: int) -> dict[str, Any]:
     start = time.perf_counter()
     plan = AccessPlan(array("i", [*orders[0], *orders[1]]), files)
     build = time.perf_counter() - start
-    held = (plan.keys, plan._first, plan._after, plan._marks, plan._blocks)
+    held = (plan.keys, plan._next_by_key, plan._next_by_position, plan._marks, plan._blocks)
     taken = sum(memoryview(part).nbytes for part in held)
     figures: dict[str, Any] = {"future_seconds": build, "future_bytes_per_file": taken / files}
     print(f"{files} files: a plan takes {build:.2f} s and {taken / files:.0f} bytes a file")

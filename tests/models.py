@@ -1,32 +1,35 @@
-"""The published algorithms once more: lists, and every step as the papers write it."""
+"""Models of the published algorithms, with lists, and every step as the papers write it.
+
+Each returns the number of hits, and the evicted keys in order.
+"""
 
 from collections.abc import Sequence
 
 
 def lru(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
     stack: list[int] = []
-    gone, hits = [], 0
+    evicted_keys, hits = [], 0
     for key in trace:
         if key in stack:
             hits += 1
             stack.remove(key)
         elif len(stack) == places:
-            gone.append(stack.pop(0))
+            evicted_keys.append(stack.pop(0))
         stack.append(key)
-    return hits, gone
+    return hits, evicted_keys
 
 
 def fifo(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
     line: list[int] = []
-    gone, hits = [], 0
+    evicted_keys, hits = [], 0
     for key in trace:
         if key in line:
             hits += 1
             continue
         if len(line) == places:
-            gone.append(line.pop(0))
+            evicted_keys.append(line.pop(0))
         line.append(key)
-    return hits, gone
+    return hits, evicted_keys
 
 
 def keep(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
@@ -35,17 +38,17 @@ def keep(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
 
 
 def lfu(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
-    """Each key with its uses and the time of the last one."""
+    """Stores for each key the number of uses and the time of the last one."""
     cached: dict[int, tuple[int, int]] = {}
-    gone, hits = [], 0
+    evicted_keys, hits = [], 0
     for now, key in enumerate(trace):
         if key in cached:
             hits += 1
         elif len(cached) == places:
-            gone.append(min(cached, key=lambda k: cached[k]))
-            del cached[gone[-1]]
+            evicted_keys.append(min(cached, key=lambda k: cached[k]))
+            del cached[evicted_keys[-1]]
         cached[key] = (cached.get(key, (0, 0))[0] + 1, now)
-    return hits, gone
+    return hits, evicted_keys
 
 
 def sieve(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
@@ -53,7 +56,7 @@ def sieve(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
     queue: list[int] = []
     visited: dict[int, bool] = {}
     hand: int | None = None  # a key
-    gone, hits = [], 0
+    evicted_keys, hits = [], 0
     for key in trace:
         if key in queue:
             hits += 1
@@ -65,10 +68,10 @@ def sieve(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
                 visited[queue[at]] = False
                 at = at - 1 if at > 0 else len(queue) - 1
             hand = queue[at - 1] if at > 0 else None
-            gone.append(queue.pop(at))
+            evicted_keys.append(queue.pop(at))
         queue.insert(0, key)
         visited[key] = False
-    return hits, gone
+    return hits, evicted_keys
 
 
 def s3fifo(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
@@ -77,7 +80,7 @@ def s3fifo(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
     main: list[int] = []
     ghosts: list[int] = []
     uses: dict[int, int] = {}
-    gone, hits = [], 0
+    evicted_keys, hits = [], 0
     small_places = int(0.1 * places)
     warm = False
     for key in trace:
@@ -106,14 +109,14 @@ def s3fifo(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
                 ghosts.append(oldest)
                 if len(ghosts) > int(0.9 * places):
                     ghosts.pop(0)
-            gone.append(oldest)
+            evicted_keys.append(oldest)
             evicted = True
         if returns or (not warm and len(small) >= small_places):
             main.append(key)
         else:
             small.append(key)
         uses[key] = 0
-    return hits, gone
+    return hits, evicted_keys
 
 
 def w_tinylfu(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
@@ -123,7 +126,7 @@ def w_tinylfu(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
     protected: list[int] = []
     counts: dict[int, int] = {}
     counted = 0
-    gone, hits = [], 0
+    evicted_keys, hits = [], 0
     for key in trace:
         counts[key] = min(15, counts.get(key, 0) + 1)
         counted += 1
@@ -155,7 +158,7 @@ def w_tinylfu(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
             if candidate is None or (victim is not None and counts[candidate] > counts[victim]):
                 loser = victim
             assert loser is not None
-            gone.append(loser)
+            evicted_keys.append(loser)
             for region in (window, probation, protected):
                 if loser in region:
                     region.remove(loser)
@@ -163,19 +166,19 @@ def w_tinylfu(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
         total = len(window) + len(probation) + len(protected)
         if len(window) > max(1, total // 100):
             probation.append(window.pop(0))
-    return hits, gone
+    return hits, evicted_keys
 
 
 def belady(
     trace: Sequence[int], places: int, pinned: Sequence[set[int]] | None = None
 ) -> tuple[int, list[int]]:
-    """Belady's rule with bypass, by looking ahead each time.
+    """Belady's rule with bypass, by a search for the next use each time.
 
-    `pinned[i]` may not go at request i. Of those that never come again, what was used longest ago
-    goes first.
+    The keys `pinned[i]` cannot be evicted at request i. Of keys without a next use, the least
+    recently used one is evicted first.
     """
-    cached: dict[int, int] = {}  # and when it was used last
-    gone, hits = [], 0
+    cached: dict[int, int] = {}  # with the time of the last use
+    evicted_keys, hits = [], 0
     for now, key in enumerate(trace):
 
         def rank(k: int, now: int = now) -> tuple[float, int]:
@@ -190,7 +193,7 @@ def belady(
             farthest = max([*free, key], key=rank)
             if farthest == key:
                 continue
-            gone.append(farthest)
+            evicted_keys.append(farthest)
             del cached[farthest]
         cached[key] = now
-    return hits, gone
+    return hits, evicted_keys

@@ -1,4 +1,4 @@
-"""Eviction through the real store and nodes: what the pipeline knows, and what it makes of it."""
+"""Eviction through the real store and nodes, with and without announced access plans."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ def names(files: int, start: int = 0) -> list[str]:
 
 
 class InThisOrder:
-    """A sampler: the given order in each epoch."""
+    """A sampler that gives a fixed order in each epoch."""
 
     def __init__(self, orders: Sequence[Sequence[int]]) -> None:
         self.orders = orders
@@ -49,7 +49,7 @@ class InThisOrder:
 
 
 class Paths:
-    """An iterable that knows nothing of its plan."""
+    """An iterable of batches that announces no access plan."""
 
     def __init__(self, orders: Sequence[Sequence[int]], batch_size: int) -> None:
         self.orders = iter(orders)
@@ -165,7 +165,7 @@ def test_nodes_between_do_no_harm() -> None:
     assert min(hits[1:]) >= 100 - 40
 
 
-def test_a_loader_without_a_future_learns_from_its_epochs() -> None:
+def test_a_loader_without_an_access_plan_learns_from_its_epochs() -> None:
     loader = torch.utils.data.DataLoader(names(200), batch_size=10, shuffle=True)  # type: ignore[arg-type]
     with GPUCachedPathDataLoader(loader, max_cache_items=100, load_fn=load) as gpu_loader:
         hits = hits_of_epochs(gpu_loader.store, gpu_loader, 4)
@@ -257,7 +257,7 @@ def test_several_pipelines_and_several_stores() -> None:
     st.lists(st.lists(st.integers(0, 9), max_size=8), max_size=10),
     st.data(),
 )
-def test_a_future_that_comes_true_knows_each_next_use(
+def test_an_access_plan_that_holds_knows_each_next_use(
     keys: list[int], others: list[list[int]], data: st.DataObject
 ) -> None:
     plan = AccessPlan(keys, data.draw(st.integers(0, len(keys))))
@@ -269,7 +269,7 @@ def test_a_future_that_comes_true_knows_each_next_use(
         for key in range(11):
             expected = keys.index(key, at) if key in keys[at:] else len(keys)
             assert plan.next_use(key) == expected
-    # Whatever is requested against it, it answers.
+    # It gives valid answers after any other requests, too.
     plan = AccessPlan(keys, len(keys) // 2)
     for requested in others:
         plan.follow(requested)
@@ -291,10 +291,10 @@ def test_the_farthest_mark_is_found(marked: set[int], unmarked: set[int]) -> Non
 
 
 @pytest.mark.parametrize("warm", [False, True])
-def test_a_batch_of_misses_does_not_walk_past_itself_for_each_of_them(warm: bool) -> None:
+def test_a_batch_of_misses_does_not_skip_its_own_keys_for_each_of_them(warm: bool) -> None:
     feature = torch.ones(4)
     files = [f"/data/{number}" for number in range(2000)]
-    named = 0
+    proposed = 0
     policy = make_policy("clairvoyant")
     with GPUFeatureStore(
         "cpu",
@@ -308,9 +308,9 @@ def test_a_batch_of_misses_does_not_walk_past_itself_for_each_of_them(warm: bool
         victims = policy.victims
 
         def counted(key: int) -> Iterator[int]:
-            nonlocal named
+            nonlocal proposed
             for victim in victims(key):
-                named += 1
+                proposed += 1
                 yield victim
 
         nodes = GPUPrefetcher(PathLister(files, batch_size=100, shuffle=True), store, depth=2)
@@ -322,7 +322,7 @@ def test_a_batch_of_misses_does_not_walk_past_itself_for_each_of_them(warm: bool
             assert sum(len(batch) for batch in nodes) == 2000
             if epoch:
                 assert store.stats().since(before).misses == 1000
-    assert 0 < named < 8 * 3 * 1000
+    assert 0 < proposed < 8 * 3 * 1000
 
 
 @pytest.mark.parametrize("policy", ["clairvoyant", "lru", "w-tinylfu"])
@@ -338,7 +338,7 @@ def test_a_wrong_owner_is_an_error_of_who_names_it(policy: str, hint: str) -> No
         }
         with pytest.raises(TypeError, match=r"owner=\[\] must be hashable"):
             calls[hint]()
-        for _ in range(3):  # nobody else hears of it
+        for _ in range(3):  # the policy is not told
             assert [float(x) for x in store.get_batch(names(5))] == [0, 1, 2, 3, 4]
         store.check()
 
@@ -349,7 +349,7 @@ def test_a_wrong_owner_is_an_error_of_who_names_it(policy: str, hint: str) -> No
 def test_a_wrong_order_is_an_error_of_who_announces_it(order: list[int], left: int) -> None:
     with pytest.raises(ValueError, match=r"order has positions|left="):
         Upcoming(names(3), order, left)
-    with pytest.raises(ValueError, match=r"left=|is no key"):
+    with pytest.raises(ValueError, match=r"left=|is negative"):
         AccessPlan(order if order != [0, 5] else [0, -5], left)
 
 

@@ -1,4 +1,4 @@
-"""Hits are those of libCacheSim, by the authors of SIEVE and S3-FIFO."""
+"""Policies have the same hits as in libCacheSim, by the authors of SIEVE and S3-FIFO."""
 
 from collections.abc import Iterable
 

@@ -1,8 +1,9 @@
-"""Each policy against a model written from its definition, victim for victim."""
+"""Each policy equals a model written from its definition, victim for victim."""
 
 import random
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import models
 import pytest
@@ -15,6 +16,7 @@ from gpucache_pipes.cache.policies import (
     LFU,
     LRU,
     S3FIFO,
+    BasePolicy,
     Clairvoyant,
     Keep,
     Key,
@@ -80,7 +82,7 @@ class TestByEpoch(PolicyContract):
             assert all(policies[0].has_seen(k) == policies[1].has_seen(k) for k in range(9))
 
 
-class TestContest(PolicyContract):
+class TestSetDueling(PolicyContract):
     def make(self) -> Policy:
         return SetDueling()
 
@@ -96,7 +98,7 @@ class TestClairvoyant(PolicyContract):
 
     @settings(deadline=None)
     @given(traces(keys=12, max_size=80), st.integers(1, 10), st.data())
-    def test_known_future_equals_belady(
+    def test_known_access_plan_equals_belady(
         self, trace: Sequence[Key], places: int, data: st.DataObject
     ) -> None:
         policy = Clairvoyant()
@@ -105,7 +107,7 @@ class TestClairvoyant(PolicyContract):
 
     @settings(deadline=None)
     @given(traces(keys=12, max_size=80), st.integers(1, 10), st.data())
-    def test_known_future_equals_belady_with_pins(
+    def test_known_access_plan_equals_belady_with_pins(
         self, trace: Sequence[Key], places: int, data: st.DataObject
     ) -> None:
         few = st.sets(st.integers(0, 11), max_size=4)
@@ -142,58 +144,58 @@ class TestClairvoyant(PolicyContract):
 
     def test_what_was_not_used_for_an_epoch_goes_first(self) -> None:
         trace = [0, 1, 2, 1, 2, 3]
-        _, gone = simulate_policy(Clairvoyant(), trace, 3, epochs=[1, 3, 5])
-        assert gone == [0]
+        _, evicted = simulate_policy(Clairvoyant(), trace, 3, epochs=[1, 3, 5])
+        assert evicted == [0]
 
     def test_an_epoch_that_is_broken_off_makes_nothing_stale(self) -> None:
         policy = Clairvoyant()
         epochs = [*range(8)], [1], [*range(8)]
         trace = [key for epoch in epochs for key in epoch]
-        hits, gone = simulate_policy(policy, trace, 4, epochs=[0, 8, 9])
-        assert (hits, gone) == (4, [0, 1, 2, 3])  # by 4 to 7, which have stayed
+        hits, evicted = simulate_policy(policy, trace, 4, epochs=[0, 8, 9])
+        assert (hits, evicted) == (4, [0, 1, 2, 3])  # evicted for 4 to 7, which stay cached
 
     @pytest.mark.parametrize("others", [(), ("validation",)])
-    def test_an_interrupt_within_a_walk_hides_nothing(self, others: Sequence[str]) -> None:
+    def test_an_interrupt_within_a_scan_hides_nothing(self, others: Sequence[str]) -> None:
         policy = Clairvoyant()
         for owner in ("training", *others):
             policy.announce(owner, AccessPlan([*range(6)]))
         for key in range(4):
             policy.on_insert(key)
-        walk = policy.victims(0)
-        passed = [next(walk), next(walk)]
+        scan = policy.victims(0)
+        proposed = [next(scan), next(scan)]
         with pytest.raises(KeyboardInterrupt):
-            walk.throw(KeyboardInterrupt())
-        assert passed == [3, 2] and list(policy.victims(0)) == [3, 2, 1]
+            scan.throw(KeyboardInterrupt())
+        assert proposed == [3, 2] and list(policy.victims(0)) == [3, 2, 1]
 
-    def test_what_was_passed_over_is_found_again(self) -> None:
+    def test_skipped_victims_are_found_again(self) -> None:
         policy = Clairvoyant()
         policy.announce("training", AccessPlan([*range(6)]))
         for key in range(4):
             policy.on_insert(key)
-        walk = policy.victims(0)
-        assert [next(walk), next(walk)] == [3, 2]
-        walk.close()  # 2 is taken, 3 is needed by a batch in flight
+        scan = policy.victims(0)
+        assert [next(scan), next(scan)] == [3, 2]
+        scan.close()  # 2 is evicted, 3 is pinned by a pending batch
         policy.on_remove(2)
-        assert list(policy.victims(0)) == [1]  # and no other for now
-        assert list(policy.victims(0)) == [3, 1]  # as nothing could be taken
-        walk = policy.victims(0)
-        next(walk), next(walk)
-        walk.close()
+        assert list(policy.victims(0)) == [1]  # 3 is hidden for now
+        assert list(policy.victims(0)) == [3, 1]  # restored, since nothing could be evicted
+        scan = policy.victims(0)
+        next(scan), next(scan)
+        scan.close()
         policy.on_access([0], "training")
         assert list(policy.victims(1)) == [0, 3]
 
-    def test_two_pipelines_each_know_their_own_future(self) -> None:
+    def test_two_pipelines_each_have_their_own_access_plan(self) -> None:
         policy = Clairvoyant()
         policy.announce("somebody", AccessPlan([0, 1, 2, 0, 1, 2], 3))
         policy.announce("validation", AccessPlan([9]))
-        hits, gone = simulate_policy(policy, [0, 1, 2], 2)
-        assert (hits, gone) == (0, [])  # 2 is the farthest when it comes: not kept
+        hits, evicted = simulate_policy(policy, [0, 1, 2], 2)
+        assert (hits, evicted) == (0, [])  # 2 is needed last when it is requested: bypassed
         policy.retract("somebody")
         policy.retract("validation")
         assert set(policy.victims(2)) == {0, 1}
 
     def test_wrong_announcements_are_not_believed_for_long(self) -> None:
-        """As where a node behind the lister maps paths to others."""
+        """As with a node behind the lister that maps paths to others."""
         files = range(200)
         random_numbers = random.Random(0)
         epochs = [random_numbers.sample(files, 200) for _ in range(6)]
@@ -231,7 +233,7 @@ class TestClairvoyant(PolicyContract):
             policy.on_insert(key)
         assert list(policy.victims(2)) == [0, 1]
 
-    def test_two_futures_over_the_same_files_name_each_once(self) -> None:
+    def test_two_access_plans_over_the_same_files_propose_each_once(self) -> None:
         policy = Clairvoyant()
         policy.announce("a", AccessPlan([0, 1, 2, 0, 1, 2]))
         policy.on_access([0, 1], "a")
@@ -249,7 +251,7 @@ class TestClairvoyant(PolicyContract):
         assert len(policy._pipelines) < 10
 
     def test_who_never_comes_back_leaves_no_trace(self) -> None:
-        """Also if it has announced that it would."""
+        """Even if it has announced that it would."""
         for known in (True, False):
             first, train = [[*range(45)], [*range(45)]], [[*range(45, 145)]] * 8
             trace = Trace.pipelines([first, train], [(0, None)] + [(1, None)] * 8, known=known)
@@ -274,7 +276,7 @@ def test_training_and_validation_share_what_there_is(known: bool) -> None:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_interleaved_pipelines(known: bool) -> None:
-    """The smaller set comes round more often, so a place in it is worth more."""
+    """The smaller set is requested more often, so caching a file of it is worth more."""
     large, small = shuffled(range(120), 12), shuffled(range(120, 180), 24)
     turns = [(which, 4) for _ in range(400) for which in (0, 1)]
     trace = Trace.pipelines([large, small], turns, known=known)
@@ -291,7 +293,7 @@ def weighted(files: int, epochs: int, exponent: float) -> list[list[Key]]:
 
 
 def test_repeats_within_epochs_are_noticed() -> None:
-    """Three points under the best of the others, at most."""
+    """At most three points below the best of the other policies."""
     trace = Trace.epochs(weighted(500, 20, 0.8), known=False)
     for places in (50, 125, 250, 375):
         others = [
@@ -309,7 +311,7 @@ def test_a_working_set_that_moves_is_noticed() -> None:
 
 
 def test_golden_hit_counts() -> None:
-    """So that a change of behaviour is seen."""
+    """A change of behaviour shows up here."""
     shuffled_ = Trace.epochs(shuffled(range(400), 10), known=False)
     zipf = Trace.epochs(weighted(400, 10, 0.8), known=False)
     names = ["clairvoyant", "fifo", "keep", "lfu", "lru", "s3fifo", "sieve", "w-tinylfu"]
@@ -341,3 +343,105 @@ def test_names() -> None:
 def test_wrong_policies(policy: object) -> None:
     with pytest.raises(ValueError, match="policy="):
         make_policy(policy)  # type: ignore[arg-type]
+
+
+class FormerNames:
+    """A policy written for the former method names."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def on_access(self, keys: Sequence[Key], owner: object) -> None: ...
+    def on_insert(self, key: Key) -> None: ...
+    def on_remove(self, key: Key) -> None: ...
+    def begin_epoch(self, owner: object) -> None: ...
+
+    def victims(self, key: Key) -> Iterable[Key]:
+        return iter([7])
+
+    def foresee(self, owner: object, future: AccessPlan) -> None:
+        self.calls.append(("foresee", owner, future))
+
+    def forget(self, owner: object) -> None:
+        self.calls.append(("forget", owner))
+
+
+class FormerNamesOverBase(BasePolicy):
+    on_insert = on_remove = FormerNames.on_insert
+    victims = FormerNames.victims  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def foresee(self, owner: object, future: AccessPlan) -> None:
+        super().foresee(owner, future)
+        self.calls.append(("foresee", owner, future))
+
+    def forget(self, owner: object) -> None:
+        super().forget(owner)
+        self.calls.append(("forget", owner))
+
+
+@pytest.mark.parametrize("kind", [FormerNames, FormerNamesOverBase])
+@pytest.mark.parametrize("registered", [False, True])
+def test_former_method_names_are_called(kind: Callable[[], Any], registered: bool) -> None:
+    mine, plan = kind(), AccessPlan([1])
+    if registered:
+        register("former names", lambda: mine)
+    policy = make_policy("former names" if registered else mine)
+    assert isinstance(policy, Policy)
+    policy.announce("training", plan)
+    policy.retract("training")
+    assert mine.calls == [("foresee", "training", plan), ("forget", "training")]
+    assert [*policy.victims(0)] == [7]
+    assert repr(policy) == repr(mine)
+    mine.calls.clear()
+    simulate(Trace.epochs([[0, 1, 2]]), 3, mine)
+    assert [call[0] for call in mine.calls] == ["foresee"]
+
+
+def test_a_former_name_may_be_overridden_alone() -> None:
+    """Also in a subclass of a policy that has the present names."""
+
+    class Mine(Clairvoyant):
+        def foresee(self, owner: object, future: AccessPlan) -> None:
+            super().foresee(owner, AccessPlan(reversed(future.keys)))
+
+    policy = make_policy(Mine())
+    policy.announce("training", AccessPlan([0, 1, 2]))
+    for key in range(3):
+        policy.on_insert(key)
+    assert [*policy.victims(3)] == []
+    assert [*policy.victims(2)] == [0, 1]
+    policy.retract("training")
+    assert sorted(policy.victims(2)) == [0, 1, 2]
+
+
+def test_present_names_come_before_former_ones() -> None:
+    class Mine(Keep):
+        announced = False
+
+        def announce(self, owner: object, plan: AccessPlan) -> None:
+            self.announced = True
+
+        def forget(self, key: Key) -> None:  # type: ignore[override]
+            raise AssertionError("of the policy's own use")
+
+    mine = Mine()
+    policy = make_policy(mine)
+    assert policy is mine
+    policy.announce("training", AccessPlan([1]))
+    policy.retract("training")
+    assert mine.announced
+
+
+def test_former_names_do_not_make_a_policy() -> None:
+    class OnlyOne(FormerNames):
+        forget = None  # type: ignore[assignment]
+
+    class Incomplete:
+        foresee, forget = FormerNames.foresee, FormerNames.forget
+
+    for wrong in (OnlyOne(), Incomplete(), FormerNames):
+        with pytest.raises(ValueError, match="policy="):
+            make_policy(wrong)  # type: ignore[arg-type]

@@ -1,4 +1,7 @@
-"""Bookkeeping without torch, threads or locks: what is held, by whom, and what goes next."""
+"""The cache's bookkeeping: entries, the budget, pins, and policies that choose victims.
+
+Needs no torch, starts no threads and takes no locks; the store holds its lock while it calls in.
+"""
 
 from gpucache_pipes.cache.access_plan import AccessPlan
 from gpucache_pipes.cache.cache import LAYOUT_SHIFT, Cache
@@ -9,7 +12,7 @@ from gpucache_pipes.cache.policies import Policy, make_policy, register
 from gpucache_pipes.cache.simulation import Served, Simulation, Trace, simulate
 
 Future = AccessPlan
-"""The former name."""
+"""The former name of AccessPlan."""
 
 __all__ = [
     "LAYOUT_SHIFT",

@@ -1,4 +1,4 @@
-"""A contract that every policy keeps; inherit from it to test one of your own."""
+"""The contract that every policy keeps, as tests; inherit it to test a policy of your own."""
 
 from collections.abc import Callable, Container, Iterable, Sequence
 
@@ -6,11 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpucache_pipes.cache import AccessPlan
-from gpucache_pipes.cache.policies import Key, Policy
+from gpucache_pipes.cache.policies import Key, Policy, make_policy
 
 
 def traces(keys: int = 8, max_size: int = 60) -> st.SearchStrategy[list[Key]]:
-    """Sequences of requests over a few keys."""
+    """A strategy for sequences of at most `max_size` requests, over keys from 0 to `keys` - 1."""
     return st.lists(st.integers(0, keys - 1), max_size=max_size)
 
 
@@ -22,14 +22,28 @@ def simulate_policy(
     pinned: Callable[[Key], bool] | None = None,
     epochs: Container[int] = (),
 ) -> tuple[int, list[Key]]:
-    """Serve `trace` from a cache of `capacity` keys; returns hits and, in order, what went.
+    """Serve `trace` from a cache of `capacity` keys, one request at a time.
 
-    As the store does it: a key that comes in may push out one that is not pinned, or not be
-    kept at all. An epoch begins at each position in `epochs`. For pins and for what went; else see
-    `gpucache_pipes.simulate`.
+    It calls the policy as the store does: a new key evicts the first victim that is not pinned, or
+    is bypassed. For tests of pins and of the order of evictions; `gpucache_pipes.simulate` does
+    everything else.
+
+    Args:
+        policy: a new policy. Former method names are accepted, as by `make_policy`.
+        trace: the requested keys. All requests are made by the owner "somebody".
+        capacity: how many keys fit.
+        pinned: tells whether a key is pinned at the current request; None means that no key is.
+        epochs: positions in the trace at which an epoch begins.
+
+    Returns:
+        The number of hits, and the evicted keys in order.
+
+    Raises:
+        AssertionError: the policy proposes a key that is not cached.
     """
+    policy = make_policy(policy)
     cached: set[Key] = set()
-    gone: list[Key] = []
+    evicted: list[Key] = []
     hits = 0
     for position, key in enumerate(trace):
         if position in epochs:
@@ -46,13 +60,13 @@ def simulate_policy(
             assert victim in cached, f"{victim} is not cached"
             policy.on_remove(victim)
             cached.remove(victim)
-            gone.append(victim)
+            evicted.append(victim)
         policy.on_insert(key)
         cached.add(key)
-    return hits, gone
+    return hits, evicted
 
 
-# One test, run once for each class that inherits it: nothing is shared between them.
+# Each class that inherits a test runs it on its own; nothing is shared between the runs.
 _inherited = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.differing_executors, HealthCheck.function_scoped_fixture],
@@ -63,21 +77,27 @@ _CALLS = ["on_access", "on_insert", "on_remove", "victims", "announce", "retract
 
 
 class PolicyContract:
-    """What the store relies on. Inherit, and let `make` give a new policy."""
+    """Tests of what the store relies on. A subclass defines `make`.
+
+    A policy with the former method names passes, too: it is tested as `make_policy` adapts it.
+    """
 
     def make(self) -> Policy:
-        """A new policy."""
+        """Return a new policy."""
         raise NotImplementedError
 
+    def _policy(self) -> Policy:
+        return make_policy(self.make())
+
     def test_is_a_policy(self) -> None:
-        """It has the methods."""
-        assert isinstance(self.make(), Policy)
+        """It has all methods of Policy."""
+        assert isinstance(self._policy(), Policy)
 
     @_inherited
     @given(traces(), st.integers(1, 6))
     def test_only_cached_keys_go(self, trace: Sequence[Key], capacity: int) -> None:
-        """Victims are cached, and each is named once in a walk, also when others ended early."""
-        policy = self.make()
+        """Victims are cached, and a scan proposes each once, also after scans that were stopped."""
+        policy = self._policy()
         cached: set[Key] = set()
         for number, key in enumerate(trace):
             policy.on_access([key], None)
@@ -90,17 +110,17 @@ class PolicyContract:
             if len(cached) == capacity:
                 if not first:
                     continue
-                gone = first[number % len(first)]  # the others may have been pinned
-                policy.on_remove(gone)
-                cached.remove(gone)
+                victim = first[number % len(first)]  # the others may have been pinned
+                policy.on_remove(victim)
+                cached.remove(victim)
             policy.on_insert(key)
             cached.add(key)
 
     @_inherited
     @given(st.data(), st.lists(st.sampled_from(_CALLS), max_size=40))
     def test_any_calls_in_any_order(self, data: st.DataObject, calls: list[str]) -> None:
-        """Several owners, files that come without a request, releases, wrong plans."""
-        policy = self.make()
+        """Several owners, insertions without a request, releases, wrong access plans."""
+        policy = self._policy()
         cached: set[Key] = set()
         keys, owners = st.integers(0, 7), st.sampled_from(["one", "two", None])
         for call in calls:
@@ -125,31 +145,31 @@ class PolicyContract:
                 getattr(policy, call)(data.draw(owners))
             elif call == "victims":
                 key = data.draw(keys)
-                walk = list(policy.victims(key))
-                assert len(set(walk)) == len(walk)
-                assert set(walk) <= cached
-                for victim in walk[: data.draw(st.integers(0, 3))]:
+                scan = list(policy.victims(key))
+                assert len(set(scan)) == len(scan)
+                assert set(scan) <= cached
+                for victim in scan[: data.draw(st.integers(0, 3))]:
                     policy.on_remove(victim)
                     cached.remove(victim)
 
     @_inherited
     @given(traces(), st.integers(1, 6))
     def test_all_fit_all_hit(self, trace: Sequence[Key], capacity: int) -> None:
-        """While there is room, every repeated request is a hit."""
+        """While there is room, every repeated request hits, and nothing is evicted."""
         few = [key for key in trace if key < capacity]
-        hits, gone = simulate_policy(self.make(), few, capacity)
+        hits, evicted = simulate_policy(self._policy(), few, capacity)
         assert hits == len(few) - len(set(few))
-        assert not gone
+        assert not evicted
 
     @_inherited
     @given(traces(), st.integers(1, 6), st.lists(st.integers(0, 59), max_size=4))
     def test_epochs_and_hints_do_no_harm(
         self, trace: Sequence[Key], capacity: int, epochs: list[int]
     ) -> None:
-        """Wrong hints cost hits, nothing else."""
-        policy = self.make()
+        """Wrong access plans cost hits and nothing else."""
+        policy = self._policy()
         policy.announce("somebody", AccessPlan(reversed(trace), len(trace) // 2))
-        policy.announce("nobody", AccessPlan(trace))
+        policy.announce("other", AccessPlan(trace))
         simulate_policy(policy, trace, capacity, epochs=epochs)
         policy.retract("somebody")
-        policy.retract("nobody")
+        policy.retract("other")

@@ -1,4 +1,4 @@
-"""Policies decide what is evicted. One file each; `register` adds more."""
+"""Eviction policies, one module each. `register` adds a policy under a name."""
 
 from gpucache_pipes.cache.policies.base import BasePolicy, Key, Policy, make_policy, register
 from gpucache_pipes.cache.policies.clairvoyant import Clairvoyant

@@ -1,4 +1,4 @@
-"""What epochs tell of a plan that nobody announces."""
+"""Eviction by epochs, for pipelines that announce no access plan."""
 
 from array import array
 from collections import OrderedDict, deque
@@ -7,27 +7,40 @@ from itertools import chain, repeat
 
 from gpucache_pipes.cache.policies.base import BasePolicy, Key
 
-_ALL = 0.9
+_NEARLY_ALL = 0.9
+"""Without `begin_epoch`, an epoch starts at a repeat after this share of known files was used."""
 
 
 class ByEpoch(BasePolicy):
-    """For one pipeline that uses each file once an epoch: what was used in this epoch will not be
-    needed before the next one, and what was not will still come.
+    """Evicts keys that were used in this epoch before keys that still wait for their use.
 
-    Over epochs that touch each file once this serves capacity/files of the requests, and nothing
-    can serve more, since between two uses of a file lies a boundary of epochs at which it is cached
-    or not. First goes what was not used for a whole epoch: the set of files has moved.
+    Made for one pipeline that uses each file once an epoch. A file used in this epoch is not
+    needed before the next one; a file not used yet is needed in this one. Keys that were not used
+    for a whole epoch are evicted first, since the set of files has moved.
 
-    Who never says where epochs begin is taken to begin one when nearly all known files have been
-    used and one comes again. O(1) for each request, and 4 bytes for each file ever requested.
+    Over epochs that touch each file once this serves capacity/files of the requests. No policy can
+    serve more, since between two uses of a file lies a boundary of epochs at which it is cached or
+    not.
+
+    If `begin_epoch` is never called, an epoch begins when a file repeats after nearly all known
+    files have been used. O(1) for each request, and 4 bytes for each file ever requested.
+
+        >>> policy = ByEpoch()
+        >>> for key in (0, 1, 2):
+        ...     policy.on_access([key])
+        ...     policy.on_insert(key)
+        >>> policy.begin_epoch()
+        >>> policy.on_access([1])
+        >>> list(policy.victims(3))  # 0 and 2 still wait for their use
+        [1]
 
     Attributes:
-        stale: cached keys that were not used for a whole epoch, the longest ago first.
-        used: those that were used in this epoch, likewise.
-        waiting: those that were used in the last one, and not yet in this one.
-        requests: of this epoch.
-        repeats: how many of these were for files that it had used already.
-        known: files that were ever requested.
+        stale: cached keys that were not used for a whole epoch, the least recently used first.
+        used: cached keys that were used in this epoch, the least recently used first.
+        waiting: cached keys that were used in the last epoch and not yet in this one.
+        requests: the number of requests in this epoch.
+        repeats: how many of these were for files that this epoch had used already.
+        known: the number of files that were ever requested.
     """
 
     def __init__(self) -> None:
@@ -37,41 +50,41 @@ class ByEpoch(BasePolicy):
         self.requests = self.repeats = self.known = 0
         self._epoch = 1
         self._declared = False
-        # The last epoch that was no fragment: how many requests it had.
-        self._length = 0
-        # By key: the epoch of its last request; 0 is none.
-        self._last = array("i")
+        # The number of requests in the last epoch that was not cut short.
+        self._epoch_length = 0
+        # By key: the epoch of its last request, or 0.
+        self._last_epoch = array("i")
 
     def __len__(self) -> int:
         return len(self.stale) + len(self.used) + len(self.waiting)
 
     def has_seen(self, key: Key) -> bool:
-        """Whether it was ever requested."""
-        return key < len(self._last) and self._last[key] > 0
+        """Whether `key` was ever requested."""
+        return key < len(self._last_epoch) and self._last_epoch[key] > 0
 
     def on_access(self, keys: Sequence[Key], owner: object = None) -> None:
         """See Policy."""
-        if (missing := max(keys, default=-1) + 1 - len(self._last)) > 0:
-            self._last.extend(array("i", [0]) * (missing + len(self._last) // 8))
+        if (missing := max(keys, default=-1) + 1 - len(self._last_epoch)) > 0:
+            self._last_epoch.extend(array("i", [0]) * (missing + len(self._last_epoch) // 8))
         expected = set(keys)
         if len(expected) == len(keys) and expected <= self.waiting.keys():
-            # The usual case, without a step of Python for each key.
-            self.known += list(map(self._last.__getitem__, keys)).count(0)
+            # The usual case, without a Python step for each key.
+            self.known += list(map(self._last_epoch.__getitem__, keys)).count(0)
             deque(map(self.waiting.__delitem__, keys), maxlen=0)
-            deque(map(self._last.__setitem__, keys, repeat(self._epoch)), maxlen=0)
+            deque(map(self._last_epoch.__setitem__, keys, repeat(self._epoch)), maxlen=0)
             self.used.update(dict.fromkeys(keys))
             self.requests += len(keys)
             return
-        last = self._last
+        last_epoch = self._last_epoch
         for key in keys:
-            if last[key] == self._epoch:
-                if not self._declared and self.requests - self.repeats >= _ALL * self.known:
+            if last_epoch[key] == self._epoch:
+                if not self._declared and self.requests - self.repeats >= _NEARLY_ALL * self.known:
                     self._begin()
                 else:
                     self.repeats += 1
-            elif not last[key]:
+            elif not last_epoch[key]:
                 self.known += 1
-            last[key] = self._epoch
+            last_epoch[key] = self._epoch
             self.requests += 1
             if key in self.waiting:
                 del self.waiting[key]
@@ -103,13 +116,13 @@ class ByEpoch(BasePolicy):
         self._begin()
 
     def _begin(self) -> None:
-        if 2 * self.requests < self._length:
-            # Broken off: what was not reached is not stale for that.
+        if 2 * self.requests < self._epoch_length:
+            # The epoch was cut short: keys that it did not reach are not stale.
             self.waiting.update(self.used)
         else:
             self.stale.update(self.waiting)
             self.waiting = self.used
-            self._length = self.requests
+            self._epoch_length = self.requests
         self.used = OrderedDict()
         self._epoch += 1
         self.requests = self.repeats = 0

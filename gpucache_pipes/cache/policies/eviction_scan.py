@@ -1,83 +1,117 @@
-"""EvictionScans over marks: what a walk has named, and what stays out of sight after it."""
+"""Eviction scans over the marks of access plans."""
 
 from collections.abc import Container
 
 from gpucache_pipes.cache.access_plan import AccessPlan
 from gpucache_pipes.cache.policies.base import Key
 
-Named = dict[Key, tuple[AccessPlan, int]]
-"""Keys that a walk has named, and the marks by which they are found."""
+# Belady's rule with pins
+#
+# The rule is short: evict the cached key whose next use is farthest ahead. Each access plan has
+# marks at the next uses of cached keys, and the last mark gives the victim. What does not work:
+#
+# - Exact marks. Several pipelines may announce the same key, each with its own next use, so each
+#   eviction and each request would have to update several plans. Instead a mark is a hint that
+#   a scan checks when it meets it. A key may have several marks, some out of date, and evicted keys
+#   keep theirs. But one mark must lie at the nearest next use or beyond it, or a scan would
+#   find the key too late. A request moves a next use farther, so the policy marks the next uses
+#   of all requested keys before each scan. A mark that is too far costs one removal.
+#
+# - Proposing the same victims in every scan. The store skips pinned keys. Most of these belong to
+#   pending batches, and in epochs that touch each file once, the next use of a key just requested
+#   is farther than that of any key still to come. There is one scan for each miss, so a batch with
+#   many misses would take the square of its size. So later scans do not see skipped victims.
+#
+# - Hiding them until they are unpinned. Policies are not told of pins. Pending batches change with
+#   requests, so the next request restores hidden victims. If a batch is closed without a request,
+#   a scan may find too few victims; it then restores them, but only once between two requests, or
+#   batches for which nothing can be evicted would skip all of them each time.
+#
+# - Treating all ends of a scan alike. If the caller stops a scan, the victims before the last are
+#   evicted or pinned: hide those that are still cached (a stopped generator may be closed late).
+#   The last one keeps its mark, since a caller may look at a victim and not evict it. If the scan
+#   runs out, the caller evicts nothing. If it fails, for example by an interrupt, nothing is
+#   known. In both cases every mark is put back.
+#
+# - Repairing a wrong announcement. Keys requested out of order are marked anew, but a plan with
+#   too many unannounced requests is dropped as a whole, since epochs serve as well without it. The
+#   next announcements of the pipeline are ignored: each trial disturbs the order of an epoch.
+
+Proposed = dict[Key, tuple[AccessPlan, int]]
+"""Keys that a scan has proposed, each with the plan and the position of its mark."""
 
 
-class EvictionScans:
-    """Marks of keys that walks have passed over, out of sight until there are new requests.
+class SkippedVictims:
+    """Victims that the store has skipped. Scans do not find them until the next request.
 
-    Batches in flight need most of what a walk passes over, and the next walk would name it again,
-    to no avail: a batch of which many files are new would take the square of its size.
+    Args:
+        cached: the keys that are cached, as the policy updates them.
     """
 
     def __init__(self, cached: Container[Key]) -> None:
         self._cached = cached
-        self._passed: Named = {}
-        # Whether it was shown again since the last request because nobody could be taken.
-        self._shown = False
+        self._skipped: Proposed = {}
+        # Whether a scan without success has restored them since the last request.
+        self._restored = False
 
-    def walk(self) -> "EvictionScan":
-        """For the body of a walk, which unmarks what it names and adds it to what this gives."""
+    def scan(self) -> "EvictionScan":
+        """A context for one eviction scan; it gives the dict of proposed keys.
+
+        The scan removes the mark of each key that it proposes, and adds it to the dict.
+        """
         return EvictionScan(self)
 
-    def ended_early(self, named: Named) -> None:
-        """A walk has ended before its end: the last that it has named was taken.
+    def scan_stopped(self, proposed: Proposed) -> None:
+        """The caller has stopped a scan: hide what it proposed, except for the last key.
 
-        Those before are taken as well, or batches in flight need them: they stay out of sight until
-        something is requested, and with it batches change.
+        The others are evicted, or pinned by pending batches. Leaves `proposed` empty.
         """
-        if named:
-            _, (plan, position) = named.popitem()
+        if proposed:
+            _, (plan, position) = proposed.popitem()
             plan.mark(position)
-        # A walk may be closed late: what was taken is not there any more.
-        self._passed.update(item for item in named.items() if item[0] in self._cached)
-        named.clear()
+        # A scan may be closed late, after the victims have been removed.
+        self._skipped.update(item for item in proposed.items() if item[0] in self._cached)
+        proposed.clear()
 
-    def took_nobody(self) -> None:
-        """What was passed over before may be free by now.
+    def scan_exhausted(self) -> None:
+        """A scan has proposed all that it found, and the caller evicts none of it.
 
-        It is shown once between two requests: or batches that cannot take anybody would walk past
-        all of them each time.
+        Skipped victims may be unpinned by now. They are restored once between two requests, or
+        batches for which nothing can be evicted would skip all of them each time.
         """
-        if not self._shown:
-            self.show()
-            self._shown = True
+        if not self._restored:
+            self.restore()
+            self._restored = True
 
-    def show(self) -> None:
-        """What was passed over can be found again."""
-        _mark(self._passed)
-        self._passed.clear()
-        self._shown = False
+    def restore(self) -> None:
+        """Mark all skipped victims again, so that scans find them."""
+        _mark_all(self._skipped)
+        self._skipped.clear()
+        self._restored = False
 
-    def forget(self, key: Key) -> None:
+    def discard(self, key: Key) -> None:
         """The key is not cached any more."""
-        self._passed.pop(key, None)
+        self._skipped.pop(key, None)
 
 
 class EvictionScan:
-    """One walk. No contextmanager: there is one for each file that misses."""
+    """The context of one scan. A class, since a scan per miss is too many for `contextmanager`."""
 
-    def __init__(self, walks: EvictionScans) -> None:
-        self._scans = walks
-        self._named: Named = {}
+    def __init__(self, skipped: SkippedVictims) -> None:
+        self._skipped = skipped
+        self._proposed: Proposed = {}
 
-    def __enter__(self) -> Named:
-        return self._named
+    def __enter__(self) -> Proposed:
+        return self._proposed
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is GeneratorExit:
-            self._scans.ended_early(self._named)
+            self._skipped.scan_stopped(self._proposed)
         elif kind is None:
-            self._scans.took_nobody()
-        _mark(self._named)
+            self._skipped.scan_exhausted()
+        _mark_all(self._proposed)
 
 
-def _mark(named: Named) -> None:
-    for plan, position in named.values():
+def _mark_all(proposed: Proposed) -> None:
+    for plan, position in proposed.values():
         plan.mark(position)

@@ -7,10 +7,10 @@ from gpucache_pipes.cache.policies.base import BasePolicy, Key
 
 
 class FIFO(BasePolicy):
-    """What came first goes first, however often it was used since. O(1) for each insertion."""
+    """Evicts the key that was inserted first, however often it was used. O(1) per insertion."""
 
     def __init__(self) -> None:
-        # Not a dict: finding its first key takes a step for each that was deleted before it.
+        # Not a dict: finding the first key of a dict takes a step for each deleted key before it.
         self._order: OrderedDict[Key, None] = OrderedDict()
 
     def on_insert(self, key: Key) -> None:

@@ -6,10 +6,10 @@ from gpucache_pipes.cache.policies.base import BasePolicy, Key
 
 
 class Keep(BasePolicy):
-    """What came first stays until it is released.
+    """Never evicts: a key stays cached until it is released.
 
     Over epochs that touch each file once this serves capacity/files of all requests, and no
-    policy can serve more. It never adapts: when the working set moves, it serves nothing.
+    policy can serve more. It never adapts: once the working set has moved, it has no hits.
     """
 
     def on_insert(self, key: Key) -> None:

@@ -7,7 +7,7 @@ from gpucache_pipes.cache.policies.base import BasePolicy, Key
 
 
 class _Frequency:
-    """Keys that were used equally often, and the neighbours of that number."""
+    """Keys that were used equally often: a node of a linked list in order of the number of uses."""
 
     __slots__ = ("above", "below", "keys", "uses")
 
@@ -17,7 +17,7 @@ class _Frequency:
         self.below = self.above = self
 
     def next(self) -> "_Frequency":
-        """That of one use more, made if nothing has it."""
+        """The node for one more use; it is created if the list has none."""
         if self.above.uses == self.uses + 1:
             return self.above
         new = _Frequency(self.uses + 1)
@@ -30,17 +30,18 @@ class _Frequency:
 
 
 class LFU(BasePolicy):
-    """What was used least often since it came goes first; among equals, what has been so longest.
+    """Evicts the key with the fewest uses since its insertion; of these, the one that has had this
+    number of uses longest.
 
     O(1) for each request, by a list of frequencies that each have a list of keys (Shah, Mitra and
     Matani, "An O(1) algorithm for implementing the LFU cache eviction scheme", 2010). Where
-    requests are independent of each other, counting is the best that can be done without a
-    plan (Coffman and Denning, "Operating Systems Theory", 1973); but what was used often
-    once stays for ever, and new keys push out each other.
+    requests are independent of each other, counting is the best that can be done without knowing
+    the future (Coffman and Denning, "Operating Systems Theory", 1973). But a key that was once used
+    often stays forever, and new keys evict each other.
     """
 
     def __init__(self) -> None:
-        self._root = _Frequency(0)  # of a ring; it has no keys
+        self._root = _Frequency(0)  # closes the list to a ring; it has no keys
         self._frequency: dict[Key, _Frequency] = {}
 
     def on_access(self, keys: Sequence[Key], owner: object) -> None:

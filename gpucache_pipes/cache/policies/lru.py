@@ -7,12 +7,19 @@ from gpucache_pipes.cache.policies.base import BasePolicy, Key
 
 
 class LRU(BasePolicy):
-    """What was used longest ago goes first. O(1) for each request.
+    """Evicts the key that was used longest ago. O(1) for each request.
 
-    At most k times the misses of an optimal policy with the same k places (Sleator and Tarjan,
-    "Amortized efficiency of list update and paging rules", CACM 1985). Over shuffled epochs it
-    is far from optimal, since what was used longest ago is what comes next: 15% of hits where
-    50% is possible with half of the data cached, and none at all in sequential order.
+    It has at most k times the misses of an optimal policy, where both have room for k keys (Sleator
+    and Tarjan, "Amortized efficiency of list update and paging rules", CACM 1985). Over shuffled
+    epochs it is far from optimal, since the keys used longest ago are needed next: 15% of hits
+    where 50% is possible with half of the data cached, and none at all in sequential order.
+
+        >>> policy = LRU()
+        >>> policy.on_insert(1)
+        >>> policy.on_insert(2)
+        >>> policy.on_access([1], owner=None)
+        >>> next(policy.victims(3))
+        2
     """
 
     def __init__(self) -> None:

@@ -2,76 +2,88 @@
 
 
 class Schedule:
-    """The rhythm of one pipeline among all that share a store, in requests of all of them.
+    """The schedule of one pipeline among all that share a store.
 
-    Nobody announces how pipelines take turns, but they do so regularly, whether batch by batch or
-    epoch by epoch. One that is silent for longer than it ever was is taken to stay silent for as
-    long again; so what it left behind goes in time.
+    All times and durations are counted in requests of all pipelines.
+
+    Pipelines do not announce how they take turns, but they do so regularly, batch by batch or epoch
+    by epoch. A pipeline that is silent for longer than ever before is expected to stay silent for
+    as long again, so that its keys are evicted in time.
+
+    Args:
+        now: the time at which the pipeline appears.
+
+    Attributes:
+        requests: the number of its own requests in this epoch.
+        epoch_length: the number of its own requests in the last epoch that was not cut short.
+        pause: the time from the end of an epoch to the first request of the next one, or None
+            before this has been seen.
     """
 
     def __init__(self, now: int) -> None:
         self.requests = 0
-        # In the last epoch that was not cut short.
-        self.length = 0
-        # All requests for each of its own, while it is at work.
-        self._stretch = 1.0
-        # From the end of an epoch to the first request of the next; the longest silence within.
+        self.epoch_length = 0
         self.pause: int | None = None
-        self._longest = 0
-        self._begun = self._last = now
-        self._ended: int | None = None
+        # Requests of all pipelines for each of its own, within an epoch.
+        self._requests_per_own = 1.0
+        self._longest_silence = 0  # within an epoch
+        self._epoch_start = self._last_request = now
+        self._epoch_end: int | None = None
 
     def begin_epoch(self, now: int) -> None:
-        """It begins a new pass over its data, when `now` requests have been made by all."""
-        if 2 * self.requests >= self.length:
-            self.length = self.requests
+        """The pipeline begins a new pass over its data at time `now`."""
+        if 2 * self.requests >= self.epoch_length:
+            self.epoch_length = self.requests
         if self.requests:
-            self._ended = self._last
+            self._epoch_end = self._last_request
         self.requests = 0
-        self._last = now
+        self._last_request = now
 
     def request(self, now: int, count: int) -> None:
-        """It makes so many requests."""
+        """The pipeline makes `count` requests, the first one at time `now`."""
         if not count:
             return
         if self.requests:
-            self._longest = max(self._longest, now - self._last)
+            self._longest_silence = max(self._longest_silence, now - self._last_request)
         else:
-            self._begun = now
-            if self._ended is not None:
-                self.pause = now - self._ended
+            self._epoch_start = now
+            if self._epoch_end is not None:
+                self.pause = now - self._epoch_end
         self.requests += count
-        self._last = now + count
-        if 8 * self.requests >= self.length:
-            self._stretch = (self._last - self._begun) / self.requests
+        self._last_request = now + count
+        if 8 * self.requests >= self.epoch_length:
+            self._requests_per_own = (self._last_request - self._epoch_start) / self.requests
 
-    def lasts(self, requests: float) -> float:
-        """How long it takes to so many requests of its own, pauses left out."""
-        return requests * self._stretch
-
-    @property
-    def begun(self) -> bool:
-        """Whether it has ever requested anything."""
-        return bool(self.requests or self.length)
+    def duration(self, requests: float) -> float:
+        """The time that the pipeline takes for this many requests of its own, without pauses."""
+        return requests * self._requests_per_own
 
     @property
-    def epoch(self) -> float:
-        """How long an epoch takes, pauses left out."""
-        return self.lasts(max(self.length, self.requests))
+    def has_requested(self) -> bool:
+        """Whether the pipeline has ever made a request."""
+        return bool(self.requests or self.epoch_length)
+
+    @property
+    def epoch_duration(self) -> float:
+        """The time that an epoch takes, without pauses."""
+        return self.duration(max(self.epoch_length, self.requests))
 
     def silence(self, now: int) -> int:
-        """What others have requested since its last request."""
-        return now - self._last
+        """The time since its last request."""
+        return now - self._last_request
 
-    def resumes(self, now: int, pause: float, rest: float, others: float) -> float:
-        """When it makes its next request, which is at once unless it is another's turn.
+    def time_until_next(self, now: int, pause: float, remaining: float, others: float) -> float:
+        """The estimated time until its next request: 0 unless it is another pipeline's turn.
 
-        It has `rest` requests left in its epoch, and makes a `pause` between epochs; others need
-        `others` for theirs.
+        Args:
+            now: the current time.
+            pause: the duration of its pause between two epochs.
+            remaining: the number of requests left in its epoch.
+            others: the time that the other pipelines need for the rest of their epochs.
         """
         silence = self.silence(now)
-        if rest > 0:
-            return silence if silence > 2 * self._longest else 0
+        if remaining > 0:
+            return silence if silence > 2 * self._longest_silence else 0
         if self.pause is None:
             return max(silence, others)
         return silence if silence > 2 * pause else max(pause - silence, 0)

@@ -1,4 +1,4 @@
-"""Which policy suits a pipeline: several are tried in shadow, the best one decides."""
+"""Set dueling: several policies run in shadow caches, and the best one orders the keys."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,36 +8,46 @@ from gpucache_pipes.cache.policies.lru import LRU
 from gpucache_pipes.cache.policies.shadow import ShadowCache
 from gpucache_pipes.cache.policies.wtinylfu import WTinyLFU
 
-_SAMPLED = 512
-_FEW_REPEATS = 0.02
-_MARGIN = 1.02
+_SAMPLED_KEYS = 512
+"""A shadow cache has room for about this many keys."""
+
+_MAX_REPEAT_RATE = 0.02
+"""An epoch with at most this share of repeats counts as touching each file once."""
+
+_MIN_GAIN = 1.02
+"""A policy takes over when its hits exceed those of the leader by this factor, and by 8 more."""
 
 
 class SetDueling(BasePolicy):
-    """By epochs, as long as these touch each file once; where files repeat within an epoch,
-    whichever of ByEpoch, LRU and W-TinyLFU would have served most of late.
+    """ByEpoch, as long as epochs touch each file once. Where files repeat within an epoch, set
+    dueling: the one of ByEpoch, LRU and W-TinyLFU that would have had the most hits recently.
 
-    Each of the three is tried on a sample of the keys, with a cache that is smaller in the same
+    Each of the three runs on a sample of the keys, in a shadow cache that is smaller in the same
     proportion (Waldspurger, Saemundsson, Ahmad and Park, "Cache modeling and optimization using
-    miniature simulations", USENIX ATC 2017). It is the change of the decider that costs, so it
-    must be better by a fiftieth. Without repeats ByEpoch cannot be beaten, and nothing is tried.
+    miniature simulations", USENIX ATC 2017). A change of the leader costs hits, so the new one
+    must be better by a fiftieth. Without repeats no policy beats ByEpoch, and no shadow cache runs.
+
+    Attributes:
+        by_epoch: the policy for epochs without repeats. It is kept up to date in a duel.
+        leader: the policy that orders the keys: `by_epoch` or a rival of it.
     """
 
     def __init__(self) -> None:
         self.by_epoch = ByEpoch()
         self.leader: Policy = self.by_epoch
-        # This one alone, or with the others while there is a contest; then all of them in shadow,
-        # too, and the hits of these.
+        # `by_epoch` alone; or during a duel all three policies, and for each of them a shadow
+        # cache and its hits.
         self._policies: list[Policy] = [self.by_epoch]
         self._shadows: list[ShadowCache] = []
         self._hits = [0.0, 0.0, 0.0]
-        self._tried = 0.0
-        self._sample = 0
+        self._sampled_requests = 0.0
+        # A key is in the sample if its hash, of 32 bits, is less.
+        self._sample_threshold = 0
 
     @property
     def hit_rate(self) -> float:
-        """That of the best one of late, estimated; 0 without a contest."""
-        return max(self._hits) / self._tried if self._tried else 0.0
+        """The estimated recent hit rate of the best policy; 0 without a duel."""
+        return max(self._hits) / self._sampled_requests if self._sampled_requests else 0.0
 
     def on_access(self, keys: Sequence[Key], owner: object = None) -> None:
         """See Policy."""
@@ -45,21 +55,21 @@ class SetDueling(BasePolicy):
             policy.on_access(keys, owner)
         if self._shadows:
             for key in keys:
-                if key * 2654435761 % (1 << 32) < self._sample:
-                    self._try(key)
+                if key * 2654435761 % (1 << 32) < self._sample_threshold:
+                    self._request_in_shadows(key)
 
-    def _try(self, key: Key) -> None:
+    def _request_in_shadows(self, key: Key) -> None:
         for number, shadow in enumerate(self._shadows):
             self._hits[number] += shadow.request(key, None)
             shadow.report(None)
-        self._tried += 1
-        # What counts is an epoch or so.
-        if self._tried * (1 << 32) > 2 * self._sample * self.by_epoch.known:
+        self._sampled_requests += 1
+        # The counts cover the last one or two epochs; older hits count less.
+        if self._sampled_requests * (1 << 32) > 2 * self._sample_threshold * self.by_epoch.known:
             self._hits = [hits / 2 for hits in self._hits]
-            self._tried /= 2
+            self._sampled_requests /= 2
         best = max(range(len(self._policies)), key=self._hits.__getitem__)
-        now = self._policies.index(self.leader)
-        if self._hits[best] > _MARGIN * self._hits[now] + 8:
+        leading = self._policies.index(self.leader)
+        if self._hits[best] > _MIN_GAIN * self._hits[leading] + 8:
             self.leader = self._policies[best]
 
     def on_insert(self, key: Key) -> None:
@@ -74,13 +84,16 @@ class SetDueling(BasePolicy):
 
     def victims(self, key: Key) -> Iterator[Key]:
         """See Policy."""
-        self.consider()
+        self.update_shadows()
         return self.leader.victims(key)
 
-    def consider(self) -> None:
-        """Begin a contest if files repeat; something is about to go."""
+    def update_shadows(self) -> None:
+        """Start the duel if files repeat, and fit the shadow caches to the number of cached keys.
+
+        Called before an eviction, when the cache is full.
+        """
         if not self._shadows:
-            if self.by_epoch.repeats <= max(8, _FEW_REPEATS * self.by_epoch.requests):
+            if self.by_epoch.repeats <= max(8, _MAX_REPEAT_RATE * self.by_epoch.requests):
                 return
             rivals: list[Policy] = [LRU(), WTinyLFU()]
             for group in (self.by_epoch.stale, self.by_epoch.waiting, self.by_epoch.used):
@@ -88,17 +101,19 @@ class SetDueling(BasePolicy):
                     for rival in rivals:
                         rival.on_insert(key)
             self._policies = [self.by_epoch, *rivals]
-            self._sample = min(1 << 32, (_SAMPLED << 32) // (len(self.by_epoch) or 1))
+            self._sample_threshold = min(
+                1 << 32, (_SAMPLED_KEYS << 32) // (len(self.by_epoch) or 1)
+            )
             self._shadows = [ShadowCache(policy, 1) for policy in (ByEpoch(), LRU(), WTinyLFU())]
         for shadow in self._shadows:
-            shadow.capacity = max(1, len(self.by_epoch) * self._sample >> 32)
+            shadow.capacity = max(1, len(self.by_epoch) * self._sample_threshold >> 32)
 
     def begin_epoch(self, owner: object = None) -> None:
         """See Policy."""
         requests = self.by_epoch.requests
-        if requests and self.by_epoch.repeats <= _FEW_REPEATS * requests:
+        if requests and self.by_epoch.repeats <= _MAX_REPEAT_RATE * requests:
             self._policies, self._shadows = [self.by_epoch], []
-            self._hits, self._tried = [0.0, 0.0, 0.0], 0.0
+            self._hits, self._sampled_requests = [0.0, 0.0, 0.0], 0.0
             self.leader = self.by_epoch
         self.by_epoch.begin_epoch()
         for shadow in self._shadows:

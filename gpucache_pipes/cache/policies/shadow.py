@@ -1,4 +1,4 @@
-"""A cache without contents: what a policy would do with it."""
+"""A shadow cache: a cache of keys without bytes."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,20 @@ from gpucache_pipes.cache.policies.base import Key, Policy
 
 
 class ShadowCache:
-    """Serves requests from a cache of so many bytes that holds nothing but names.
+    """A cache of keys without bytes, which tells how many hits a policy would have.
 
-    As the store does it: requests are reported in bundles, what comes in may push out others or
-    not be kept at all, and nothing goes in vain.
+    It calls the policy as the store does: requests are reported in bundles, a new key may evict
+    others or be bypassed, and nothing is evicted if that does not make enough room.
 
     Args:
-        sizes: by key; None: each key has size 1, and `capacity` counts keys.
+        policy: a new policy.
+        capacity: in bytes, or in keys if there are no sizes.
+        sizes: bytes by key; None means that each key has size 1.
+
+    Attributes:
+        cached: the size of each cached key.
+        used: the sum of these sizes.
+        evictions: the number of evicted keys.
     """
 
     def __init__(self, policy: Policy, capacity: int, sizes: Sequence[int] | None = None) -> None:
@@ -25,7 +32,7 @@ class ShadowCache:
         self._unreported: list[Key] = []
 
     def request(self, key: Key, owner: object) -> bool:
-        """Whether it was there. Call `report` before another owner's turn."""
+        """Serve one request and return whether it hits. Call `report` before the owner changes."""
         self._unreported.append(key)
         if key in self.cached:
             return True
@@ -38,7 +45,7 @@ class ShadowCache:
         return False
 
     def report(self, owner: object) -> None:
-        """Tell the policy what was requested, by `owner`."""
+        """Report the requests since the last report to the policy, as made by `owner`."""
         if self._unreported:
             self.policy.on_access(self._unreported, owner)
             self._unreported = []
@@ -49,15 +56,15 @@ class ShadowCache:
             return True
         if size > self.capacity:
             return False
-        going = []
+        victims = []
         for victim in self.policy.victims(key):
-            going.append(victim)
+            victims.append(victim)
             room += self.cached[victim]
             if room >= size:
                 break
         else:
             return False
-        for victim in going:
+        for victim in victims:
             self.used -= self.cached.pop(victim)
             self.evictions += 1
             self.policy.on_remove(victim)

@@ -1,4 +1,4 @@
-"""Replaying requests without files, device or torch."""
+"""Simulate a policy on a trace, without files, a device or torch."""
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,14 @@ from gpucache_pipes.units import parse_bytes
 
 @dataclass
 class Served:
-    """What became of requests; sizes in bytes, or in files where no sizes were given."""
+    """Hits of a sequence of requests.
+
+    Attributes:
+        requests: the number of requests.
+        hits: how many of these were served from the cache.
+        requested: bytes requested; files, where the simulation has no sizes.
+        read: bytes read because of misses; files, where the simulation has no sizes.
+    """
 
     requests: int = 0
     hits: int = 0
@@ -21,18 +28,18 @@ class Served:
 
     @property
     def hit_rate(self) -> float:
-        """Hits for each request; 0 without requests."""
+        """Hits divided by requests; 0 without requests."""
         return self.hits / self.requests if self.requests else 0.0
 
 
 @dataclass
 class Simulation(Served):
-    """What a policy makes of a trace.
+    """The result of a simulation: sums over all requests, and each epoch.
 
     Attributes:
-        epochs: the same for each epoch, in the order of their beginnings; what is requested
-            outside of epochs is in the sums only.
-        evictions: how often something went.
+        epochs: each epoch, in the order in which they begin. Requests outside of epochs count only
+            in the sums.
+        evictions: the number of evicted files.
     """
 
     epochs: list[Served] = field(default_factory=list)
@@ -46,19 +53,25 @@ def simulate(
     *,
     sizes: Mapping[Hashable, int] | None = None,
 ) -> Simulation:
-    """Serve `trace` from a cache of `capacity` bytes that `policy` orders.
+    """Serve `trace` from a simulated cache.
 
-        simulate(Trace.epochs([["a", "b", "c"], ["c", "a", "b"]]), 2).hits
+        >>> simulate(["a", "b", "a", "c"], 2, "lru").hits
+        1
+        >>> result = simulate(Trace.epochs([["a", "b", "c"], ["c", "a", "b"]]), 2)
+        >>> [epoch.hits for epoch in result.epochs]
+        [0, 2]
+        >>> simulate("aba", "1KiB", "keep", sizes={"a": 1000, "b": 500}).read  # bytes of a and b
+        1500
 
     Args:
-        trace: a Trace, or any requests in order.
-        capacity: in bytes, as a number or a string; in files where there are no `sizes`.
-        policy: as for a GPUFeatureStore.
-        sizes: bytes of each file.
+        trace: a Trace, or the requested files in order, by any hashable names.
+        capacity: in bytes, as a number or a string such as "8GiB"; in files, without `sizes`.
+        policy: a name or a policy object, as for a GPUFeatureStore.
+        sizes: bytes by file. None means that every file has size 1.
 
     Raises:
-        ValueError: capacity is not positive; the policy is not known.
-        KeyError: a file without a size.
+        ValueError: `capacity` is not positive, or `policy` is not a known policy.
+        KeyError: `sizes` lacks a file.
     """
     capacity = parse_bytes("capacity", capacity)
     if not isinstance(trace, Trace):

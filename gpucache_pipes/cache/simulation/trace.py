@@ -1,4 +1,4 @@
-"""Sequences of requests, and what is known of them in advance."""
+"""Request traces, with the access plans that pipelines announce on the way."""
 
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Turn:
-    """Requests that one pipeline makes in a row.
+    """Consecutive requests of one pipeline.
 
     Attributes:
-        owner: the pipeline; None for direct use of a store.
-        begins: whether these are the first of an epoch.
-        upcoming: what the pipeline announces at this moment, if it knows: the rest of this epoch
-            and all of the next one; `left` of these are in this epoch.
+        owner: the owner that names the pipeline, or None for direct use of a store.
+        keys: the requested keys.
+        begins: whether the turn begins an epoch.
+        upcoming: the requests that the pipeline announces before the turn, or None: the rest of
+            this epoch and all of the next one.
+        left: how many of the announced requests belong to this epoch.
     """
 
     owner: object
@@ -24,15 +26,27 @@ class Turn:
 
 
 class Trace:
-    """Turns, over files that are numbered from 0 on.
+    """A sequence of requests, as turns of pipelines, over files that are numbered from 0 on.
 
-        Trace(["a", "b", "a"])                                  # requests, and nothing else
-        Trace.epochs([["a", "b"], ["b", "a"]], known=True)      # of one pipeline
-        Trace.pipelines([train, validation], turns)             # of several
+    The constructor takes plain requests, without epochs. `Trace.epochs` is for one pipeline, and
+    `Trace.pipelines` for several.
+
+        >>> trace = Trace(["a", "b", "a"])
+        >>> len(trace), trace.names, trace.turns[0].keys.tolist()
+        (3, ['a', 'b'], [0, 1, 0])
+        >>> trace = Trace.epochs([["a", "b"], ["b", "a"]])
+        >>> trace.turns[0].upcoming.tolist(), trace.turns[0].left
+        ([0, 1, 1, 0], 2)
+        >>> trace = Trace.pipelines([["ab", "ba"], ["c"]], [(0, 1), (1, None), (0, None)])
+        >>> [(turn.owner, turn.keys.tolist()) for turn in trace.turns]
+        [(0, [0]), (1, [2]), (0, [1])]
+
+    Args:
+        requests: the requested files in order, by any hashable names.
 
     Attributes:
-        turns: the requests.
-        names: what the numbers stand for.
+        turns: the turns, in order.
+        names: the name of each file, by key.
     """
 
     def __init__(self, requests: Iterable[Hashable] = ()) -> None:
@@ -43,7 +57,12 @@ class Trace:
 
     @classmethod
     def epochs(cls, epochs: Sequence[Iterable[Hashable]], *, known: bool = True) -> "Trace":
-        """One pipeline: the requests of each epoch. `known`: it announces its order."""
+        """The trace of one pipeline.
+
+        Args:
+            epochs: the requests of each epoch.
+            known: whether the pipeline announces its access plan at the beginning of each epoch.
+        """
         return cls.pipelines([epochs], ((0, None) for _ in epochs), known=known)
 
     @classmethod
@@ -54,10 +73,14 @@ class Trace:
         *,
         known: bool = True,
     ) -> "Trace":
-        """Several pipelines, each a sequence of epochs, which take turns.
+        """The trace of several pipelines that take turns. Each is named by its index.
 
-        A turn is (which, how many requests); None is the rest of its epoch. A turn ends with the
-        epoch, and those of a pipeline that has no more epochs are left out.
+        Args:
+            pipelines: for each pipeline, the requests of each epoch.
+            turns: (index of the pipeline, number of requests) of each turn; None means the rest of
+                the epoch. A turn ends with the epoch at the latest. Turns of a pipeline that has no
+                epochs left are ignored.
+            known: whether each pipeline announces its access plan at the beginning of each epoch.
         """
         trace = cls()
         numbered = [[trace._numbered(epoch) for epoch in epochs] for epochs in pipelines]
@@ -81,5 +104,5 @@ class Trace:
         return found
 
     def __len__(self) -> int:
-        """Requests."""
+        """The number of requests."""
         return sum(len(turn.keys) for turn in self.turns)
