@@ -330,7 +330,7 @@ def test_a_handler_between_the_steps_of_deferring(
     monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """One that is not deferred, and uses a store: in the end all handlers are where they were."""
-    from gpucache_pipes.store import signals as module
+    from gpucache_pipes.store import lock as module
 
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM]
     handlers = [lambda *_, n=n: handled.append(n) for n in numbers]

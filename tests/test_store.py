@@ -55,6 +55,7 @@ def test_collate_fn_gets_the_list(make_files: Files) -> None:
             0, 1, 2,
         ]  # fmt: skip
         assert len(store.get_batch([])) == 0
+        assert len(store.collect([])) == 0
 
 
 def test_a_store_on_the_default_device(make_files: Files) -> None:
@@ -706,17 +707,21 @@ def test_a_ticket_is_cancelled_while_it_is_collected(
     paths = make_files(2)
     with GPUFeatureStore("cpu") as store:
         ticket = store.request(paths)
-        failures = PendingBatch.failures
+        use_up = PendingBatch.use_up
 
         def abandoned_meanwhile(self: PendingBatch) -> Any:
-            """Looked at behind the wait; a finalizer may take the batch just then."""
-            self.abandon()
-            return failures(self)
+            """A finalizer may take the batch just before."""
+            if (number := use_up(self)) is not None:
+                self.issuer.abandon(number)
+            return use_up(self)
 
-        monkeypatch.setattr(PendingBatch, "failures", abandoned_meanwhile)
+        monkeypatch.setattr(PendingBatch, "use_up", abandoned_meanwhile)
         with pytest.raises(RuntimeError, match="used or cancelled"):
             ticket.result()
         monkeypatch.undo()
+        twice = store.request(paths)
+        with pytest.raises(RuntimeError, match="used or cancelled"):
+            store.collect([twice, twice])
         # Nothing is in use or pinned any more, or clear() would wait for it.
         store.clear()
         assert store.stats().reserved_bytes == store.stats().pending_batches == 0

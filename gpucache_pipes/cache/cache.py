@@ -125,17 +125,18 @@ class Cache:
                 f"{entry.path!r} holds {nbytes} bytes, which is more than "
                 f"max_cache_bytes={ledger.max_bytes}; raise the limit or split the feature"
             )
-        pages, charge = ledger.pages_for(span), ledger.charge(span)
+        pages, charge = ledger.demand(span)
         cached = entry.may_cache and self._make_room(entry, pages, charge)
         if not cached and (entry.number not in self.pins.numbers() or not entry.may_evict):
             return False
-        if ledger.free_pages < pages and not self._find_pages(entry, pages, cached):
-            raise MemoryError(
-                f"no device memory for {entry.path!r}: {pages} pages of {ledger.page_bytes} bytes "
-                f"needed, {ledger.free_pages} of {ledger.pages} free, the device has no more and "
-                "in-flight batches need the rest; lower depth, batch size or max_cache_bytes"
-            )
-        ledger.take(entry, pages, charge, nbytes, cached=cached)
+        while not ledger.take(entry, pages, charge, nbytes, cached=cached):
+            if not self._find_pages(entry, pages, cached):
+                raise MemoryError(
+                    f"no device memory for {entry.path!r}: {pages} pages of {ledger.page_bytes} "
+                    f"bytes needed, {ledger.free_pages} of {ledger.pages} free, the device has no "
+                    "more and in-flight batches need the rest; lower depth, batch size or "
+                    "max_cache_bytes"
+                )
         return True
 
     def _make_room(self, wanted: Entry, pages: int, charge: int) -> bool:

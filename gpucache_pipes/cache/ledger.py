@@ -52,13 +52,12 @@ class Ledger:
         """Whether there is any limit, so that something may have to be evicted."""
         return not (self.max_bytes is self.max_items is self.ceiling is None)
 
-    def pages_for(self, span: int) -> int:
-        """Pages that hold `span` bytes."""
-        return -(-span // self.page_bytes) if span else 0
-
-    def charge(self, span: int) -> int:
-        """Bytes that caching a feature of `span` bytes counts against max_bytes."""
-        return span + self.pages_for(span) * self.page_bytes - -(-span // 16) * 16
+    def demand(self, span: int) -> tuple[int, int]:
+        """Pages that a feature of `span` bytes takes, and what it counts against max_bytes."""
+        if not span:
+            return 0, 0
+        pages = -(-span // self.page_bytes)
+        return pages, span + pages * self.page_bytes - -(-span // 16) * 16
 
     def fits(self, pages: int, charge: int, items: int = 1) -> bool:
         """Whether the budget has room for this much in addition to all that is cached."""
@@ -83,11 +82,12 @@ class Ledger:
         """The arena has grown by `count` pages, which are free."""
         self.pages += count
 
-    def take(self, entry: Entry, pages: int, charge: int, nbytes: int, *, cached: bool) -> None:
-        """Assign free pages to `entry`. There must be as many."""
-        assert not (entry.pages or entry.cached)
-        assert self.free_pages >= pages
+    def take(self, entry: Entry, pages: int, charge: int, nbytes: int, *, cached: bool) -> bool:
+        """Assign free pages to `entry`; returns False, and assigns none, if there are too few."""
         freed = self._freed
+        if len(freed) + self.pages - self._fresh < pages:
+            return False
+        assert not (entry.pages or entry.cached)
         reused = min(pages, len(freed))
         fresh = range(self._fresh, self._fresh + pages - reused)
         entry.pages = (*reversed(freed[len(freed) - reused :]), *fresh) if reused else fresh
@@ -97,6 +97,7 @@ class Ledger:
         entry.charge = charge
         entry.cached = cached
         self._count(entry, +1)
+        return True
 
     def free(self, entry: Entry) -> None:
         """Free the pages of `entry`."""

@@ -20,15 +20,16 @@ class Pins:
 
     Attributes:
         batches: by the number of each open batch, the numbers of its entries.
+        gone: references to holders that have been collected: see `lost`.
     """
 
     def __init__(self) -> None:
         self.batches: dict[int, Sequence[int]] = {}
-        # Weak references to the objects that stand for batches, and those whose object is gone.
-        # The callback is a method of deque, so no Python code runs in it. A `__del__` would not do:
-        # Python swallows what a signal handler raises inside one.
+        # Weak references to the objects that stand for batches. Their callback is a method of deque,
+        # so no Python code runs in it. A `__del__` would not do: Python swallows what a signal
+        # handler raises inside one.
         self._holders: dict[int, _Holder] = {}
-        self._gone: deque[_Holder] = deque()
+        self.gone: deque[_Holder] = deque()
         self._next = 0
         # The union of all batches, computed on demand.
         self._numbers: set[int] | None = None
@@ -43,7 +44,7 @@ class Pins:
 
     def hold(self, batch: int, holder: object) -> None:
         """Close the batch once `holder` has been collected: see `lost`."""
-        reference = _Holder(holder, self._gone.append)
+        reference = _Holder(holder, self.gone.append)
         reference.number = batch
         self._holders[batch] = reference
 
@@ -57,10 +58,10 @@ class Pins:
         return closed
 
     def lost(self) -> list[int]:
-        """Batches whose holders have been collected, each once. Takes 50 ns if there are none."""
+        """Batches whose holders have been collected, each once."""
         lost = []
-        while self._gone:
-            lost.append(self._gone.popleft().number)
+        while self.gone:
+            lost.append(self.gone.popleft().number)
         return lost
 
     def numbers(self) -> set[int]:

@@ -1,12 +1,14 @@
 """What becomes of LOADING entries: the steps of the loader."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from threading import get_ident
-from typing import Any, Protocol
+from typing import Protocol
 
 from gpucache_pipes.cache import Cache, Entry
 from gpucache_pipes.device import Backend
 from gpucache_pipes.store.lock import StoreLock
+from gpucache_pipes.store.pending_batch import PendingBatch
 from gpucache_pipes.store.read_task import OpenEntry, ReadTask
 from gpucache_pipes.store.stats import Counters
 
@@ -83,7 +85,7 @@ class LoadTracker:
                         placed.append(opened)
                     else:
                         task.left.pop(entry, None)
-                        self._tell(entry, self._cache.fail_loading(entry))
+                        self._tell(Counter(self._cache.fail_loading(entry)))
                 except Exception as error:
                     failed[entry] = error
         return placed, failed
@@ -112,6 +114,7 @@ class LoadTracker:
         Takes them out of `left`, the entries of a task.
         """
         errors = dict(failed)
+        arrived: Counter[PendingBatch] = Counter()
         with self._lock:
             for entry, feature, version in ready:
                 try:
@@ -124,12 +127,13 @@ class LoadTracker:
                 left.pop(entry, None)
                 self._counters.files_read += 1
                 self._counters.bytes_read += feature.bytes_read
-                self._tell(entry, waiters)
+                for batch in waiters:
+                    arrived[batch] += 1
             for entry, cause in errors.items():
                 self._counters.failures += 1
                 left.pop(entry, None)
-                self._tell(entry, self._cache.fail_loading(entry), cause)
-            self._wake_if_idle()
+                self._fail(entry, self._cache.fail_loading(entry), cause, arrived)
+            self._tell(arrived)
 
     def fail(self, entries: Iterable[Entry], error: BaseException) -> None:
         """End LOADING of entries that no reader reads."""
@@ -151,7 +155,9 @@ class LoadTracker:
             task.left.clear()
             self._counters.failures += 1
             cause = TimeoutError(f"not read within read_timeout={seconds:g} seconds")
-            self._tell(hanging, self._cache.abandon_loading(hanging), cause)
+            arrived: Counter[PendingBatch] = Counter()
+            self._fail(hanging, self._cache.abandon_loading(hanging), cause, arrived)
+            self._tell(arrived)
             for entry in rest:
                 self._cache.restart_loading(entry)
         return hanging, rest
@@ -161,18 +167,25 @@ class LoadTracker:
         with self._lock:
             if task.abandoned is not None:
                 self._cache.fail_loading(task.abandoned)
-            self._wake_if_idle()
+            self._tell(Counter())
 
-    def _tell(
-        self, entry: Entry, waiters: Iterable[Any], error: BaseException | None = None
+    def _fail(
+        self,
+        entry: Entry,
+        waiters: Sequence[PendingBatch],
+        cause: BaseException,
+        arrived: Counter[PendingBatch],
     ) -> None:
-        """The batches that wait for `entry`: it is not LOADING any more."""
         for batch in waiters:
-            # Only for the last entry: a consumer that is woken in vain takes the interpreter from
-            # reader threads.
-            if batch.arrived(entry, error):
-                self._lock.changed.notify_all()
+            batch.fail(entry, cause)
+            arrived[batch] += 1
 
-    def _wake_if_idle(self) -> None:
-        if not self._cache.loading:
+    def _tell(self, arrived: Counter[PendingBatch]) -> None:
+        """Tell batches how many of their entries have arrived; wake consumers that wait.
+
+        Only where a batch is complete or nothing is LOADING: a consumer that is woken in vain takes
+        the interpreter from reader threads.
+        """
+        complete = [batch for batch, count in arrived.items() if batch.arrived(count)]
+        if complete or not self._cache.loading:
             self._lock.changed.notify_all()

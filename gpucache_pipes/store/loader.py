@@ -10,11 +10,11 @@ from gpucache_pipes.cache import Entry
 from gpucache_pipes.device import Backend
 from gpucache_pipes.files import Source
 from gpucache_pipes.store.load_tracker import LoadTracker
+from gpucache_pipes.store.lock import require_stack
 from gpucache_pipes.store.page_size import choose_page_bytes
 from gpucache_pipes.store.process_hooks import join_at_exit
 from gpucache_pipes.store.read_task import OpenEntry, ReadTask, Revoked
 from gpucache_pipes.store.reader_pool import ReaderPool
-from gpucache_pipes.store.signals import require_stack
 from gpucache_pipes.store.tracing import trace
 
 _log = logging.getLogger("gpucache_pipes")
@@ -69,6 +69,8 @@ class Loader:
         # Tasks under way. Adding and discarding an item of a set is atomic; the watcher iterates
         # over a copy.
         self._running: set[ReadTask] = set()
+        # The store was closed: end early.
+        self._stopping = False
         if pool is not None and read_timeout is not None:
             pool.watch(read_timeout / 4, weakref.WeakMethod(self.replace_overdue_readers))
 
@@ -106,6 +108,7 @@ class Loader:
 
     def stop(self) -> None:
         """End the reader threads after the file at hand; drop what has not begun. No lock."""
+        self._stopping = True
         if self._pool is not None:
             self._pool.stop()
 
@@ -135,7 +138,8 @@ class Loader:
         self._running.add(task)
         try:
             for entry in entries:
-                self._loads.require_running()
+                if self._stopping:
+                    raise RuntimeError("the store was closed")
                 opened = self._open(entry, task)
                 if isinstance(opened, BaseException):
                     self._loads.complete(task.left, failed={entry: opened})

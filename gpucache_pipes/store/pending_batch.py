@@ -38,9 +38,11 @@ class PendingBatch:
         rows: theirs in the cache, if all were READY in one page at the request.
         pending: how many entries are still LOADING.
         errors: for the number of each entry that failed, its path and the exception.
+        issuer: what made it.
+        claim: holds the number of the batch until one caller takes it: see `use_up`.
         substitutes: by position, features that replace entries that failed; None leaves one out.
 
-    All but `numbers` and `rows` change with the lock of the store held.
+    `pending`, `errors` and `substitutes` change with the lock of the store held.
     """
 
     def __init__(
@@ -58,10 +60,10 @@ class PendingBatch:
         self.substitutes: dict[int, LoadedFeature | None] = {}
         # The store: one that is dropped while a caller waits for a batch would not read it.
         self._keep_alive = keep_alive
-        self._issuer = issuer
-        # The number is in a list because `list.pop` is atomic, with and without the global
-        # interpreter lock: of all threads that consume or cancel the batch, one gets the number.
-        self._number = [number]
+        self.issuer = issuer
+        # A list, because `list.pop` is atomic, with and without the global interpreter lock: of all
+        # threads that consume or cancel the batch, one gets the number.
+        self.claim = [number]
 
     def result(self) -> FeatureBatch:
         """Wait for the files, and gather the features on the current stream of this thread.
@@ -69,14 +71,14 @@ class PendingBatch:
         Raises what loading a file raised (FeatureLoadError, FileNotFoundError, MemoryError), the
         first by position; RuntimeError if the batch was consumed, or the store closed.
         """
-        return self._issuer.collect([self])
+        return self.issuer.collect([self])
 
     def wait(self) -> dict[int, Exception]:
         """Wait until all files have been read. Returns the errors of those that failed.
 
         By position in the batch; `result` would raise the first of them.
         """
-        return self._issuer.wait(self)
+        return self.issuer.wait(self)
 
     def replace(self, position: int, feature: Any = None) -> None:
         """Use `feature` in place of the one at `position`, which failed to load.
@@ -86,16 +88,16 @@ class PendingBatch:
         that cannot be cached.
         """
         substitute = None if feature is None else LoadedFeature(feature)
-        self._issuer.replace(self, position, substitute)
+        self.issuer.replace(self, position, substitute)
 
     def cancel(self) -> None:
         """Give the batch up. Does nothing if it was consumed."""
-        self._issuer.cancel([self])
+        self.issuer.cancel([self])
 
     @property
     def used(self) -> bool:
         """Whether the batch has been consumed or cancelled."""
-        return not self._number
+        return not self.claim
 
     @property
     def left_out(self) -> set[int]:
@@ -104,14 +106,10 @@ class PendingBatch:
 
     # For the store and the pipelines
 
-    def is_from(self, issuer: Issuer) -> bool:
-        """Whether `issuer` made it."""
-        return self._issuer is issuer
-
     def use_up(self) -> int | None:
         """The number of the batch for the one caller that closes it, None for all others."""
         try:
-            return self._number.pop()
+            return self.claim.pop()
         except IndexError:
             return None
 
@@ -119,18 +117,23 @@ class PendingBatch:
         """Cancel at some later time. Takes no lock, so finalizers may call it."""
         number = self.use_up()
         if number is not None:
-            self._issuer.abandon(number)
+            self.issuer.abandon(number)
 
     def expect(self) -> None:
         """One more entry is LOADING. With the lock held."""
         self.pending += 1
 
-    def arrived(self, entry: Entry, error: BaseException | None = None) -> bool:
-        """An entry is not LOADING any more. Returns whether it was the last. With the lock held."""
-        if error is not None:
-            self.errors[entry.number] = (entry.path, error)
-        self.pending -= 1
+    def arrived(self, count: int) -> bool:
+        """So many entries are not LOADING any more. Returns whether all have arrived.
+
+        With the lock held.
+        """
+        self.pending -= count
         return not self.pending
+
+    def fail(self, entry: Entry, error: BaseException) -> None:
+        """An entry, which arrives as well, could not be loaded. With the lock held."""
+        self.errors[entry.number] = (entry.path, error)
 
     def failures(self) -> Iterator[tuple[int, Exception]]:
         """The positions of features that failed and have no substitute, each with a new exception.

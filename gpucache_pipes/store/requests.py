@@ -8,9 +8,9 @@ from gpucache_pipes.cache import AccessPlan, Entry
 from gpucache_pipes.files import LoadedFeature, PathLike, PathTable, Source
 from gpucache_pipes.store.gather import Gatherer
 from gpucache_pipes.store.loader import Loader
+from gpucache_pipes.store.lock import require_stack
 from gpucache_pipes.store.pending_batch import PendingBatch
 from gpucache_pipes.store.shared_cache import OldVersion, SharedCache
-from gpucache_pipes.store.signals import require_stack
 from gpucache_pipes.store.tracing import trace
 from gpucache_pipes.store.upcoming import Upcoming
 
@@ -118,8 +118,7 @@ class RequestManager:
                     return self._gatherer.gather(taken)
                 return self._gatherer.collate(taken, ragged)
         finally:
-            self._shared.finish(use, held)
-            self._shared.cancel(batches)
+            self._shared.finish(batches, held, use)
 
     def wait(self, batch: PendingBatch) -> dict[int, Exception]:
         """See PendingBatch."""
@@ -141,7 +140,7 @@ class RequestManager:
 
     def _require_own(self, batches: Iterable[PendingBatch]) -> None:
         """The number of a batch of another store may be that of another batch here."""
-        if not all(batch.is_from(self) for batch in batches):
+        if any(batch.issuer is not self for batch in batches):
             raise RuntimeError("this batch is of another store")
 
     # The cache

@@ -146,8 +146,9 @@ class SharedCache:
         with self.lock:
             self._wait(batches)
             for batch in batches:
-                for _, error in batch.failures():
-                    raise error
+                if batch.errors:
+                    for _, error in batch.failures():
+                        raise error
             if len(batches) == 1 and not batches[0].substitutes:
                 numbers, rows = batches[0].numbers, batches[0].rows
                 substitutes: dict[int, LoadedFeature] = {}
@@ -163,19 +164,22 @@ class SharedCache:
             self.lock.uses[use] = get_ident()
             return Taken(numbers, rows, substitutes)
 
-    def finish(self, use: object, held: Sequence[int]) -> None:
-        """The gather that `take` prepared has been issued, or has failed."""
+    def finish(self, batches: Sequence[PendingBatch], held: list[int], use: object) -> None:
+        """The gather that `take` prepared has been issued, or has failed: close the batches."""
         self.lock.uses.pop(use, None)
-        if held:
+        if len(held) == len(batches) > 0:
             with self.lock:
                 self._close(held)
+        else:
+            self.cancel(batches, held)
 
-    def cancel(self, batches: Sequence[PendingBatch]) -> None:
-        """Close the batches that have not been used up."""
-        if not all(batch.used for batch in batches):
+    def cancel(self, batches: Sequence[PendingBatch], held: Sequence[int] = ()) -> None:
+        """Close the batches that have not been used up, and those whose numbers are `held`."""
+        if held or any(batch.claim for batch in batches):
             # Under the lock no interrupt can come between taking a number and closing it.
             with self.lock:
-                self._close([n for batch in batches if (n := batch.use_up()) is not None])
+                numbers = [n for batch in batches if (n := batch.use_up()) is not None]
+                self._close([*held, *numbers])
 
     def replace(self, batch: PendingBatch, position: int, feature: LoadedFeature | None) -> None:
         """Replace an entry of the batch that failed; with None leave it out."""
@@ -207,7 +211,7 @@ class SharedCache:
     def _have_arrived(self, batches: Sequence[PendingBatch]) -> bool:
         """Whether nothing of `batches` is LOADING. Raises if they cannot be had any more."""
         self._require_open()
-        if any(batch.used for batch in batches):
+        if not all(batch.claim for batch in batches):
             raise RuntimeError(_USED)
         return not any(batch.pending for batch in batches)
 
@@ -309,8 +313,10 @@ class SharedCache:
         self._run_deferred()
 
     def _run_deferred(self) -> None:
-        self.cache.close_lost_batches()
-        self.lock.run_deferred()
+        if self.cache.pins.gone:
+            self.cache.close_lost_batches()
+        if self.lock.deferred:
+            self.lock.run_deferred()
         if self._clearing:
             self._free_memory()
 

@@ -14,13 +14,13 @@ from gpucache_pipes.device import Backend, open_backend, resolve_device
 from gpucache_pipes.files import LocalFiles, PathLike, Source
 from gpucache_pipes.store.gather import Gatherer
 from gpucache_pipes.store.loader import Loader, require_timeout
+from gpucache_pipes.store.lock import require_stack
 from gpucache_pipes.store.pending_batch import PendingBatch
 from gpucache_pipes.store.process_hooks import register
 from gpucache_pipes.store.reader_pool import ReaderPool
 from gpucache_pipes.store.requests import RequestManager
 from gpucache_pipes.store.shared_cache import SharedCache
 from gpucache_pipes.store.shutdown import Shutdown
-from gpucache_pipes.store.signals import require_stack
 from gpucache_pipes.store.stats import StoreStats
 from gpucache_pipes.store.upcoming import Upcoming
 from gpucache_pipes.store.warmup import warm_up
