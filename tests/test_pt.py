@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from gpucache_pipes.files import build
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.formats import by_torch_load, opener
+from gpucache_pipes.files.formats import opener
 from gpucache_pipes.files.planned import SMALL
+from gpucache_pipes.files.pt.fallback import by_torch_load
 from gpucache_pipes.files.pt.pickle import read_pickle
 from gpucache_pipes.files.pt.reader import PtReader
 from gpucache_pipes.testing import assert_same, features

@@ -19,7 +19,7 @@ import torch
 with atheris.instrument_imports(include=["gpucache_pipes.files"]):
     from gpucache_pipes.files import build
     from gpucache_pipes.files.errors import Unsupported
-    from gpucache_pipes.files.formats import by_torch_load
+    from gpucache_pipes.files.pt.fallback import by_torch_load
     from gpucache_pipes.files.pt.reader import PtReader
     from gpucache_pipes.testing import assert_same
 
