@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from gpucache_pipes.files import build
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.formats import opener
-from gpucache_pipes.files.planned import SMALL
+from gpucache_pipes.files.planned import MAX_WHOLE_BYTES
 from gpucache_pipes.files.pt.fallback import by_torch_load
 from gpucache_pipes.files.pt.pickle import read_pickle
 from gpucache_pipes.files.pt.reader import PtReader
@@ -122,7 +122,7 @@ def test_only_the_bytes_of_a_leaf_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x", "äöü", "a b", "data", "x" * 120, "a.b.c", "1"])
 @pytest.mark.parametrize("large", [False, True])
 def test_every_kind_of_file_name(tmp_path: Path, name: str, large: bool) -> None:
-    count = SMALL if large else 10
+    count = MAX_WHOLE_BYTES if large else 10
     feature = {"x": torch.arange(count), "y": [torch.ones(3), "s"]}
     assert_same(fast(save(tmp_path / f"{name}.pt", feature)), feature)
     buffer = io.BytesIO()
@@ -152,8 +152,8 @@ def test_files_of_one_data_set_share_their_plan(tmp_path: Path) -> None:
     for n in range(20):
         feature = {"x": torch.full((10,), n), "y": n % 2}
         assert_same(read(reader.open(save(tmp_path / f"{n:03d}.pt", feature))), feature)
-    [[form]] = reader._forms.values()
-    assert len(form._plans) == 2
+    [[template]] = reader._templates.values()
+    assert len(template._plans) == 2
 
 
 def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.pt", {"x": torch.arange(SMALL)})
+    path = save(tmp_path / "x.pt", {"x": torch.arange(MAX_WHOLE_BYTES)})
     opened = PtReader().open(path)
     os.truncate(path, 1000)
     with pytest.raises(OSError, match=r"x\.pt.*ends early"):
@@ -348,10 +348,10 @@ def test_malicious_pickles_neither_run_nor_pass(attack: bytes) -> None:
         value, _ = read_pickle(attack)
     except Unsupported:
         return
-    from gpucache_pipes.files.pt.names import Name
+    from gpucache_pipes.files.pt.names import AllowedGlobal
 
-    # What is left of a name is inert, and stopped where the feature is made.
-    assert isinstance(value, Name) or value == {} or value is None
+    # A global is an inert description, which is refused where the feature is made.
+    assert isinstance(value, AllowedGlobal) or value == {} or value is None
 
 
 def archive(tmp_path: Path, pickle_bytes: bytes) -> str:
@@ -435,7 +435,7 @@ def test_a_small_pickle_cannot_make_much(tmp_path: Path) -> None:
     latin = b"X\x06\x00\x00\x00latin1"
     call = b"c_codecs\nencode\nh\x00h\x01\x86R"
     bomb = pickled(b"]q\x02", b"(", text + b"q\x00", latin + b"q\x01", *(call,) * 2000, b"e")
-    with pytest.raises(Unsupported, match="makes much"):
+    with pytest.raises(Unsupported, match="make more bytes"):
         read_pickle(bomb)
 
 
@@ -584,4 +584,5 @@ def test_long_values_are_not_remembered(tmp_path: Path) -> None:
         os.utime(path, (1, 1))
         reader.open(path).close()
     assert not reader._plans
-    assert not any(form._plans for forms in reader._forms.values() for form in forms)
+    templates = [template for found in reader._templates.values() for template in found]
+    assert not any(template._plans for template in templates)

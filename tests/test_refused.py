@@ -107,14 +107,14 @@ def colliding(count: int) -> bytes:
     ("content", "says"),
     [
         (nested(200_000), "tuples"),
-        (nested(5), "a key that is a tuple"),
+        (nested(5), "a key of a dict holds tuples"),
         (shared(60), "tuple"),
         (as_arguments(200_000), "tuples"),
-        (nested(3)[:-2], "not a file of torch.save, or damaged"),
+        (nested(3)[:-2], "not a torch.save file, or a damaged one"),
         (b"\x80\x02}(\x8a\x09" + (1 << 70).to_bytes(9, "little") + b"K\x01u.", "beyond 64 bits"),
         (as_arguments(5), "may be large tuples"),
-        (shared(4), "a key that is a tuple"),
-        (wide(), "a key that is a tuple"),
+        (shared(4), "a key of a dict holds tuples"),
+        (wide(), "a key of a dict holds tuples"),
         (nested(200_000).replace(b"\x80\x02}(", b"\x80\x02"), "tuples"),
         (made("torch", "Tensor", b"M\x00\x40"), "whatever is in memory"),
         (made("torch", "Tensor", b"M\x00\x40", b"\x81"), "whatever is in memory"),
@@ -124,8 +124,8 @@ def colliding(count: int) -> bytes:
         (storage_named(b")" + b"\x85" * 200_000), "tuples"),
         (storage_named(b")" + b"\x85" * 5), "named in an unusual way"),
         (storage_named(b"K\x01"), "named in an unusual way"),
-        (colliding(3000), "thousands of keys"),
-        (b"\x80\x02" + b"]" * 3000 + b"a" * 2999 + b".", "in one another|recursion"),
+        (colliding(3000), "keys of dicts are tuples"),
+        (b"\x80\x02" + b"]" * 3000 + b"a" * 2999 + b".", "nested containers|recursion"),
     ],
 )
 def test_keys_that_no_data_set_has(
@@ -263,7 +263,7 @@ def test_a_record_that_is_shorter_than_its_storage(
     store: GPUFeatureStore, make_files: Files, tmp_path: Path, size: int
 ) -> None:
     bad = write(tmp_path / "bad.pt", torch.arange(8.0), **{"data/0": bytes(size)})
-    require_refused(store, bad, make_files(1)[0], "damaged|not a file")
+    require_refused(store, bad, make_files(1)[0], "damaged|not a torch.save file")
 
 
 def test_a_file_that_unpacks_to_much_more(
@@ -313,7 +313,7 @@ def test_tensors_of_impossible_shape(
 ) -> None:
     content = saved_tensor(shape, (1,) * len(shape))
     bad = write(tmp_path / "bad.pt", torch.ones(1), **{"data.pkl": content})
-    require_refused(store, bad, make_files(1)[0], "impossible shape|not a file")
+    require_refused(store, bad, make_files(1)[0], "impossible shape|not a torch.save file")
 
 
 def test_a_tensor_that_torch_load_refuses(
@@ -329,7 +329,7 @@ def test_a_tensor_that_torch_load_refuses(
     bad = write(tmp_path / "bad.pt", torch.ones(4).to(torch.float8_e4m3fn), **{"data.pkl": content})
     with pytest.raises(RuntimeError):
         torch.load(bad)
-    require_refused(store, bad, make_files(1)[0], "not a file of torch.save|requires")
+    require_refused(store, bad, make_files(1)[0], "not a torch.save file|requires")
 
 
 # Where nothing has it yet, a descriptor is closed with the error, which says so.
