@@ -14,16 +14,16 @@ What a few bytes of a pickle can do to the process:
   them. 60 such levels are 300 bytes of pickle, and their hash would never be computed. Therefore
   sizes count each part as often as it is named; counting the objects or the bytes does not work.
 - The hash of an int is its remainder by 2**61 - 1. With numbers beyond 64 bits, or with complex
-  numbers and other objects whose hashes a file can choose, thousands of keys have one hash. The
-  insertion of each compares it with all others: a few thousand keys take minutes.
+  numbers and other objects whose hashes a file can choose, thousands of keys have one hash. A dict
+  then compares each new key with all others, which takes quadratic time.
 - `torch.Tensor(n)`, a storage of n elements, and `bytearray(n)` are allowed by torch.load. They
   allocate what n says, and the tensor holds whatever was in that memory.
 
-What does not work: looking at the key when the opcode SETITEM puts it into a dict is not enough,
-because calls hash their arguments, too. `OrderedDict([(key, value)])` and `set([...])` hash what is
-in their lists, and a list may still be changed by APPEND after it was made an argument. So what a
-call may hash is judged at the end, by the worst tuple of the whole pickle. Keys that are set by
-opcodes are judged one by one; that is more lenient, and data sets do have short tuples as keys.
+What does not work: checking keys only where the opcode SETITEM puts them into a dict. Calls hash
+their arguments, too: `OrderedDict([(key, value)])` and `set([...])` hash the items of their lists,
+and a pickle may append to a list after it has put the list into the arguments. So what a call may
+hash is judged at the end, by the worst tuple of the whole pickle. Keys that opcodes set are judged
+one by one. That is more lenient, and data sets do have short tuples as keys.
 """
 
 import pickletools
@@ -61,10 +61,9 @@ class Item:
 
     __slots__ = ("depth", "may_collide", "parts", "size", "value")
 
-    def __init__(
-        self, depth: int = 0, size: int = 1, value: Any = None, may_collide: bool = False
-    ) -> None:
-        self.depth, self.size, self.value, self.may_collide = depth, size, value, may_collide
+    def __init__(self, value: Any = None, may_collide: bool = False) -> None:
+        self.depth, self.size = 0, 1
+        self.value, self.may_collide = value, may_collide
         self.parts: list[Item] | None = None
 
 
@@ -85,12 +84,12 @@ class Scan:
     Attributes:
         storages: by key, the class and the number of elements of the storages that the pickle
             names.
-        texts: all strings of the pickle.
+        strings: all strings of the pickle.
     """
 
     def __init__(self) -> None:
         self.storages: dict[str, tuple[str, int]] = {}
-        self.texts: list[str] = []
+        self.strings: list[str] = []
         self._stack: list[Item] = []
         self._memo: dict[int, Item] = {}
         # Of all tuples of the pickle: their number, the deepest and the largest.
@@ -190,7 +189,7 @@ class Scan:
             large = type(argument) is int and not -MAX_INT_KEY <= argument < MAX_INT_KEY
             self._has_large_int |= large
             if type(argument) is str:
-                self.texts.append(argument)
+                self.strings.append(argument)
             self._stack.append(
                 _combined(taken) if taken else Item(value=argument, may_collide=large)
             )

@@ -203,8 +203,8 @@ class _Comparison:
 def _contiguous(tensor: SavedTensor) -> bool:
     """Return whether the elements of a tensor follow each other in its storage."""
     expected = 1
-    for side, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
-        if side != 1 and stride != expected:
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if size != 1 and stride != expected:
             return False
-        expected *= side
+        expected *= size
     return True

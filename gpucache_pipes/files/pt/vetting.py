@@ -116,7 +116,7 @@ def _require_sound_legacy(file: IO[bytes], size: int) -> None:
             break
     if len(scans) < _LEGACY_PICKLES:
         return  # torch.load raises an error for a file that ends here
-    storages, keys = scans[3].storages, scans[4].texts
+    storages, keys = scans[3].storages, scans[4].strings
     if scans[4].has_tuples or set(storages) != set(keys) or len(set(keys)) != len(keys):
         raise ValueError("the file is damaged: its storages are not those that its pickle names")
     for key in keys:
