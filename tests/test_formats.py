@@ -29,7 +29,8 @@ def import_numpy() -> Any:
 
 
 def import_safetensors() -> Any:
-    """Return safetensors.torch, or skip the test."""
+    """Return safetensors.torch, which needs numpy, or skip the test."""
+    import_numpy()
     return pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 
