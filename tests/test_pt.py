@@ -6,19 +6,23 @@ import os
 import pickle
 import shutil
 import struct
+import threading
 import tracemalloc
 import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
+from conftest import in_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpucache_pipes.files import build
+from gpucache_pipes.files import Layout, build
+from gpucache_pipes.files import layout as layouts
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.formats import opener
 from gpucache_pipes.files.planned import MAX_WHOLE_BYTES
@@ -586,3 +590,27 @@ def test_long_values_are_not_remembered(tmp_path: Path) -> None:
     assert not reader._plans
     templates = [template for found in reader._templates.values() for template in found]
     assert not any(template._plans for template in templates)
+
+
+class SlowDict(WeakValueDictionary[Any, Any]):
+    """Of two threads that call `setdefault` at once, both look the key up before either sets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both_have_looked = threading.Barrier(2)
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        found = self.get(key)
+        # The barrier breaks if the other thread waits until this one has set the key.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.both_have_looked.wait(0.2)
+        if found is None:
+            self[key] = found = default
+        return found
+
+
+def test_threads_that_make_one_layout_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "_known", SlowDict())
+    made: list[Layout] = []
+    in_threads(lambda _: made.append(Layout.of(0, [(torch.float32, (3, 1, 4))])), 2)
+    assert made[0] is made[1]

@@ -1,6 +1,8 @@
 """The layout of a feature: its tree, and the dtype, shape and byte offset of each leaf."""
 
 import copy
+import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -24,14 +26,7 @@ parts by naming one container twice, n times over."""
 
 
 class Leaf(NamedTuple):
-    """One tensor of a feature, stored contiguously.
-
-    Attributes:
-        dtype: the dtype of the tensor.
-        shape: its dimensions, in elements.
-        offset: its first byte within the feature, a multiple of `ALIGNMENT`.
-        nbytes: its size in bytes.
-    """
+    """One tensor of a feature: `nbytes` contiguous bytes at `offset`, a multiple of `ALIGNMENT`."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -64,9 +59,7 @@ the feature itself."""
 
 
 class Kind:
-    """What layouts have in common that differ only in the shapes of their tensors.
-
-    Equal kinds are one object.
+    """The part of a layout without the shapes of its tensors. Equal kinds are one object.
 
     Attributes:
         tree: see Layout.
@@ -136,22 +129,35 @@ class Layout:
             leaves.append(Leaf(dtype, shape, offset, nbytes))
             end = offset + nbytes
         dtypes = tuple(dtype for dtype, _ in tensors)
-        kind = _kinds.get((tree, dtypes))
-        if kind is None:
-            kind = _kinds.setdefault((tree, dtypes), Kind(tree, dtypes))
-        layout.kind = kind
-        layout.tree = kind.tree
         layout.leaves = tuple(leaves)
         layout.nbytes = sum(leaf.nbytes for leaf in leaves)
         layout.span = end
         layout.plain, branches = _count(tree)
         dimensions = sum(len(leaf.shape) for leaf in leaves)
         layout.cost = 800 + 400 * branches + 600 * len(leaves) + 50 * (dimensions + layout.plain)
-        return _known.setdefault(key, layout)
+        with _interning:
+            layout.kind = _kinds.setdefault((tree, dtypes), Kind(tree, dtypes))
+            layout.tree = layout.kind.tree
+            return _known.setdefault(key, layout)
 
 
 _known: "WeakValueDictionary[Any, Layout]" = WeakValueDictionary()
 _kinds: "WeakValueDictionary[Any, Kind]" = WeakValueDictionary()
+
+# The lookup in `Layout.of` needs no lock, but `setdefault` does: unlike that of a dict it is not
+# atomic under the GIL. It is Python code that looks the key up and then assigns. Without the lock,
+# two reader threads can both find nothing and get two objects for equal layouts. The lock is
+# reentrant, because a signal handler may load a feature while its thread holds the lock.
+_interning = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _interning
+    _interning = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # a thread that the child does not have may hold the lock
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _count(tree: Tree) -> tuple[int, int]:
@@ -327,8 +333,6 @@ def leaf_names(tree: Tree) -> list[str]:
 
     >>> leaf_names(flatten({"x": torch.zeros(2), "y": [3, torch.ones(1)]})[0])
     ["['x']", "['y'][1]"]
-    >>> leaf_names(flatten(torch.zeros(2))[0])
-    ['the feature']
     """
     names: list[str] = []
 
