@@ -81,6 +81,10 @@ class ReadPlan(NamedTuple):
     cost: int = 1000
 
 
+Plan = ReadPlan
+"""The former name."""
+
+
 class Bytes:
     """The bytes of a file, all of which are in memory.
 
@@ -217,11 +221,13 @@ class PlannedFeature:
 
     It owns the descriptor of the file from the moment on that there is one, and nothing else
     closes it. If a descriptor is closed twice, its number may by then belong to a file that another
-    thread has opened. An `os.open` here with an `os.close` in `PlanReader.open` does not work: an
-    interrupt between the two calls, or between `os.close` and the note that it was called, either
-    leaks the descriptor or closes it twice. Therefore a FileIO opens the file. It closes the
-    descriptor by itself if an interrupt prevents the call of `close`. A `__del__` of this class
-    would do the same, but would swallow an exception that a signal handler raises in it.
+    thread has opened.
+
+    A FileIO opens the file, because it closes the descriptor by itself if an interrupt prevents the
+    call of `close`. What does not work: a bare descriptor from `os.open`. An interrupt before its
+    number is stored leaks it, and an interrupt between `os.close` and the note that it is closed
+    makes the next `close` close it twice. A `__del__` of this class would not leak it, but would
+    swallow an exception that a signal handler raises in it.
 
     Attributes:
         fd: the descriptor.
