@@ -1,4 +1,7 @@
-"""`.safetensors` and `.npy`, against the libraries that define them."""
+"""`.safetensors` and `.npy` files, compared with the libraries that define the formats.
+
+A test is skipped if the library that it compares with is not installed.
+"""
 
 import contextlib
 import json
@@ -6,10 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import safetensors
-import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,11 +23,32 @@ from gpucache_pipes.testing.features import tensors
 open_file = FileOpener(True).open
 
 
+def import_numpy() -> Any:
+    """Return numpy, or skip the test."""
+    return pytest.importorskip("numpy", reason="numpy is not installed")
+
+
+def import_safetensors() -> Any:
+    """Return safetensors.torch, which needs numpy, or skip the test."""
+    import_numpy()
+    return pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+
+
+def save_npy(path: Path | str, array: Any) -> None:
+    import_numpy().save(path, array)
+
+
+def save_safetensors(
+    path: Path | str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    import_safetensors().save_file(tensors, str(path), metadata=metadata)
+
+
 @given(st.dictionaries(st.text(min_size=1, max_size=4), tensors(), max_size=4))
 def test_safetensors(tmp_path: Path, feature: dict[str, torch.Tensor]) -> None:
     feature = {k: v.contiguous().clone() for k, v in feature.items() if v.dtype != torch.complex128}
     path = str(tmp_path / "x.safetensors")
-    safetensors.torch.save_file(feature, path, metadata={"made": "by a test"})
+    save_safetensors(path, feature, metadata={"made": "by a test"})
     got = read(open_file(path))
     assert sorted(got) == sorted(feature)
     for name, tensor in feature.items():
@@ -42,6 +63,7 @@ def test_safetensors(tmp_path: Path, feature: dict[str, torch.Tensor]) -> None:
     st.booleans(),
 )
 def test_npy(tmp_path: Path, dtype: str, shape: list[int], fortran: bool) -> None:
+    np = import_numpy()
     array = np.arange(int(np.prod(shape))).reshape(shape).astype("<" + dtype)
     array = np.asfortranarray(array) if fortran else array
     path = str(tmp_path / "x.npy")
@@ -53,9 +75,9 @@ def large(path: Path, suffix: str) -> tuple[str, Any]:
     tensor = torch.arange(100_000, dtype=torch.int32).view(100, 1000)
     name = str(path / f"large{suffix}")
     if suffix == ".npy":
-        np.save(name, np.asfortranarray(tensor.numpy()))
+        save_npy(name, import_numpy().asfortranarray(tensor.numpy()))
         return name, tensor
-    safetensors.torch.save_file({"x": tensor}, name)
+    save_safetensors(name, {"x": tensor})
     return name, {"x": tensor}
 
 
@@ -70,12 +92,12 @@ def test_large_files_and_a_pipeline(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
-def test_truncated_or_flipped_it_is_an_error_or_a_value(tmp_path: Path, suffix: str) -> None:
+def test_truncated_and_flipped_files_give_an_error_or_a_value(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"x{suffix}"
     if suffix == ".npy":
-        np.save(path, np.arange(3))
+        save_npy(path, import_numpy().arange(3))
     else:
-        safetensors.torch.save_file({"x": torch.arange(3)}, str(path))
+        save_safetensors(path, {"x": torch.arange(3)})
     data = path.read_bytes()
     for end in range(len(data)):
         path.write_bytes(data[:end])
@@ -91,7 +113,7 @@ def test_truncated_or_flipped_it_is_an_error_or_a_value(tmp_path: Path, suffix: 
 def test_a_flipped_safetensors_file_is_what_the_library_says(tmp_path: Path, flip: int) -> None:
     path = tmp_path / "x.safetensors"
     tensors = {"w0": torch.arange(4), "w1": torch.arange(3)}
-    safetensors.torch.save_file(tensors, str(path), metadata={"by": "me"})
+    save_safetensors(path, tensors, metadata={"by": "me"})
     data = path.read_bytes()
     for at in range(len(data)):
         path.write_bytes(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :])
@@ -99,7 +121,7 @@ def test_a_flipped_safetensors_file_is_what_the_library_says(tmp_path: Path, fli
             got = read(open_file(str(path)))
         except ValueError:
             continue
-        expected = safetensors.torch.load_file(str(path))
+        expected = import_safetensors().load_file(str(path))
         assert set(got) == set(expected)
         for name, tensor in got.items():
             assert_same(tensor, expected[name])
@@ -133,6 +155,7 @@ def test_malicious_safetensors(tmp_path: Path, content: bytes) -> None:
 
 
 def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
+    np = import_numpy()
     path = tmp_path / "x.npy"
     np.save(path, np.array([{}, []], dtype=object), allow_pickle=True)
     with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match=r"\|O"):
@@ -172,7 +195,7 @@ def test_npy_files_that_numpy_refuses(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.npy"
     path.write_bytes(content)
     with pytest.raises(ValueError):
-        np.load(path)
+        import_numpy().load(path)
     with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match=r"x\.npy"):
         store.get(path)
 
@@ -201,8 +224,9 @@ ONE = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
 def test_safetensors_files_that_the_library_refuses(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(safetensors.SafetensorError):
-        safetensors.torch.load_file(path)
+    library = import_safetensors()
+    with pytest.raises(pytest.importorskip("safetensors").SafetensorError):
+        library.load_file(path)
     with GPUFeatureStore("cpu") as store, pytest.raises(FeatureLoadError, match=r"x\.safetensors"):
         store.get(path)
 
@@ -210,12 +234,12 @@ def test_safetensors_files_that_the_library_refuses(tmp_path: Path, content: byt
 def test_metadata_and_names_of_all_languages(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     feature = {"\u00e4\U0001f600": torch.ones(1)}
-    safetensors.torch.save_file(feature, path, metadata={"\u540d": "\u4e2d"})
+    save_safetensors(path, feature, metadata={"\u540d": "\u4e2d"})
     with GPUFeatureStore("cpu") as store:
         assert_same(store.get(path), feature)
     escaped = f'{{"\\ud83d\\ude00": {ONE}, "__metadata__": null}}'
     path.write_bytes(safetensors_with(escaped.encode()))
-    assert list(safetensors.torch.load_file(path)) == ["\U0001f600"]
+    assert list(import_safetensors().load_file(path)) == ["\U0001f600"]
     with GPUFeatureStore("cpu") as store:
         assert list(store.get(path)) == ["\U0001f600"]
 
@@ -228,14 +252,14 @@ EMPTY = [(1 << 32, 1 << 32, 0), (0, 1 << 62), (1 << 40, 1 << 20, 0, 3)]
 def test_empty_tensors_of_impossible_shape(
     tmp_path: Path, suffix: str, shape: tuple[int, ...]
 ) -> None:
-    """Refused at the batch that needs the file, and left out where that is wished."""
+    """The batch that needs the file raises; with on_error="skip" the file is left out."""
     bad, good = tmp_path / f"bad{suffix}", tmp_path / f"good{suffix}"
     if suffix == ".npy":
-        np.save(good, np.ones(1, "f4"))
+        save_npy(good, import_numpy().ones(1, "f4"))
         header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
         bad.write_bytes(npy_with(header))
     else:
-        safetensors.torch.save_file({"x": torch.ones(1)}, good)
+        save_safetensors(good, {"x": torch.ones(1)})
         sides = list(shape)
         text = f'{{"x": {{"dtype": "F32", "shape": {sides}, "data_offsets": [0, 0]}}}}'
         bad.write_bytes(safetensors_with(text.encode(), b""))

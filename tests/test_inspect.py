@@ -27,7 +27,10 @@ def test_why_torch_load_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
     path = tmp_path / "x.pt"
     torch.save({"x": torch.zeros(2)}, path, _use_new_zipfile_serialization=False)
     assert main(["inspect", str(path)]) == 0
-    assert "read by torch.load: no plain end of a zip file" in capsys.readouterr().out
+    assert (
+        "read by torch.load: the file does not end with a plain zip end record"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_directory(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:

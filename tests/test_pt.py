@@ -1,4 +1,4 @@
-"""The fast reader equals torch.load, bit for bit, or leaves the file to it."""
+"""The fast `.pt` reader returns what torch.load returns, bit for bit, or is Unsupported."""
 
 import contextlib
 import io
@@ -6,29 +6,33 @@ import os
 import pickle
 import shutil
 import struct
+import threading
 import tracemalloc
 import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
+from conftest import in_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpucache_pipes.files import FileOpener, build
+from gpucache_pipes.files import FileOpener, Layout, build
+from gpucache_pipes.files import layout as layouts
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.formats import by_torch_load
-from gpucache_pipes.files.planned import SMALL
+from gpucache_pipes.files.planned import MAX_WHOLE_BYTES
+from gpucache_pipes.files.pt.fallback import by_torch_load
 from gpucache_pipes.files.pt.pickle import read_pickle
 from gpucache_pipes.files.pt.reader import PtReader
 from gpucache_pipes.testing import assert_same, features
 
 
 def read(opened: Any, cuts: list[int] | None = None) -> Any:
-    """The feature, after its bytes went through buffers cut at these places."""
+    """Return the feature, read into buffers that are cut at these offsets."""
     layout = opened.layout
     memory = bytearray(b"\xee" * layout.span)
     ends = sorted({min(cut, layout.span) for cut in cuts or []} | {layout.span})
@@ -50,9 +54,9 @@ def read(opened: Any, cuts: list[int] | None = None) -> Any:
 def test_equals_torch_load(tmp_path: Path, feature: Any, cuts: list[int]) -> None:
     path = str(tmp_path / "x.pt")
     torch.save(feature, path)
-    os.utime(path, (1, 1))  # plans of files that have just been written are not remembered
+    os.utime(path, (1, 1))  # read plans of files that were just written are not remembered
     reader = PtReader()
-    for _ in range(2):  # the first time, and when its plan is known
+    for _ in range(2):  # the second time, the read plan is remembered
         assert_same(read(reader.open(path), cuts), torch.load(path))
 
 
@@ -121,7 +125,7 @@ def test_only_the_bytes_of_a_leaf_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x", "äöü", "a b", "data", "x" * 120, "a.b.c", "1"])
 @pytest.mark.parametrize("large", [False, True])
 def test_every_kind_of_file_name(tmp_path: Path, name: str, large: bool) -> None:
-    count = SMALL if large else 10
+    count = MAX_WHOLE_BYTES if large else 10
     feature = {"x": torch.arange(count), "y": [torch.ones(3), "s"]}
     assert_same(fast(save(tmp_path / f"{name}.pt", feature)), feature)
     buffer = io.BytesIO()
@@ -146,16 +150,16 @@ def test_ways_to_save(tmp_path: Path, alignment: int, crc: bool) -> None:
     assert_same(fast(path), feature)
 
 
-def test_files_of_one_data_set_share_their_plan(tmp_path: Path) -> None:
+def test_files_of_one_data_set_share_their_read_plan(tmp_path: Path) -> None:
     reader = PtReader()
     for n in range(20):
         feature = {"x": torch.full((10,), n), "y": n % 2}
         assert_same(read(reader.open(save(tmp_path / f"{n:03d}.pt", feature))), feature)
-    [[form]] = reader._forms.values()
-    assert len(form._plans) == 2
+    [[template]] = reader._templates.values()
+    assert len(template._plans) == 2
 
 
-def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     reader = PtReader()
     for n in range(3):
         feature = {"x": torch.arange(n + 1)}
@@ -165,7 +169,7 @@ def test_a_file_that_changes_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.pt", {"x": torch.arange(SMALL)})
+    path = save(tmp_path / "x.pt", {"x": torch.arange(MAX_WHOLE_BYTES)})
     opened = PtReader().open(path)
     os.truncate(path, 1000)
     with pytest.raises(OSError, match=r"x\.pt.*ends early"):
@@ -180,7 +184,7 @@ def test_a_file_that_changes_faster_than_the_clock(tmp_path: Path) -> None:
     for n in range(20):
         buffer = io.BytesIO()
         torch.save({"n": n % 10, "x": torch.tensor([n])}, buffer)
-        path.write_bytes(buffer.getvalue())  # the same inode and size, likely the same time
+        path.write_bytes(buffer.getvalue())  # same inode and size, and probably the same time
         assert_same(read(reader.open(str(path))), {"n": n % 10, "x": torch.tensor([n])})
 
 
@@ -214,14 +218,14 @@ class WithAttribute(torch.Tensor):
         lambda path, feature: save(path, torch.nn.Linear(2, 2).state_dict()),
     ],
 )
-def test_what_the_reader_leaves_to_torch_load_comes_out_the_same(tmp_path: Path, make: Any) -> None:
+def test_files_left_to_torch_load_give_the_same_feature(tmp_path: Path, make: Any) -> None:
     path = make(tmp_path / "x.pt", {"a": torch.arange(5), "b": [1, "x"]})
     by_torch = read(by_torch_load(path, True))
     assert_same(read(FileOpener(True).open(path)), by_torch)
 
 
 def test_zip64(tmp_path: Path) -> None:
-    """A sparse file of 5 GiB: sizes and offsets that need eight bytes."""
+    """A sparse file of 5 GiB has sizes and offsets that need eight bytes."""
     path = str(tmp_path / "x.pt")
     big = torch.empty(5 << 30, dtype=torch.uint8)
     feature = {"a": big[7:27], "b": big[(4 << 30) + 1 :][:30:3], "c": big[-9:], "d": torch.ones(3)}
@@ -249,7 +253,7 @@ def sample_file(tmp_path: Path) -> tuple[str, bytes, Any]:
 
 
 def outcome(load: Any, path: str) -> Any:
-    """What comes out, or that an error does."""
+    """Return ("value", the feature) or ("error", the type of the error)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -259,7 +263,7 @@ def outcome(load: Any, path: str) -> Any:
 
 
 def agree(path: str) -> None:
-    """The reader gives what torch.load gives, or nothing."""
+    """Assert that the reader returns what torch.load returns, or raises."""
     kind, value = outcome(fast, path)
     if kind == "value":
         expected = outcome(lambda p: read(by_torch_load(p, True)), path)
@@ -267,7 +271,7 @@ def agree(path: str) -> None:
         assert_same(value, expected[1])
     else:
         assert value in (Unsupported, OSError, ValueError)
-        if value is ValueError:  # what is not left to torch.load is what it refuses, too
+        if value is ValueError:  # files that the reader itself refuses: torch.load does, too
             assert outcome(lambda p: torch.load(p, weights_only=True), path)[0] == "error"
 
 
@@ -290,7 +294,7 @@ def test_every_byte_flipped(tmp_path: Path) -> None:
 @settings(max_examples=200)
 @given(st.data())
 def test_a_known_directory_does_not_hide_damage(tmp_path: Path, data: st.DataObject) -> None:
-    """Plans are compared with every file that they are used for."""
+    """Every file is compared with the template whose read plan it uses."""
     path, raw, feature = sample_file(tmp_path)
     reader = PtReader()
     assert_same(read(reader.open(path)), feature)
@@ -347,14 +351,14 @@ def test_malicious_pickles_neither_run_nor_pass(attack: bytes) -> None:
         value, _ = read_pickle(attack)
     except Unsupported:
         return
-    from gpucache_pipes.files.pt.names import Name
+    from gpucache_pipes.files.pt.names import AllowedGlobal
 
-    # What is left of a name is inert, and stopped where the feature is made.
-    assert isinstance(value, Name) or value == {} or value is None
+    # A global is an inert description. It is refused where the feature is made.
+    assert isinstance(value, AllowedGlobal) or value == {} or value is None
 
 
 def archive(tmp_path: Path, pickle_bytes: bytes) -> str:
-    """A file as torch.save makes it, with this pickle."""
+    """Write a file as torch.save does, with this pickle."""
     path = str(tmp_path / "attack.pt")
     writer = torch._C.PyTorchFileWriter(path)
     writer.write_record("data.pkl", pickle_bytes, len(pickle_bytes))
@@ -376,7 +380,7 @@ def test_names_and_bombs_stop_at_the_feature(tmp_path: Path) -> None:
             PtReader().open(archive(tmp_path, bomb))
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         PtReader().open(str(tmp_path))
     with pytest.raises(FileNotFoundError):
@@ -386,7 +390,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         PtReader().open(str(tmp_path / "fifo"))
 
 
-# What is dropped without close() is closed by Python, which says so in development mode.
+# Python closes features that are dropped without close(), and warns in development mode.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
@@ -405,7 +409,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 
 
 def test_one_record_as_two_storages(tmp_path: Path) -> None:
-    """torch.load goes by the first, whatever the second says."""
+    """torch.load uses the dtype of the first storage for both."""
     path = save(tmp_path / "x.pt", [torch.ones(1), torch.ones(1, dtype=torch.int32)])
     data = Path(path).read_bytes()
     second = data.replace(b"X\x01\x00\x00\x001", b"X\x01\x00\x00\x000")
@@ -415,7 +419,7 @@ def test_one_record_as_two_storages(tmp_path: Path) -> None:
         PtReader().open(path)
 
 
-def test_what_torch_load_would_read_as_something_else(tmp_path: Path) -> None:
+def test_files_that_torch_load_reads_differently(tmp_path: Path) -> None:
     reader = PtReader()
     plain = save(tmp_path / "plain.pt", torch.tensor([9, 9]))
     reader.open(plain).close()
@@ -429,12 +433,12 @@ def test_what_torch_load_would_read_as_something_else(tmp_path: Path) -> None:
         reader.open(str(nameless))
 
 
-def test_a_small_pickle_cannot_make_much(tmp_path: Path) -> None:
+def test_a_small_pickle_cannot_make_many_bytes(tmp_path: Path) -> None:
     text = b"X" + struct.pack("<I", 10_000) + b"x" * 10_000
     latin = b"X\x06\x00\x00\x00latin1"
     call = b"c_codecs\nencode\nh\x00h\x01\x86R"
     bomb = pickled(b"]q\x02", b"(", text + b"q\x00", latin + b"q\x01", *(call,) * 2000, b"e")
-    with pytest.raises(Unsupported, match="makes much"):
+    with pytest.raises(Unsupported, match="make more bytes"):
         read_pickle(bomb)
 
 
@@ -509,7 +513,7 @@ HOOKS = b"ccollections\nOrderedDict\nq\x08)Rq\x09"
         (b"tq\x05Q", b"lq\x05Q"),
     ],
 )
-def test_what_torch_load_would_refuse(tmp_path: Path, old: bytes, new: bytes) -> None:
+def test_pickles_that_torch_load_refuses(tmp_path: Path, old: bytes, new: bytes) -> None:
     path = save(tmp_path / "x.pt", torch.ones(1))
     data = zipfile.ZipFile(path).read("x/data.pkl")
     assert old in data
@@ -517,7 +521,7 @@ def test_what_torch_load_would_refuse(tmp_path: Path, old: bytes, new: bytes) ->
         read_pickle(data.replace(old, new))
 
 
-def test_a_storage_that_nobody_uses_must_be_there(tmp_path: Path) -> None:
+def test_an_unused_storage_must_have_a_record(tmp_path: Path) -> None:
     path = save(tmp_path / "x.pt", {"x": torch.ones(1)})
     tensor = zipfile.ZipFile(path).read("x/data.pkl")[3:-1]
     other = tensor.replace(b"X\x01\x00\x00\x000q", b"X\x01\x00\x00\x007q")
@@ -540,7 +544,7 @@ def test_files_that_name_a_part_more_than_once(tmp_path: Path) -> None:
     assert_same(read(FileOpener(True).open(save(tmp_path / "x.pt", feature))), feature)
 
 
-def test_parts_beyond_measure_in_what_torch_loads(tmp_path: Path) -> None:
+def test_too_many_parts_in_a_file_left_to_torch_load(tmp_path: Path) -> None:
     part: Any = {1}
     for _ in range(25):
         part = [part, part]
@@ -583,4 +587,29 @@ def test_long_values_are_not_remembered(tmp_path: Path) -> None:
         os.utime(path, (1, 1))
         reader.open(path).close()
     assert not reader._plans
-    assert not any(form._plans for forms in reader._forms.values() for form in forms)
+    templates = [template for found in reader._templates.values() for template in found]
+    assert not any(template._plans for template in templates)
+
+
+class SlowDict(WeakValueDictionary[Any, Any]):
+    """Of two threads that call `setdefault` at once, both look the key up before either sets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both_have_looked = threading.Barrier(2)
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        found = self.get(key)
+        # The barrier breaks if the other thread waits until this one has set the key.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.both_have_looked.wait(0.2)
+        if found is None:
+            self[key] = found = default
+        return found
+
+
+def test_threads_that_make_one_layout_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "_known", SlowDict())
+    made: list[Layout] = []
+    in_threads(lambda _: made.append(Layout.of(0, [(torch.float32, (3, 1, 4))])), 2)
+    assert made[0] is made[1]

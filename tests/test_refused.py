@@ -1,4 +1,4 @@
-"""Files that would bring `torch.load`, or the process, down: an error that names the file."""
+"""Files that would harm the process in `torch.load` give an error that names the file."""
 
 import collections
 import gc
@@ -33,7 +33,7 @@ def store() -> Iterator[GPUFeatureStore]:
 
 
 def write(path: Path, feature: Any, **records: bytes) -> Path:
-    """A file of torch.save, of which some records are replaced."""
+    """Write a file by torch.save, and replace some of its records."""
     buffer = io.BytesIO()
     torch.save(feature, buffer)
     method = zipfile.ZIP_DEFLATED if records.pop("deflated", b"") else zipfile.ZIP_STORED
@@ -45,7 +45,7 @@ def write(path: Path, feature: Any, **records: bytes) -> Path:
 
 
 def require_refused(store: GPUFeatureStore, bad: Path, good: str, says: str) -> None:
-    """An error at the batch that needs it, which names it; and it can be left out."""
+    """Assert that the batch that needs `bad` names it, and that on_error="skip" leaves it out."""
     with pytest.raises(FeatureLoadError, match=f"{bad.name}.*{says}"):
         store.get_batch([good, bad])
     node = GPUPrefetcher([[good, bad], [good]], store, on_error="skip")
@@ -55,24 +55,24 @@ def require_refused(store: GPUFeatureStore, bad: Path, good: str, says: str) -> 
 
 
 def nested(depth: int) -> bytes:
-    """A tuple in a tuple in a tuple, as the key of a dict."""
+    """Nested tuples as the key of a dict."""
     return b"\x80\x02}(" + b")" + b"\x85" * depth + b"K\x01u."
 
 
 def shared(depth: int) -> bytes:
-    """A pair of pairs of pairs, each twice the same: 2**depth of them to look at."""
+    """A pair of pairs of pairs, each holding one pair twice: 2**depth parts to hash."""
     pair = b"".join(b"q%ch%c\x86" % (n, n) for n in range(depth))
     return b"\x80\x02}(" + b")" + pair + b"K\x01u."
 
 
 def as_arguments(depth: int) -> bytes:
-    """The same as an argument of a class that makes keys of it."""
+    """Nested tuples in the argument of a class that makes keys of them."""
     key = b")" + b"\x85" * depth
     return b"\x80\x02ccollections\nOrderedDict\n](](" + key + b"K\x01ee\x85R."
 
 
 def wide() -> bytes:
-    """A tuple of many times a tuple of many times a tuple: a few bytes for millions of parts."""
+    """A tuple that holds one tuple many times, twice over: few bytes and millions of parts."""
     level = b"h\x00" * 200
     return b"\x80\x02})q\x000(" + b"(" + level + b"tq\x000" + b"(" + level + b"tK\x01u."
 
@@ -82,19 +82,19 @@ def called(module: str, name: str) -> bytes:
 
 
 def made(module: str, name: str, argument: bytes, how: bytes = b"R") -> bytes:
-    """A dict with what calling that gives."""
+    """A dict that holds the result of calling a global."""
     key = b"X\x01\x00\x00\x00x"
     return b"\x80\x02}" + key + called(module, name) + argument + b"\x85" + how + b"s."
 
 
 def storage_named(key: bytes) -> bytes:
-    kind, place = b"X\x07\x00\x00\x00storage", b"X\x03\x00\x00\x00cpu"
+    kind, device = b"X\x07\x00\x00\x00storage", b"X\x03\x00\x00\x00cpu"
     name = called("torch", "FloatStorage")
-    return b"\x80\x02(" + kind + name + key + place + b"K\x01tQ."
+    return b"\x80\x02(" + kind + name + key + device + b"K\x01tQ."
 
 
 def colliding(count: int) -> bytes:
-    """Complex numbers that all have one hash."""
+    """A dict whose keys are complex numbers with one hash."""
     numbers = [
         b"h\x00G" + struct.pack(">d", -1000003.0 * n) + b"G" + struct.pack(">d", n) + b"\x86RK\x01"
         for n in range(count)
@@ -107,14 +107,14 @@ def colliding(count: int) -> bytes:
     ("content", "says"),
     [
         (nested(200_000), "tuples"),
-        (nested(5), "a key that is a tuple"),
+        (nested(5), "a key of a dict holds tuples"),
         (shared(60), "tuple"),
         (as_arguments(200_000), "tuples"),
-        (nested(3)[:-2], "not a file of torch.save, or damaged"),
+        (nested(3)[:-2], "not a torch.save file, or a damaged one"),
         (b"\x80\x02}(\x8a\x09" + (1 << 70).to_bytes(9, "little") + b"K\x01u.", "beyond 64 bits"),
         (as_arguments(5), "may be large tuples"),
-        (shared(4), "a key that is a tuple"),
-        (wide(), "a key that is a tuple"),
+        (shared(4), "a key of a dict holds tuples"),
+        (wide(), "a key of a dict holds tuples"),
         (nested(200_000).replace(b"\x80\x02}(", b"\x80\x02"), "tuples"),
         (made("torch", "Tensor", b"M\x00\x40"), "whatever is in memory"),
         (made("torch", "Tensor", b"M\x00\x40", b"\x81"), "whatever is in memory"),
@@ -124,8 +124,8 @@ def colliding(count: int) -> bytes:
         (storage_named(b")" + b"\x85" * 200_000), "tuples"),
         (storage_named(b")" + b"\x85" * 5), "named in an unusual way"),
         (storage_named(b"K\x01"), "named in an unusual way"),
-        (colliding(3000), "thousands of keys"),
-        (b"\x80\x02" + b"]" * 3000 + b"a" * 2999 + b".", "in one another|recursion"),
+        (colliding(3000), "keys of dicts are tuples"),
+        (b"\x80\x02" + b"]" * 3000 + b"a" * 2999 + b".", "nested containers|recursion"),
     ],
 )
 def test_keys_that_no_data_set_has(
@@ -172,7 +172,7 @@ def without_keys() -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        MAGIC + b"M\xe9\x03.}.}" + DEEP + b"K\x01s.].",  # pickles that do not say that they are
+        MAGIC + b"M\xe9\x03.}.}" + DEEP + b"K\x01s.].",  # pickles without a PROTO opcode
         b"\x80\x02" + MAGIC + b"\x80\x02M\xe9\x03.\x80\x02}.\x80\x02}.\x80\x02]" + DEEP + b"a.",
         b"\x80\x02" + MAGIC + b"\x80\x02M\xe9\x03.\x80\x02}.\x80\x02}.\x80\x02])a.",
         without_keys(),
@@ -196,7 +196,8 @@ def test_directories_that_readers_of_zip_files_see_differently(
     data = capital.read_bytes()
     capital.write_bytes(data.replace(b"data.pkl", b"DATA.PKL"))
     require_refused(store, capital, good, "")
-    # A harmless directory in front of the end, where some look, and another where it says.
+    # A harmless directory directly before the end record, where some readers look, and another
+    # one at the offset that the end record states.
     at = data.rindex(b"PK\5\6")
     size, offset = struct.unpack_from("<LL", data, at + 12)
     harmless = data[offset : offset + size].replace(b"data.pkl", b"data.pkx")
@@ -224,19 +225,19 @@ def test_keys_that_data_sets_may_have(
 
 
 def test_many_keys_of_one_hash(store: GPUFeatureStore, make_files: Files, tmp_path: Path) -> None:
-    """They took eight seconds."""
+    """Comparing these keys took eight seconds."""
     feature = {number * sys.hash_info.modulus: number for number in range(20_000)}
     bad = tmp_path / "bad.pt"
     torch.save(feature, bad)
     begun = time.process_time()
     require_refused(store, bad, make_files(1)[0], "beyond 64 bits")
-    assert time.process_time() - begun < 3  # of the processor: other processes do not matter
+    assert time.process_time() - begun < 3  # processor time, which other processes do not affect
 
 
 def test_a_record_that_is_marked_as_a_directory(
     store: GPUFeatureStore, make_files: Files, tmp_path: Path
 ) -> None:
-    """torch.load gives whatever its memory holds."""
+    """torch.load returns whatever is in memory."""
     good = make_files(1)[0]
     data = Path(good).read_bytes()
     with zipfile.ZipFile(good) as archive:
@@ -263,7 +264,7 @@ def test_a_record_that_is_shorter_than_its_storage(
     store: GPUFeatureStore, make_files: Files, tmp_path: Path, size: int
 ) -> None:
     bad = write(tmp_path / "bad.pt", torch.arange(8.0), **{"data/0": bytes(size)})
-    require_refused(store, bad, make_files(1)[0], "damaged|not a file")
+    require_refused(store, bad, make_files(1)[0], "damaged|not a torch.save file")
 
 
 def test_a_file_that_unpacks_to_much_more(
@@ -279,7 +280,7 @@ def test_a_file_that_unpacks_to_much_more(
 def test_a_compressed_record_that_is_damaged(
     store: GPUFeatureStore, make_files: Files, tmp_path: Path, name: str
 ) -> None:
-    """torch.load gives what it has unpacked until then, and for the rest what its memory holds."""
+    """torch.load returns the bytes before the damage, and then whatever is in memory."""
     bad = write(tmp_path / "bad.pt", torch.arange(1000), deflated=b"1")
     good, data = make_files(1)[0], bad.read_bytes()
     with zipfile.ZipFile(bad) as archive:
@@ -294,7 +295,7 @@ def test_a_compressed_record_that_is_damaged(
 
 
 def saved_tensor(shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
-    """The pickle of torch.ones(1), of another shape."""
+    """Return the pickle of torch.ones(1), with another shape."""
     buffer = io.BytesIO()
     torch.save(torch.ones(1), buffer)
     with zipfile.ZipFile(buffer) as archive:
@@ -313,13 +314,13 @@ def test_tensors_of_impossible_shape(
 ) -> None:
     content = saved_tensor(shape, (1,) * len(shape))
     bad = write(tmp_path / "bad.pt", torch.ones(1), **{"data.pkl": content})
-    require_refused(store, bad, make_files(1)[0], "impossible shape|not a file")
+    require_refused(store, bad, make_files(1)[0], "impossible shape|not a torch.save file")
 
 
 def test_a_tensor_that_torch_load_refuses(
     store: GPUFeatureStore, make_files: Files, tmp_path: Path
 ) -> None:
-    """One with a dtype of its own cannot require gradients."""
+    """A tensor with a dtype of its own cannot require gradients."""
     buffer = io.BytesIO()
     torch.save(torch.ones(4).to(torch.float8_e4m3fn), buffer)
     with zipfile.ZipFile(buffer) as archive:
@@ -329,17 +330,17 @@ def test_a_tensor_that_torch_load_refuses(
     bad = write(tmp_path / "bad.pt", torch.ones(4).to(torch.float8_e4m3fn), **{"data.pkl": content})
     with pytest.raises(RuntimeError):
         torch.load(bad)
-    require_refused(store, bad, make_files(1)[0], "not a file of torch.save|requires")
+    require_refused(store, bad, make_files(1)[0], "not a torch.save file|requires")
 
 
-# Where nothing has it yet, a descriptor is closed with the error, which says so.
+# A descriptor that nothing owns yet is closed together with the error, and Python warns.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("where", ["follow", "__init__"])
 def test_a_descriptor_is_closed_once(
     make_files: Files, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Whatever fails behind opening: by the second time its number may be another file's."""
+    """A failure after opening closes it once: its number may be another file's afterwards."""
     [path, other] = make_files(2)
     method = getattr(planned.PlannedFeature, where)
 
@@ -350,11 +351,11 @@ def test_a_descriptor_is_closed_once(
     monkeypatch.setattr(planned.PlannedFeature, where, failing)
     with GPUFeatureStore("cpu", asynchronous=False) as store:
         before = os.open(other, os.O_RDONLY)
-        os.close(before)  # the number that is next
+        os.close(before)  # the next number that the system assigns
         try:
             store.get(path)
         except MemoryError as error:
-            kept = error  # with its traceback, and so with what is in it
+            kept = error  # keeps its traceback alive, and so the objects in it
             gc.collect()
             taken = os.open(other, os.O_RDONLY)
             assert where == "__init__" or taken == before, "left open"

@@ -601,9 +601,9 @@ def test_arrays_are_refused_and_not_cached_uncounted() -> None:
     ("content", "says"),
     [
         (b"", "the file is empty"),
-        (b"\x00" * 100, "not a file of torch.save, or damaged"),
-        (b"hello, world", "not a file of torch.save, or damaged"),
-        (os.urandom(1000), "not a file of torch.save, or damaged"),
+        (b"\x00" * 100, "not a torch.save file, or a damaged one"),
+        (b"hello, world", "not a torch.save file, or a damaged one"),
+        (os.urandom(1000), "not a torch.save file, or a damaged one"),
     ],
 )
 def test_bad_files_say_what_is_wrong(tmp_path: Path, content: bytes, says: str) -> None:

@@ -25,7 +25,7 @@ class Pins:
 
     def __init__(self) -> None:
         self.batches: dict[int, Sequence[int]] = {}
-        # Weak references to the objects that stand for batches. Their callback is a method of deque,
+        # Weak references to the objects that stand for batches. Their callback is a deque method,
         # so no Python code runs in it. A `__del__` would not do: Python swallows what a signal
         # handler raises inside one.
         self._holders: dict[int, _Holder] = {}

@@ -1,4 +1,4 @@
-"""`.npy` files: one array. A feature is one tensor.
+"""`.npy` files. Each holds one array, so that a feature is one tensor.
 
 The format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
@@ -11,7 +11,7 @@ import torch
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout
-from gpucache_pipes.files.planned import Bytes, Extent, Plan, PlanReader, View
+from gpucache_pipes.files.planned import Bytes, Extent, PlanReader, ReadPlan, StridedExtent
 
 _DTYPES = {
     "f8": torch.float64,
@@ -29,7 +29,7 @@ _DTYPES = {
     "u1": torch.uint8,
     "b1": torch.bool,
 }
-_LONGEST_HEADER = 10_000
+_MAX_HEADER_BYTES = 10_000
 _FIELDS = {"descr", "fortran_order", "shape"}
 _MALFORMED = (
     AttributeError,
@@ -40,48 +40,56 @@ _MALFORMED = (
     TypeError,
     ValueError,
 )
+"""What `ast.literal_eval` and the lookups in its result raise for a header of another structure."""
+
 _NATIVE = "<|=" if sys.byteorder == "little" else ">|="
 
 
 class NpyReader(PlanReader):
-    """Opens `.npy` files; arrays of Python objects, records and foreign byte order it refuses."""
+    """Opens `.npy` files. Arrays of Python objects, records and foreign byte order are Unsupported.
 
-    def plan(self, file: Bytes) -> Plan:
+    Files are read at least as strictly as numpy reads them.
+    """
+
+    def plan(self, file: Bytes) -> ReadPlan:
         """See PlanReader."""
         magic, major, minor = struct.unpack("<6sBB", file.read(0, 8))
         if magic != b"\x93NUMPY" or major not in (1, 2, 3) or minor:
-            raise Unsupported("not an .npy file, or of a version that is not known")
+            raise Unsupported("not an .npy file of version 1, 2 or 3")
         width = 2 if major == 1 else 4
         count = int.from_bytes(file.read(8, width), "little")
-        if count > _LONGEST_HEADER:
-            raise Unsupported("a header that is longer than numpy writes")
+        if count > _MAX_HEADER_BYTES:
+            raise Unsupported(f"the header of {count} bytes is longer than numpy writes")
         start = 8 + width + count
         try:
             encoding = "utf-8" if major == 3 else "latin1"
             header = ast.literal_eval(str(file.read(8 + width, count), encoding))
             if header.keys() != _FIELDS or type(header["fortran_order"]) is not bool:
-                raise ValueError("other fields than numpy writes")
+                raise ValueError("the fields are not those that numpy writes")
             descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
             dtype = _DTYPES.get(descr[1:]) if descr[0] in _NATIVE else None
         except _MALFORMED as error:
-            raise Unsupported(f"an unusual header: {error!r:.200}") from error
-        if dtype is None or type(shape) is not tuple or any(type(n) is not int for n in shape):
-            raise Unsupported(f"arrays of {descr!r}")
-        if any(not 0 <= side < 1 << 63 for side in shape):
-            raise Unsupported("an impossible size")
+            raise Unsupported(f"the header cannot be read ({error!r:.200})") from error
+        if dtype is None:
+            raise Unsupported(f"arrays of dtype {descr!r:.100} are not supported")
+        if type(shape) is not tuple or any(type(size) is not int for size in shape):
+            raise Unsupported("the shape is not a tuple of ints")
+        if any(not 0 <= size < 1 << 63 for size in shape):
+            # Not in the text: Python refuses to print an int of more than 4300 digits.
+            raise Unsupported("the array has an impossible shape")
         try:
             layout = Layout.of(0, [(dtype, shape)])
         except ValueError as error:
             raise Unsupported(str(error)) from error
         [leaf] = layout.leaves
         if start + leaf.nbytes > file.size:
-            raise Unsupported("the array ends behind the end of the file")
+            raise Unsupported("the file ends before the array does")
         if not leaf.nbytes:
-            return Plan(layout, (), (), ())
+            return ReadPlan(layout, (), (), ())
         if not fortran or len(shape) < 2:
-            return Plan(layout, (), (Extent(start, 0, leaf.nbytes),), ())
+            return ReadPlan(layout, (), (Extent(start, 0, leaf.nbytes),), ())
         strides, step = [], 1
-        for side in shape:
+        for size in shape:
             strides.append(step)
-            step *= side
-        return Plan(layout, (), (), (View(start, leaf.nbytes, tuple(strides), leaf),))
+            step *= size
+        return ReadPlan(layout, (), (), (StridedExtent(start, leaf.nbytes, tuple(strides), leaf),))

@@ -1,4 +1,4 @@
-"""Files whose features lie in them as plain stretches of bytes: a plan, and what it reads."""
+"""Formats that store tensors as plain byte ranges: read plans, and the features read by them."""
 
 import io
 import os
@@ -14,32 +14,48 @@ from gpucache_pipes.files.layout import Layout, Leaf
 from gpucache_pipes.files.source import OpenFeature, spread
 from gpucache_pipes.files.versions import is_racy, version_of
 
-SMALL = 64 << 10
+MAX_WHOLE_BYTES = 64 << 10
 """Files up to this size are read whole, by one system call."""
 
-_WINDOW = 4096
-_MOST_FILES = 1 << 20
-"""Files whose plan is remembered, at about 170 bytes each."""
+_WINDOW_BYTES = 4096
+_MAX_PLANS = 1 << 20
+"""Files whose read plan is remembered, at about 170 bytes each."""
 
-_MOST_BYTES = 1 << 30
-"""What the plans of files may take, each counted in full although most are shared."""
+_MAX_COST = 1 << 30
+"""Bytes for the read plans of files. Each file counts in full, although most plans are shared."""
 
-DEAREST = 1 << 17
-"""Plans that cost more, such as those that hold long texts, are not remembered."""
+MAX_PLAN_COST = 1 << 17
+"""Read plans that cost more are not remembered; plans that hold long strings do, for example."""
+
+_MAX_BUFFERS_PER_CALL = 512
+"""Buffers for one system call; the system's own limit is 1024 or more."""
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class Extent(NamedTuple):
-    """`nbytes` bytes at `start` of the file are those at `offset` of the feature."""
+    """A contiguous range of a file that is also contiguous in the feature.
+
+    Attributes:
+        start: its first byte in the file.
+        offset: its first byte in the feature.
+        nbytes: its size in bytes.
+    """
 
     start: int
     offset: int
     nbytes: int
 
 
-class View(NamedTuple):
-    """A leaf that is not contiguous in the file: `nbytes` bytes from `start` on hold it."""
+class StridedExtent(NamedTuple):
+    """A range of a file that holds a leaf which is not contiguous there.
+
+    Attributes:
+        start: its first byte in the file.
+        nbytes: its size in bytes, gaps between elements included.
+        strides: the strides of the leaf within the range, in elements.
+        leaf: the leaf, which becomes contiguous in the feature.
+    """
 
     start: int
     nbytes: int
@@ -47,53 +63,75 @@ class View(NamedTuple):
     leaf: Leaf
 
 
-class Plan(NamedTuple):
-    """How to make a feature of the bytes of a file that has a certain form and pickle."""
+class ReadPlan(NamedTuple):
+    """How to make a feature from the bytes of a file. Files with equal headers share one.
+
+    Attributes:
+        layout: the layout of the feature.
+        values: its plain values, in the order of the layout's tree.
+        extents: the leaves that are contiguous in the file. Empty leaves need no extent.
+        strided_extents: the leaves that are not.
+        cost: an estimate of the host bytes that the plan occupies.
+    """
 
     layout: Layout
     values: tuple[Any, ...]
-    moves: tuple[Extent, ...]
-    views: tuple[View, ...]
-    # About how many bytes it takes to remember it.
+    extents: tuple[Extent, ...]
+    strided_extents: tuple[StridedExtent, ...]
     cost: int = 1000
 
 
+Plan = ReadPlan
+"""The former name."""
+
+
 class Bytes:
-    """A file of which all is in memory."""
+    """The bytes of a file, all of which are in memory.
+
+    Attributes:
+        whole: the bytes; None in the subclass that does not hold all of them.
+        size: the size of the file in bytes.
+    """
 
     def __init__(self, data: bytes) -> None:
         self.whole: bytes | None = data
         self.size = len(data)
 
     def read(self, start: int, count: int) -> bytes:
-        """Exactly these bytes, or Unsupported."""
+        """Return exactly `count` bytes from `start` on. Raises Unsupported if the file ends."""
         assert self.whole is not None
         if start < 0 or start + count > self.size:
-            raise Unsupported("a record that is not in the file")
+            raise Unsupported("the file names bytes beyond its end")
         return self.whole[start : start + count]
 
     def unpack(self, layout: struct.Struct, start: int) -> tuple[Any, ...]:
-        """What is there, or Unsupported."""
+        """Return the fields of the struct at `start`. Raises Unsupported if the file ends."""
         if self.whole is None or start + layout.size > self.size:
             return layout.unpack(self.read(start, layout.size))
         return layout.unpack_from(self.whole, start)
 
 
 class Windows(Bytes):
-    """A large file: its first and last 4 KiB are kept, which is where small records lie."""
+    """The bytes of a large file, which are read when they are needed.
+
+    The first and the last 4 KiB are kept in memory: small records and headers lie there.
+    """
 
     def __init__(self, fd: int, size: int) -> None:
         self.whole = None
         self.size = size
         self._fd = fd
-        last = max(0, size - _WINDOW)
-        self._kept = [(0, os.pread(fd, _WINDOW, 0)), (last, os.pread(fd, _WINDOW, last))]
+        last = max(0, size - _WINDOW_BYTES)
+        self._windows = [
+            (0, os.pread(fd, _WINDOW_BYTES, 0)),
+            (last, os.pread(fd, _WINDOW_BYTES, last)),
+        ]
 
     def read(self, start: int, count: int) -> bytes:
-        """See Bytes."""
+        """See Bytes. Also raises Unsupported if the file shrinks meanwhile."""
         if start < 0 or start + count > self.size:
-            raise Unsupported("a record that is not in the file")
-        for at, window in self._kept:
+            raise Unsupported("the file names bytes beyond its end")
+        for at, window in self._windows:
             if at <= start and start + count <= at + len(window):
                 return window[start - at : start - at + count]
         data = os.pread(self._fd, count, start)
@@ -103,27 +141,48 @@ class Windows(Bytes):
 
 
 class PlanReader:
-    """Opens files of one format; subclasses say how to plan one. For any number of threads."""
+    """Opens files of one format. A subclass implements `plan`; this class remembers the results.
+
+    Any number of threads may open files by one reader.
+    """
+
+    # `_plans` is shared by all reader threads without a lock. That relies on `get`, item
+    # assignment and `clear` of a dict being atomic under the GIL; the keys are bytes, so no Python
+    # code runs in between. What is not atomic is `_remember` as a whole and `_cost += ...`: two
+    # threads can lose one addition, or clear the dict twice. The bound is then approximate, and
+    # a plan that is lost is made again.
 
     def __init__(self) -> None:
-        # By the version of the file. No tuples: millions of
-        # objects that the garbage collector must walk would cost more than the reading.
-        self._plans: dict[bytes, Plan] = {}
+        # Keyed by the version of the file. Versions are bytes, not tuples: the garbage collector
+        # would have to visit millions of tuples, which would take longer than reading the files.
+        self._plans: dict[bytes, ReadPlan] = {}
         self._cost = 0
 
-    def plan(self, file: Bytes) -> Plan:
-        """How to read this file. Raises Unsupported."""
+    def plan(self, file: Bytes) -> ReadPlan:
+        """Return the read plan of a file.
+
+        The reader thread calls this with no lock held. Plans may be shared between files, and are
+        kept for a file until its version changes.
+
+        Raises:
+            Unsupported: the file is not, or not certainly, of the format that this reader knows.
+        """
         raise NotImplementedError
 
-    def _remember(self, version: bytes, plan: Plan) -> None:
+    def _remember(self, version: bytes, plan: ReadPlan) -> None:
         self._cost += plan.cost
-        if len(self._plans) >= _MOST_FILES or self._cost > _MOST_BYTES:
+        if len(self._plans) >= _MAX_PLANS or self._cost > _MAX_COST:
             self._plans.clear()
             self._cost = plan.cost
         self._plans[version] = plan
 
     def open(self, path: str) -> OpenFeature:
-        """The feature in the file. Raises Unsupported, OSError."""
+        """Open the feature in a file. The caller closes it.
+
+        Raises:
+            Unsupported: see `plan`.
+            OSError: the file cannot be opened or read, or is not a regular file.
+        """
         feature = PlannedFeature(path)
         try:
             status = os.fstat(feature.fd)
@@ -136,14 +195,14 @@ class PlanReader:
                 feature.follow(plan, b"")
                 return feature
             data = b""
-            if size <= SMALL:
+            if size <= MAX_WHOLE_BYTES:
                 data = os.read(feature.fd, size + 1)
                 if len(data) != size:
                     raise Unsupported("the file changes while it is read")
                 plan = self.plan(Bytes(data))
             else:
                 plan = self.plan(Windows(feature.fd, size))
-            if plan.cost <= DEAREST and not is_racy(status):
+            if plan.cost <= MAX_PLAN_COST and not is_racy(status):
                 self._remember(version, plan)
             feature.follow(plan, data)
         except BaseException:
@@ -153,19 +212,27 @@ class PlanReader:
 
 
 def _open(path: str, flags: int) -> int:
-    # O_NONBLOCK: a FIFO must not hold up a reader thread.
+    # O_NONBLOCK: opening a FIFO must not block a reader thread.
     return os.open(path, _FLAGS)
 
 
 class PlannedFeature:
-    """An OpenFeature that owns its descriptor, from the moment on that there is one.
+    """An OpenFeature that reads the bytes of a file by a read plan.
 
-    Nothing else closes it: the number of a descriptor that is closed twice may by then be that of
-    another thread's file. A FileIO opens it, which closes it by itself where an interrupt has come
-    before `close`; a `__del__` of our own would swallow what a signal handler raises in it.
+    It owns the descriptor of the file from the moment on that there is one, and nothing else
+    closes it. If a descriptor is closed twice, its number may by then belong to a file that another
+    thread has opened.
+
+    A FileIO opens the file, because it closes the descriptor by itself if an interrupt prevents the
+    call of `close`. What does not work: a bare descriptor from `os.open`. An interrupt before its
+    number is stored leaks it, and an interrupt between `os.close` and the note that it is closed
+    makes the next `close` close it twice. A `__del__` of this class would not leak it, but would
+    swallow an exception that a signal handler raises in it.
 
     Attributes:
         fd: the descriptor.
+        layout: see OpenFeature; set by `follow`.
+        values: see OpenFeature; set by `follow`.
     """
 
     layout: Layout
@@ -179,8 +246,8 @@ class PlannedFeature:
             raise IsADirectoryError(f"{path!r} is a directory") from None
         self.fd = self._file.fileno()
 
-    def follow(self, plan: Plan, data: bytes) -> None:
-        """Read by `plan`; `data` is all of the file, if it was read to find the plan."""
+    def follow(self, plan: ReadPlan, data: bytes) -> None:
+        """Read by `plan`. `data` is the whole file if finding the plan has read it, or empty."""
         self.layout = plan.layout
         self.values = plan.values
         self._plan = plan
@@ -191,13 +258,13 @@ class PlannedFeature:
         """See OpenFeature."""
         if self._data:
             return len(self._data)
-        moved = sum(move.nbytes for move in self._plan.moves)
-        return moved + sum(view.nbytes for view in self._plan.views)
+        contiguous = sum(extent.nbytes for extent in self._plan.extents)
+        return contiguous + sum(extent.nbytes for extent in self._plan.strided_extents)
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
-        """See OpenFeature."""
+        """See OpenFeature. Raises OSError if the file ends before an extent does."""
         data, single = self._data, buffers[0] if len(buffers) == 1 else None
-        for start, offset, nbytes in self._plan.moves:
+        for start, offset, nbytes in self._plan.extents:
             if data and single is not None:
                 single[offset : offset + nbytes] = data[start : start + nbytes]
                 continue
@@ -208,17 +275,18 @@ class PlannedFeature:
                     start += len(part)
             else:
                 self._read(parts, start)
-        for start, nbytes, strides, leaf in self._plan.views:
+        for start, nbytes, strides, leaf in self._plan.strided_extents:
             held = bytearray(nbytes)
             self._read([memoryview(held)], start)
             view = torch.frombuffer(held, dtype=leaf.dtype).as_strided(leaf.shape, strides)
             spread(view.contiguous().view(-1).view(torch.uint8), leaf.offset, buffers)
 
     def _read(self, parts: list[memoryview], start: int) -> None:
+        """Fill `parts`, which are emptied, with the bytes from `start` on."""
         while parts:
-            count = os.preadv(self.fd, parts[:_MOST_PARTS], start)
+            count = os.preadv(self.fd, parts[:_MAX_BUFFERS_PER_CALL], start)
             if not count:
-                raise OSError(f"{self._path!r} ends early: it has changed while it was read")
+                raise OSError(f"{self._path!r} ends early: it changed while it was read")
             start += count
             while parts and count >= len(parts[0]):
                 count -= len(parts.pop(0))
@@ -230,12 +298,8 @@ class PlannedFeature:
         self._file.close()
 
 
-_MOST_PARTS = 512
-"""Buffers for one system call; the system's own limit is 1024 or more."""
-
-
 def _cut(buffers: Sequence[memoryview], offset: int, nbytes: int) -> list[memoryview]:
-    """`nbytes` bytes at `offset` of the buffers taken as one."""
+    """Return `nbytes` bytes from `offset` on of the buffers taken as one, without copying."""
     parts = []
     for buffer in buffers:
         if offset < len(buffer):

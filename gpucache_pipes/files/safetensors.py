@@ -1,4 +1,4 @@
-"""`.safetensors` files: a header of JSON, then the bytes of the tensors.
+"""`.safetensors` files: a JSON header, followed by the bytes of the tensors.
 
 The format: https://github.com/huggingface/safetensors#format
 """
@@ -11,7 +11,7 @@ import torch
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, flatten
-from gpucache_pipes.files.planned import DEAREST, Bytes, Extent, Plan, PlanReader
+from gpucache_pipes.files.planned import MAX_PLAN_COST, Bytes, Extent, PlanReader, ReadPlan
 
 _DTYPES = {
     "F64": torch.float64,
@@ -31,19 +31,22 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_MOST_PLANS = 4096
-_MOST_SIDES = 64
-"""More than torch can do anything with."""
+_MAX_PLANS = 4096
+_MAX_DIMENSIONS = 64
+"""More than any operation of torch supports."""
 
 
 class SafetensorsReader(PlanReader):
     """Opens `.safetensors` files. A feature is a dict of tensors, in the order of the header."""
 
+    # Reader threads share `_by_header` without a lock, as they do `PlanReader._plans`: it needs
+    # no more than that `get`, `clear` and item assignment of a dict are atomic under the GIL.
+
     def __init__(self) -> None:
         super().__init__()
-        self._by_header: dict[bytes, Plan] = {}
+        self._by_header: dict[bytes, ReadPlan] = {}
 
-    def plan(self, file: Bytes) -> Plan:
+    def plan(self, file: Bytes) -> ReadPlan:
         """See PlanReader."""
         [count] = struct.unpack("<Q", file.read(0, 8))
         header = file.read(8, count)
@@ -52,45 +55,48 @@ class SafetensorsReader(PlanReader):
             try:
                 plan = _make_plan(_parse(header), 8 + count, count)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise Unsupported(f"an unusual header: {error!r:.200}") from error
-            if len(self._by_header) >= _MOST_PLANS:
+                raise Unsupported(f"the header cannot be read ({error!r:.200})") from error
+            if len(self._by_header) >= _MAX_PLANS:
                 self._by_header.clear()
-            if plan.cost <= DEAREST:
+            if plan.cost <= MAX_PLAN_COST:
                 self._by_header[header] = plan
-        ends = [move.start + move.nbytes for move in plan.moves]
+        ends = [extent.start + extent.nbytes for extent in plan.extents]
         if max(ends, default=8 + count) != file.size:
             raise Unsupported("the tensors do not end where the file does")
         return plan
 
 
 def _parse(header: bytes) -> dict[str, Any]:
-    """The header, read at least as strictly as the library does. Raises ValueError, TypeError."""
-    text = header.decode("utf-8")  # json would take UTF-16 and 32, too
+    """Return the tensors of a header, read at least as strictly as the safetensors library does.
+
+    Raises ValueError or TypeError.
+    """
+    text = header.decode("utf-8")  # json.loads would accept UTF-16 and UTF-32 as well
     found: dict[str, Any] = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     if "\\u" in text:
-        json.dumps(found, ensure_ascii=False).encode()  # no half of a surrogate pair
+        json.dumps(found, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     metadata = found.pop("__metadata__", None)
     if metadata is not None and not (
         type(metadata) is dict and all(type(value) is str for value in metadata.values())
     ):
-        raise TypeError("__metadata__ is not a dict of texts")
+        raise TypeError("__metadata__ is not a dict of strings")
     return found
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict, as json makes it, but of names that are all different."""
+    """Return the dict that json would make. Raises ValueError if a name occurs twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name that is used twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
 class _Saved:
-    """A tensor of the header."""
+    """A tensor as the header describes it. Raises ValueError, TypeError or KeyError."""
 
     def __init__(self, description: dict[str, Any]) -> None:
         self.dtype = _DTYPES[description["dtype"]]
@@ -98,25 +104,27 @@ class _Saved:
         self.begin, self.end = description["data_offsets"]
         for number in (*self.shape, self.begin, self.end):
             if type(number) is not int or not 0 <= number < 1 << 63:
-                raise ValueError(f"{number!r} is no size")
-        if len(self.shape) > _MOST_SIDES:
-            raise ValueError(f"a shape of {len(self.shape)} sides")
+                raise ValueError(f"{number!r} is not a size")
+        if len(self.shape) > _MAX_DIMENSIONS:
+            raise ValueError(f"a shape of {len(self.shape)} dimensions")
 
 
-def _make_plan(header: dict[str, Any], start: int, count: int) -> Plan:
+def _make_plan(header: dict[str, Any], start: int, count: int) -> ReadPlan:
+    """Return the read plan for a header of `count` bytes whose tensors begin at `start`."""
     feature = {name: _Saved(description) for name, description in header.items()}
-    # As the library demands: nothing is left out, and nothing is used twice.
+    # As the library requires, the tensors cover the data exactly once.
     end = 0
     for saved in sorted(feature.values(), key=lambda saved: (saved.begin, saved.end)):
         if saved.begin != end:
-            raise ValueError("there is a gap between tensors, or they overlap")
+            raise ValueError("tensors overlap, or there is a gap between them")
         end = saved.end
     tree, tensors, _ = flatten(feature, _Saved)
     layout = Layout.of(tree, [(tensor.dtype, tensor.shape) for tensor in tensors])
-    moves = []
+    extents = []
     for tensor, leaf in zip(tensors, layout.leaves, strict=True):
         if tensor.end - tensor.begin != leaf.nbytes:
-            raise ValueError("a shape and the number of bytes do not agree")
+            raise ValueError("a shape and a number of bytes do not agree")
         if leaf.nbytes:
-            moves.append(Extent(start + tensor.begin, leaf.offset, leaf.nbytes))
-    return Plan(layout, (), tuple(moves), (), layout.cost + 3 * count + 200 * len(moves))
+            extents.append(Extent(start + tensor.begin, leaf.offset, leaf.nbytes))
+    cost = layout.cost + 3 * count + 200 * len(extents)
+    return ReadPlan(layout, (), tuple(extents), (), cost)

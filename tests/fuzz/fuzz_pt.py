@@ -1,9 +1,9 @@
-"""Fuzzes the `.pt` reader: what it gives must be what torch.load gives, and nothing may run.
+"""Fuzzes the `.pt` reader: it must return what torch.load returns, or be Unsupported.
 
     pip install atheris; python tests/fuzz/fuzz_pt.py -max_total_time=600
 
-Each input changes a file of torch.save at a few places, or replaces its pickle; so most inputs get
-behind the zip directory. Not part of `make test`.
+Each input changes a file of torch.save in a few places, often in its pickle, so that most inputs
+get past the zip directory. Not part of `make test`.
 """
 
 import io
@@ -19,7 +19,7 @@ import torch
 with atheris.instrument_imports(include=["gpucache_pipes.files"]):
     from gpucache_pipes.files import build
     from gpucache_pipes.files.errors import Unsupported
-    from gpucache_pipes.files.formats import by_torch_load
+    from gpucache_pipes.files.pt.fallback import by_torch_load
     from gpucache_pipes.files.pt.reader import PtReader
     from gpucache_pipes.testing import assert_same
 
@@ -67,7 +67,7 @@ def mutated(provider: atheris.FuzzedDataProvider) -> bytes:
             piece = provider.ConsumeBytes(provider.ConsumeIntInRange(1, 8))
             data[at : at + len(piece)] = piece
         else:
-            # Within the pickle, which stands near the front.
+            # Within the pickle, which lies near the start of the file.
             data[min(len(data) - 1, 64 + at % 256)] = provider.ConsumeIntInRange(0, 255)
     return bytes(data)
 

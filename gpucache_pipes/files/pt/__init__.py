@@ -1,4 +1,4 @@
-"""Files of torch.save: read by their bytes, and what is left to torch.load."""
+"""Files written by torch.save: a fast reader, and the fallback to torch.load."""
 
 from gpucache_pipes.files.pt.reader import PtReader
 

@@ -1,84 +1,114 @@
-"""What a pickle would make `torch.load` do, found without doing it.
+"""Finds what a pickle would make `torch.load` do, without doing it.
 
-`torch.load(weights_only=True)` runs no code of a file, but it has no bounds: it hashes tuples until
-the stack of the process is used up, and calls what allocates as much as a number says. `scan`
-follows the opcodes on a stack of descriptions, and refuses what no data set has.
+`torch.load(weights_only=True)` runs no code of a file, but it has no bounds. It hashes whatever a
+file uses as a key, and calls what allocates as much memory as a number in the file says. `Scan`
+follows the opcodes on a stack of descriptions instead of objects, and refuses what no data set has.
+The reader in `pickle.py` needs no such scan: it has these bounds itself.
+
+What a few bytes of a pickle can do to the process:
+
+- A tuple in a tuple in a tuple costs one byte of pickle a level. Hashing it (as a key of a dict, or
+  as an element of a set) recurses in C, without Python's recursion limit, until the stack of the
+  process is used up: SIGSEGV. Python cannot catch that, so a limit has to be checked before.
+- A pair that names one pair twice, n times over, has 2**n parts, and hashing it visits each of
+  them. 60 such levels are 300 bytes of pickle, and their hash would never be computed. Therefore
+  sizes count each part as often as it is named; counting the objects or the bytes does not work.
+- The hash of an int is its remainder by 2**61 - 1. With numbers beyond 64 bits, or with complex
+  numbers and other objects whose hashes a file can choose, thousands of keys have one hash. A dict
+  then compares each new key with all others, which takes quadratic time.
+- `torch.Tensor(n)`, a storage of n elements, and `bytearray(n)` are allowed by torch.load. They
+  allocate what n says, and the tensor holds whatever was in that memory.
+
+What does not work: checking keys only where the opcode SETITEM puts them into a dict. Calls hash
+their arguments, too: `OrderedDict([(key, value)])` and `set([...])` hash the items of their lists,
+and a pickle may append to a list after it has put the list into the arguments. So what a call may
+hash is judged at the end, by the worst tuple of the whole pickle. Keys that opcodes set are judged
+one by one. That is more lenient, and data sets do have short tuples as keys.
 """
 
 import pickletools
 from collections.abc import Iterable
 from typing import IO, Any
 
-LARGEST_INT = 1 << 63
-"""Of a key. Beyond, hashes repeat: a few thousand keys with one hash take minutes to compare."""
+MAX_INT_KEY = 1 << 63
+"""The bound of keys that are ints. A few thousand larger ones can have one hash, and then take
+minutes to compare."""
 
-_DEEPEST = 32
-"""Tuples in tuples, of values."""
+_MAX_TUPLE_DEPTH = 32
+"""Nested tuples of values."""
 
-_DEEPEST_KEY, _LARGEST_KEY = 4, 256
-"""Tuples in tuples, and parts in all of these, of what is hashed."""
+_MAX_KEY_DEPTH, _MAX_KEY_SIZE = 4, 256
+"""Nested tuples of a key, or of an element of a set, and the number of parts in all of them."""
 
-_MOST_ODD_KEYS = 1000
-"""Keys, or tuples where these may become keys, that can be made to have one hash."""
+_MAX_COLLIDABLE_KEYS = 1000
+"""Keys whose hashes a file can choose. Where calls hash objects, all tuples of the pickle count."""
 
-_MANY = 1 << 40
+_COUNT_LIMIT = 1 << 40
+"""Sizes of objects grow no further, since they can double with every opcode. Storages that state
+this many elements or more are refused."""
 
 
 class Item:
-    """What is known of an object.
+    """A description of an object on the stack.
 
     Attributes:
-        depth: tuples in one another; 0 if it is none and holds none.
-        size: parts, each counted as often as it is named.
-        value: a text or number, the name of a global, or None.
-        parts: of a tuple of up to 8, its items.
-        odd: as a key it may have the hash of others.
+        depth: the number of nested tuples; 0 for an object that is no tuple and holds none.
+        size: the number of parts, each counted as often as it is named.
+        value: a string, a number, or a Global; None for anything else.
+        parts: the items of a tuple of up to 8; else None.
+        may_collide: whether as a key it may have a hash that the file has chosen.
     """
 
-    __slots__ = ("depth", "odd", "parts", "size", "value")
+    __slots__ = ("depth", "may_collide", "parts", "size", "value")
 
-    def __init__(self, depth: int = 0, size: int = 1, value: Any = None, odd: bool = False) -> None:
-        self.depth, self.size, self.value, self.odd = depth, size, value, odd
+    def __init__(self, value: Any = None, may_collide: bool = False) -> None:
+        self.depth, self.size = 0, 1
+        self.value, self.may_collide = value, may_collide
         self.parts: list[Item] | None = None
 
 
 class Global(str):
-    """The name of a global: module, space, name."""
+    """The name of a global: the module, a space, and the name, as pickletools prints it."""
 
     __slots__ = ()
 
 
 _MARK = Item()
-_DAMAGED = "not a file of torch.save, or damaged"
-_HASHING = ("OrderedDict", "Counter", "set", "frozenset", "dict", "defaultdict")
+_DAMAGED = "not a torch.save file, or a damaged one"
+_HASHING_TYPES = ("OrderedDict", "Counter", "set", "frozenset", "dict", "defaultdict")
 
 
 class Scan:
-    """A stack machine like that of pickle, over Items.
-
-    Lists and dicts may be changed after they were put somewhere; so what is hashed when it is the
-    argument of a call is judged by the worst tuple of the pickle.
+    """A stack machine like that of pickle, on Items instead of objects.
 
     Attributes:
-        storages: by their keys, the types and numbers of elements that persistent ids name.
-        texts: all texts in it.
+        storages: by key, the class and the number of elements of the storages that the pickle
+            names.
+        strings: all strings of the pickle.
     """
 
     def __init__(self) -> None:
         self.storages: dict[str, tuple[str, int]] = {}
-        self.texts: list[str] = []
+        self.strings: list[str] = []
         self._stack: list[Item] = []
         self._memo: dict[int, Item] = {}
-        self._tuples = self._deepest = self._largest = self._odd_keys = 0
-        self._hashes = self._has_odd = False
+        # Of all tuples of the pickle: their number, the deepest and the largest.
+        self._tuples = self._deepest = self._largest = 0
+        self._collidable_keys = 0
+        # Whether a call or a set hashes objects, and whether there is an int beyond 64 bits.
+        self._hashes = self._has_large_int = False
 
     @property
     def has_tuples(self) -> bool:
-        """Whether it makes any."""
+        """Whether the pickle makes a tuple."""
         return self._tuples > 0
 
     def run(self, file: IO[bytes]) -> None:
-        """Read one pickle. Raises ValueError for what is refused, and for what is no pickle."""
+        """Read one pickle from the current position of `file`.
+
+        Raises:
+            ValueError: the pickle is refused, or it is not a pickle.
+        """
         operations = pickletools.genops(file)
         while True:
             try:
@@ -92,13 +122,15 @@ class Scan:
             except (LookupError, TypeError, AttributeError, OverflowError) as error:
                 raise ValueError(f"{_DAMAGED} ({error!r:.100})") from error
         if self._hashes:
-            deep = self._deepest > _DEEPEST_KEY or self._largest > _LARGEST_KEY
-            if deep or self._has_odd or self._tuples > _MOST_ODD_KEYS:
+            deep = self._deepest > _MAX_KEY_DEPTH or self._largest > _MAX_KEY_SIZE
+            if deep or self._has_large_int or self._tuples > _MAX_COLLIDABLE_KEYS:
                 raise ValueError(
-                    "keys or elements of a set that may be large tuples, or numbers beyond 64 bits"
+                    "the pickle calls a type that hashes keys or elements, which may be large "
+                    "tuples or numbers beyond 64 bits; convert the file"
                 )
 
     def _step(self, opcode: Any, argument: Any) -> None:
+        """Do to the stack of descriptions what an opcode does to the stack of objects."""
         name, stack = opcode.name, self._stack
         if name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(self._memo[int(argument)])
@@ -113,22 +145,22 @@ class Scan:
         elif name == "STOP":
             self._pop()
         elif name in ("SETITEM", "SETITEMS"):
-            items = self._since_mark() if name == "SETITEMS" else self._take(2)
+            items = self._pop_mark() if name == "SETITEMS" else self._take(2)
             for key in items[::2]:
                 self._require_key(key)
         elif name == "EMPTY_TUPLE":
             stack.append(self._tuple([]))
         elif name.startswith("TUPLE"):
             stack.append(
-                self._tuple(self._since_mark() if name == "TUPLE" else self._take(int(name[5:])))
+                self._tuple(self._pop_mark() if name == "TUPLE" else self._take(int(name[5:])))
             )
         elif name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
             *_, function, arguments = self._take(3 if name == "NEWOBJ_EX" else 2)[:2]
             stack.append(self._call(function, arguments))
         elif name in ("OBJ", "INST"):
-            taken = self._since_mark()
-            made_by = Item(value=Global(argument)) if name == "INST" else taken.pop(0)
-            stack.append(self._call(made_by, self._tuple(taken)))
+            taken = self._pop_mark()
+            function = Item(value=Global(argument)) if name == "INST" else taken.pop(0)
+            stack.append(self._call(function, self._tuple(taken)))
         elif name == "GLOBAL":
             stack.append(Item(value=Global(argument)))
         elif name == "STACK_GLOBAL":
@@ -136,61 +168,71 @@ class Scan:
             stack.append(Item(value=Global(f"{module.value} {symbol.value}")))
         elif name in ("PERSID", "BINPERSID"):
             if name == "PERSID":
-                raise ValueError("a storage that is named in an unusual way")
+                raise ValueError("a storage is named in an unusual way")
             stack.append(self._storage(self._pop()))
         else:
-            self._by_its_description(opcode, argument)
+            self._step_by_description(opcode, argument)
 
-    def _by_its_description(self, opcode: Any, argument: Any) -> None:
-        """Any other one, by what `pickletools` says that it takes and leaves."""
+    def _step_by_description(self, opcode: Any, argument: Any) -> None:
+        """Do any other opcode by what `pickletools` says that it takes and leaves."""
         before = opcode.stack_before
         if pickletools.markobject in before:
-            taken = self._since_mark()
+            taken = self._pop_mark()
             taken = self._take(before.index(pickletools.markobject)) + taken
         else:
             taken = self._take(len(before))
         if opcode.name in ("ADDITEMS", "FROZENSET"):
             self._hashes = True
-        # Lists, dicts and objects are left where they are, with what was put into them.
+        # A list, dict or object that the opcode changes stays on the stack. Its description then
+        # covers what was put into it.
         for _ in opcode.stack_after:
-            odd = type(argument) is int and not -LARGEST_INT <= argument < LARGEST_INT
-            self._has_odd |= odd
+            large = type(argument) is int and not -MAX_INT_KEY <= argument < MAX_INT_KEY
+            self._has_large_int |= large
             if type(argument) is str:
-                self.texts.append(argument)
-            self._stack.append(_made_of(taken) if taken else Item(value=argument, odd=odd))
+                self.strings.append(argument)
+            self._stack.append(
+                _combined(taken) if taken else Item(value=argument, may_collide=large)
+            )
 
     def _tuple(self, items: list[Item]) -> Item:
-        made = _made_of(items)
+        made = _combined(items)
         made.depth += 1
         made.parts = items if len(items) <= 8 else None
         self._tuples += 1
         self._deepest = max(self._deepest, made.depth)
         self._largest = max(self._largest, made.size)
-        if made.depth > _DEEPEST:
-            raise ValueError(f"tuples, more than {_DEEPEST} of them in one another")
-        made.odd = True
+        if made.depth > _MAX_TUPLE_DEPTH:
+            raise ValueError(
+                f"tuples are nested more than {_MAX_TUPLE_DEPTH} deep; use lists instead"
+            )
+        made.may_collide = True
         return made
 
     def _call(self, function: Item, arguments: Item) -> Item:
+        """Describe the result of a call. Its hash may be anything."""
         name = function.value if type(function.value) is Global else ""
         module, _, symbol = name.partition(" ")
         parts = arguments.parts
         empty = parts is not None and not parts
-        if symbol in _HASHING and not empty:
+        if symbol in _HASHING_TYPES and not empty:
             self._hashes = True
         if module.partition(".")[0] == "torch" and symbol.endswith(
             ("Tensor", "Storage", "Parameter", "Buffer")
         ):
-            raise ValueError(f"a call of {module}.{symbol}, which holds whatever is in memory")
+            raise ValueError(
+                f"the pickle calls {module}.{symbol}, whose result holds whatever is in memory"
+            )
         by_text = parts is not None and parts and type(parts[0].value) is str
         if symbol in ("bytearray", "bytes") and not (empty or by_text):
-            raise ValueError(f"a call of {symbol}, which makes bytes that are not in the file")
-        made = _made_of([arguments])
-        made.odd = True
+            raise ValueError(
+                f"the pickle calls {symbol}, which makes bytes that are not in the file"
+            )
+        made = _combined([arguments])
+        made.may_collide = True
         return made
 
     def _storage(self, identity: Item) -> Item:
-        """('storage', type, key, location, number of elements), and of the old format a view."""
+        """Note a storage: ("storage", class, key, device, elements), and a view in old files."""
         parts = identity.parts or []
         values = [part.value for part in parts[:5]]
         if (
@@ -198,26 +240,33 @@ class Scan:
             or identity.size > 16
             or values[0] != "storage"
             or [type(value) for value in values[1:]] != [Global, str, str, int]
-            or not 0 <= values[4] < _MANY
+            or not 0 <= values[4] < _COUNT_LIMIT
         ):
-            raise ValueError("a storage that is named in an unusual way")
+            raise ValueError("a storage is named in an unusual way")
         self.storages[values[2]] = (values[1], values[4])
         return Item()
 
     def _require_key(self, key: Item) -> None:
-        if type(key.value) is int and key.odd:
-            raise ValueError("a key that is a number beyond 64 bits")
-        if key.depth > _DEEPEST_KEY or key.size > _LARGEST_KEY:
-            raise ValueError(f"a key that is a tuple, {key.depth} of them in one another")
-        if key.odd:
-            self._odd_keys += 1
-            if self._has_odd or self._odd_keys > _MOST_ODD_KEYS:
-                raise ValueError("thousands of keys that are tuples or other objects")
+        """Raise ValueError for a key of a dict that may be expensive to hash or to compare."""
+        if type(key.value) is int and key.may_collide:
+            raise ValueError("a key of a dict is a number beyond 64 bits; use a string instead")
+        if key.depth > _MAX_KEY_DEPTH or key.size > _MAX_KEY_SIZE:
+            raise ValueError(
+                f"a key of a dict holds tuples more than {_MAX_KEY_DEPTH} deep, or of more than "
+                f"{_MAX_KEY_SIZE} parts; use a string instead"
+            )
+        if key.may_collide:
+            self._collidable_keys += 1
+            if self._has_large_int or self._collidable_keys > _MAX_COLLIDABLE_KEYS:
+                raise ValueError(
+                    f"over {_MAX_COLLIDABLE_KEYS} keys of dicts are tuples or other objects, or "
+                    "one may hold a number beyond 64 bits; use strings instead"
+                )
 
     def _top(self) -> Item:
         item = self._stack[-1]
         if item is _MARK:
-            raise LookupError("nothing to remember")
+            raise LookupError("a mark is on top of the stack")
         return item
 
     def _pop(self) -> Item:
@@ -225,29 +274,31 @@ class Scan:
         return item
 
     def _take(self, count: int) -> list[Item]:
+        """Remove and return the last `count` descriptions."""
         stack = self._stack
         taken = stack[len(stack) - count :]
         if len(taken) < count or _MARK in taken:
-            raise LookupError("something is taken that is not there")
+            raise LookupError("the stack is too short")
         del stack[len(stack) - count :]
         return taken
 
-    def _since_mark(self) -> list[Item]:
+    def _pop_mark(self) -> list[Item]:
+        """Remove the last mark; remove and return what was above it."""
         stack = self._stack
         at = len(stack) - 1
         while stack[at] is not _MARK:
             at -= 1
             if at < 0:
-                raise LookupError("no mark")
+                raise LookupError("the stack has no mark")
         taken = stack[at + 1 :]
         del stack[at:]
         return taken
 
 
-def _made_of(items: Iterable[Item]) -> Item:
-    """An object that holds these."""
+def _combined(items: Iterable[Item]) -> Item:
+    """Describe an object that holds these items."""
     made = Item()
     for item in items:
         made.depth = max(made.depth, item.depth)
-        made.size = min(made.size + item.size, _MANY)
+        made.size = min(made.size + item.size, _COUNT_LIMIT)
     return made

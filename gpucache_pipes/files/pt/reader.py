@@ -1,67 +1,77 @@
-"""`.pt` files at the speed of their bytes, and never their code.
+"""Reads `.pt` files at the speed of their bytes, without running code that they name.
 
-A file that torch.save wrote is a zip file of stored records: `data.pkl` says what the feature
-is, `data/<n>` are the bytes of its storages. Here the directory is parsed, the pickle is read by
-an interpreter that knows tensors and nothing else, and the bytes go straight to their place.
+torch.save writes a zip file whose records are not compressed: `data.pkl` describes the feature, and
+`data/<n>` are the bytes of its storages. The reader parses the zip directory, interprets the pickle
+(see `pickle.py`), and reads the bytes directly into the buffers of the caller.
 
-Most of it happens once for a data set: what a directory and a pickle mean is remembered as a
-plan, and another file that has the same two (but for names and checksums) costs one read and a
-comparison. For the next time that a file is read, its plan is remembered as well, as long as
-inode, size and modification time stay the same.
+Most of this work is done once for a data set. A file template remembers what a directory and a
+pickle mean, as a read plan. Another file with the same directory and pickle, prefix and checksums
+aside, costs one read and a comparison. The read plan of each file is also remembered for the next
+time that it is read, as long as its inode, size and modification time stay the same.
 
-Files that are anything else are Unsupported here, and torch.load decides.
+Any other file is Unsupported here, and `fallback.py` leaves it to torch.load.
 """
 
 import sys
 
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.planned import Bytes, Plan, PlanReader
+from gpucache_pipes.files.planned import Bytes, PlanReader, ReadPlan
 from gpucache_pipes.files.pt.directory import DirectoryTemplate
 from gpucache_pipes.files.pt.template import FileTemplate
 
-_FORMS_OF_A_SIZE = 8
-_MOST_MET = 1 << 16
-_MOST_BYTES = 64 << 20
-"""What forms and their plans may take; where files have nothing in common, they are no use."""
+_MAX_TEMPLATES_PER_SIZE = 8
+_MAX_SEEN = 1 << 16
+_MAX_TEMPLATES_COST = 64 << 20
+"""Bytes for file templates and their read plans. Where files have nothing in common, templates are
+of no use."""
 
 
 class PtReader(PlanReader):
-    """Opens `.pt` files; remembers their forms."""
+    """Opens `.pt` files, and remembers their file templates."""
+
+    # Reader threads share these dicts and the set without a lock. That relies on `get`, `in`,
+    # `add`, `clear` and item assignment being atomic under the GIL for keys that are ints or tuples
+    # of ints. Lists of templates are replaced, never changed, so that a thread can iterate over the
+    # list that it found. `plan` as a whole and `+=` are not atomic: of two templates that threads
+    # add at the same time, one can be lost, and the cost is an estimate. That only costs time: no
+    # file is read by a wrong template, because each file is compared with the template it is read
+    # by.
 
     def __init__(self) -> None:
         super().__init__()
-        # By the size of the file, the newest first.
-        self._forms: dict[int, list[FileTemplate]] = {}
-        self._forms_cost = 0
-        self._met: set[int] = set()
-        self._shapes: dict[tuple[int, int], DirectoryTemplate] = {}
+        # By the size of the file in bytes, the newest template first.
+        self._templates: dict[int, list[FileTemplate]] = {}
+        self._templates_cost = 0
+        self._seen: set[int] = set()
+        self._directory_templates: dict[tuple[int, int], DirectoryTemplate] = {}
 
-    def plan(self, file: Bytes) -> Plan:
+    def plan(self, file: Bytes) -> ReadPlan:
         """See PlanReader."""
         if sys.byteorder != "little":
-            raise Unsupported("a big-endian machine")
-        forms = self._forms.get(file.size, [])
-        for form in forms:
-            before = form.cost
-            plan = form.plan(file)
+            raise Unsupported("the machine is big-endian")
+        templates = self._templates.get(file.size, [])
+        for template in templates:
+            before = template.cost
+            plan = template.plan(file)
             if plan is not None:
-                if form.cost != before:
-                    self._count(form.cost - before)
+                if template.cost != before:
+                    self._add_cost(template.cost - before)
                 return plan
-        form = FileTemplate(file, self._shapes)
-        # Remembered when it is met again: where each file has a form of its own, none is.
-        kind = hash((file.size, form.numbers))
-        if kind in self._met:
-            self._count(form.cost)
-            self._forms[file.size] = [form, *forms[: _FORMS_OF_A_SIZE - 1]]
+        template = FileTemplate(file, self._directory_templates)
+        # A template is remembered when it is seen for the second time. Where each file has one of
+        # its own, none is remembered.
+        seen = hash((file.size, template.numbers))
+        if seen in self._seen:
+            self._add_cost(template.cost)
+            self._templates[file.size] = [template, *templates[: _MAX_TEMPLATES_PER_SIZE - 1]]
         else:
-            if len(self._met) >= _MOST_MET:
-                self._met.clear()
-            self._met.add(kind)
-        return form.first_plan
+            if len(self._seen) >= _MAX_SEEN:
+                self._seen.clear()
+            self._seen.add(seen)
+        return template.first_plan
 
-    def _count(self, cost: int) -> None:
-        self._forms_cost += cost
-        if self._forms_cost > _MOST_BYTES:
-            self._forms.clear()
-            self._forms_cost = cost
+    def _add_cost(self, cost: int) -> None:
+        self._templates_cost += cost
+        if self._templates_cost > _MAX_TEMPLATES_COST:
+            self._templates.clear()
+            self._templates_cost = cost

@@ -1,4 +1,4 @@
-"""What the bytes of a `torch.save` file mean, remembered for the other files of its data set."""
+"""File templates: what the bytes of one `torch.save` file mean for the others of its data set."""
 
 import struct
 from collections.abc import Sequence
@@ -6,35 +6,55 @@ from operator import itemgetter
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, flatten
-from gpucache_pipes.files.planned import DEAREST as _DEAREST
-from gpucache_pipes.files.planned import Bytes, Extent, Plan, View
-from gpucache_pipes.files.pt import directory as zips
-from gpucache_pipes.files.pt.names import Name, SavedTensor, Storage
+from gpucache_pipes.files.planned import MAX_PLAN_COST, Bytes, Extent, ReadPlan, StridedExtent
+from gpucache_pipes.files.pt.directory import (
+    LOCAL_HEADER_BYTES,
+    LOCAL_SIGNATURE,
+    Directory,
+    DirectoryTemplate,
+    Record,
+    data_offset,
+)
+from gpucache_pipes.files.pt.names import AllowedGlobal, SavedTensor, Storage
 from gpucache_pipes.files.pt.pickle import read_pickle
 
 _LENGTHS = struct.Struct("<HH")
 
-# What the small records say: exactly, or as torch.load would still accept it.
+# What the small records must hold: exactly these bytes, or digits. torch.load accepts both.
 _EXACT = {"version": b"3\n", "byteorder": b"little", ".format_version": b"1"}
 _DIGITS = (".storage_alignment", ".data/serialization_id")
 
 
 class FileTemplate:
-    """The zip directory of a file, with what its local headers and small records say.
+    """The zip directory of a file, with the contents of its local headers and small records.
 
-    Files of one data set share their form. `plan` compares it with another file of the same
-    size by two precompiled structs; all that the plan then depends on is the pickle.
+    The files of one data set share their template. `plan` compares it with another file of the same
+    size by two precompiled structs. All that the read plan then depends on is the pickle, so that
+    plans are remembered by pickle.
+
+    Raises Unsupported for a file that torch.save does not write.
+
+    Args:
+        file: the first file.
+        directory_templates: see Directory.
 
     Attributes:
-        cost: about how many bytes it takes to remember it, with its plans.
-        numbers: what tells its directory from others of the same shape.
-        first_plan: the plan of the file that it was made of.
+        cost: an estimate of the host bytes that the template and its plans occupy.
+        numbers: see DirectoryTemplate.
+        first_plan: the read plan of the first file.
     """
 
-    def __init__(self, file: Bytes, shapes: dict[tuple[int, int], zips.DirectoryTemplate]) -> None:
-        self._directory = zips.Directory(file, shapes)
+    # Reader threads share a template without a lock. `_plans` relies on `get` and item assignment
+    # of a dict being atomic under the GIL. `cost += ...` is not: an addition can be lost, and the
+    # bound of PtReader is then approximate. Two threads may make the comparison, or the plan of one
+    # pickle, at the same time; they are equal, so that it does not matter which one is kept.
+
+    def __init__(
+        self, file: Bytes, directory_templates: dict[tuple[int, int], DirectoryTemplate]
+    ) -> None:
+        self._directory = Directory(file, directory_templates)
         self.numbers = self._directory.numbers
-        self._plans: dict[bytes, Plan] = {}
+        self._plans: dict[bytes, ReadPlan] = {}
         self._starts: dict[str, int] = {}
         self._comparison: _Comparison | None = None
         at = 0
@@ -42,11 +62,12 @@ class FileTemplate:
         for name, record in self._directory.records.items():
             header, _, size = record
             if header < at:
-                raise Unsupported("records that overlap, or are in another order")
-            self._starts[name] = start = zips.data_offset(record, file)
+                raise Unsupported("records overlap, or are in another order than torch.save writes")
+            self._starts[name] = start = data_offset(record, file)
             number = name.removeprefix("data/")
             if name != number and number.isdecimal():
-                # Data may overlap what follows: it is only copied, as torch.load would.
+                # A storage may overlap the next record: its bytes are only copied, and torch.load
+                # would copy the same bytes.
                 at = start
                 continue
             at = start + size
@@ -55,88 +76,94 @@ class FileTemplate:
                 pickle = content
             elif name in _DIGITS:
                 if not content.isdigit():
-                    raise Unsupported(f"the record {name!r} is no number")
+                    raise Unsupported(f"the record {name!r} is not a number")
             elif name not in _EXACT or content != _EXACT[name]:
-                raise Unsupported(f"the record {name!r} is unusual, or says something unusual")
+                raise Unsupported(f"the record {name!r} has an unusual name or content")
         if pickle is None or "version" not in self._starts:
-            raise Unsupported("no data.pkl, or no version")
+            raise Unsupported("the record data.pkl or version is missing")
         if next(iter(self._directory.records.values()))[0]:
-            raise Unsupported("something in front of the zip file")
+            raise Unsupported("the file does not begin with the zip file")
         self.cost = 5 * self._directory.nbytes + 2000
         self.first_plan = self._plan_by(pickle)
 
-    def plan(self, file: Bytes) -> Plan | None:
-        """The plan for a file of the same size; None if it has another form.
+    def plan(self, file: Bytes) -> ReadPlan | None:
+        """Return the read plan of a file of the same size; None if it does not fit the template.
 
         Raises Unsupported.
         """
         directory = self._directory
         whole = file.whole
         if whole is None:
-            if not directory.same(file.read(directory.offset, directory.nbytes), 0):
+            if not directory.matches(file.read(directory.offset, directory.nbytes), 0):
                 return None
-        elif not directory.same(whole, directory.offset):
+        elif not directory.matches(whole, directory.offset):
             return None
         if self._comparison is None:
             self._comparison = _Comparison(directory.records, self._starts)
         pickle = self._comparison.pickle(file)
         return None if pickle is None else self._plan_by(pickle)
 
-    def _plan_by(self, pickle: bytes) -> Plan:
+    def _plan_by(self, pickle: bytes) -> ReadPlan:
         plan = self._plans.get(pickle)
         if plan is None:
             plan = self._make_plan(pickle)
-            if plan.cost <= _DEAREST:
+            if plan.cost <= MAX_PLAN_COST:
                 self.cost += plan.cost
                 self._plans[pickle] = plan
         return plan
 
-    def _make_plan(self, pickle: bytes) -> Plan:
+    def _make_plan(self, pickle: bytes) -> ReadPlan:
         try:
             item, storages = read_pickle(pickle)
             tree, tensors, values = flatten(item, SavedTensor, len(pickle))
         except (TypeError, ValueError, RecursionError) as error:
             raise Unsupported(str(error)) from error
-        if any(isinstance(value, (Name, Storage)) for value in values):
-            raise Unsupported("a name or a storage stands where a value should")
+        if any(isinstance(value, (AllowedGlobal, Storage)) for value in values):
+            raise Unsupported("a global or a storage stands where a value should")
         layout = Layout.of(tree, [(tensor.dtype, tensor.shape) for tensor in tensors])
         for storage in storages:
             record = self._directory.records.get(f"data/{storage.key}")
             if record is None or record[2] != storage.nbytes:
-                # Not left to torch.load: where it believes the pickle, it reads what is not there.
-                raise ValueError("a damaged file: a storage and its record differ in size")
-        moves, views = [], []
+                # Not left to torch.load, which believes the pickle where the two differ, and then
+                # reads beyond the record.
+                raise ValueError("the file is damaged: a storage and its record differ in size")
+        extents, strided_extents = [], []
         for tensor, leaf in zip(tensors, layout.leaves, strict=True):
             name = f"data/{tensor.storage.key}"
             start = self._starts[name] + tensor.offset * leaf.dtype.itemsize
             if not leaf.nbytes:
                 continue
             if _contiguous(tensor):
-                moves.append(Extent(start, leaf.offset, leaf.nbytes))
+                extents.append(Extent(start, leaf.offset, leaf.nbytes))
             else:
-                sides = zip(tensor.shape, tensor.strides, strict=True)
-                extent = 1 + sum((side - 1) * stride for side, stride in sides)
-                views.append(View(start, extent * leaf.dtype.itemsize, tensor.strides, leaf))
-        # A plain value is an object of 32 bytes and more; texts are as long as in the pickle.
+                dimensions = zip(tensor.shape, tensor.strides, strict=True)
+                elements = 1 + sum((size - 1) * stride for size, stride in dimensions)
+                nbytes = elements * leaf.dtype.itemsize
+                strided_extents.append(StridedExtent(start, nbytes, tensor.strides, leaf))
+        # A plain value is an object of at least 32 bytes; a string is as long as in the pickle.
         cost = layout.cost + 3 * len(pickle) + 100 * len(values) + 200 * len(tensors)
-        return Plan(layout, tuple(values), tuple(moves), tuple(views), cost)
+        return ReadPlan(layout, tuple(values), tuple(extents), tuple(strided_extents), cost)
 
 
 class _Comparison:
-    """Tells whether a file with the same directory has the same headers and small records.
+    """Compares the local headers and small records of files with the same directory.
 
-    Made for the second file of a form: where each file is of its own, there is none.
+    It is made for the second file of a template, so that a template with one file has none.
+
+    Args:
+        records: the records of the directory.
+        starts: the offset of the bytes of each record.
     """
 
-    def __init__(self, records: dict[str, zips.Record], starts: dict[str, int]) -> None:
-        # (offset, count) of what is looked at, and which of those are constant or digits.
+    def __init__(self, records: dict[str, Record], starts: dict[str, int]) -> None:
+        # (offset, count) of the bytes to compare, and which of these pieces must be digits.
         self._pieces: list[tuple[int, int]] = []
         self._digits: list[int] = []
         expected = {}
         for name, (header, name_bytes, size) in records.items():
             start = starts[name]
-            lengths = _LENGTHS.pack(name_bytes, start - header - zips.LOCAL_BYTES - name_bytes)
-            for at, content in ((header, zips.LOCAL_SIGNATURE), (header + 26, lengths)):
+            lengths = _LENGTHS.pack(name_bytes, start - header - LOCAL_HEADER_BYTES - name_bytes)
+            for at, content in ((header, LOCAL_SIGNATURE), (header + 26, lengths)):
                 expected[len(self._pieces)] = content
                 self._pieces.append((at, len(content)))
             if name in _EXACT:
@@ -157,7 +184,10 @@ class _Comparison:
         self._struct = struct.Struct("".join(codes))
 
     def pickle(self, file: Bytes) -> bytes | None:
-        """The pickle of a file that is the same but for that; else None. Raises Unsupported."""
+        """Return the pickle of a file that has nothing else of its own; else None.
+
+        Raises Unsupported.
+        """
         if file.whole is not None:
             fields: Sequence[bytes] = self._struct.unpack_from(file.whole)
         else:
@@ -171,9 +201,10 @@ class _Comparison:
 
 
 def _contiguous(tensor: SavedTensor) -> bool:
+    """Return whether the elements of a tensor follow each other in its storage."""
     expected = 1
-    for side, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
-        if side != 1 and stride != expected:
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if size != 1 and stride != expected:
             return False
-        expected *= side
+        expected *= size
     return True

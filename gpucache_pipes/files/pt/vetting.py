@@ -1,10 +1,21 @@
-"""What is refused before `torch.load` sees it: files that would bring the process down.
+"""Refuses files that would harm the process in `torch.load`, before `torch.load` sees them.
 
-The reader leaves to `torch.load` what it does not know. That hashes and allocates whatever a file
-says (see `pickle_scan`), takes a record that is marked as a directory for one without bytes, ends
-early where compressed bytes are damaged, and in both cases returns whatever its memory holds. No
-data set has such files. What cannot be looked at here is refused, too: two readers of one file
-that understand it differently are how such checks are passed by.
+The fast reader leaves to `torch.load` what it does not know. With damaged or hostile files, even
+`torch.load(weights_only=True)` does the following:
+
+- It hashes and allocates whatever the pickle says. See `pickle_scan`.
+- It takes a record that is marked as a directory for one without bytes, and returns tensors that
+  hold whatever is in memory.
+- It stops early where compressed bytes are damaged; the rest of the tensor holds whatever is in
+  memory.
+- In the format before torch 1.6 it believes the sizes and the list of storages in the file.
+- It unpacks a compressed record to any size that the record states.
+
+No data set has such files, so refusing them costs nothing. A file that this module cannot read as
+`torch.load` would read it is refused as well. Reading it leniently does not work: if two readers
+understand one file differently, the file passes the check of the first and harms the second. For
+zip files that means one way to find the directory (where the end of the file says it is, instead of
+searching for it), and names that are compared without regard to case, as miniz in torch does.
 """
 
 import io
@@ -16,33 +27,42 @@ from typing import IO, NamedTuple
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.planned import Windows
-from gpucache_pipes.files.pt.directory import HEADER, LOCAL_BYTES, WIDE, find_directory, wide
+from gpucache_pipes.files.pt.directory import (
+    CENTRAL_HEADER,
+    CENTRAL_SIGNATURE,
+    LOCAL_HEADER_BYTES,
+    LOCAL_SIGNATURE,
+    ZIP64_MARK,
+    find_directory,
+    zip64_numbers,
+)
 from gpucache_pipes.files.pt.names import storage_itemsize
 from gpucache_pipes.files.pt.pickle_scan import Scan
 
 _LENGTHS = struct.Struct("<HH")
-_HEADER_BYTES = 46
 
-_DIRECTORY = 0x10
-"""The attribute of MS-DOS, which is the one that torch looks at."""
+_DIRECTORY_ATTRIBUTE = 0x10
+"""The attribute of MS-DOS that marks a directory; torch looks at this one."""
 
 _STORED, _DEFLATED = 0, 8
 
-_MOST_UNPACKED = 256
-"""Bytes that a compressed file may hold for each byte of it."""
+_MAX_UNPACKED_RATIO = 256
+"""Unpacked bytes of the compressed records, for each byte of the file."""
 
-_AT_ONCE = 1 << 20
-"""Bytes that are unpacked at once."""
+_CHUNK_BYTES = 1 << 20
+"""Bytes that are read or unpacked at once."""
 
-_LARGEST_PACKED_PICKLE = 64 << 20
-"""Bytes. What torch.save writes is not compressed, and may have any size that the file has."""
+_MAX_PACKED_PICKLE_BYTES = 64 << 20
+"""The unpacked size of a compressed pickle. A pickle that is stored without compression, as
+torch.save writes it, may be as large as the file."""
 
 _LEGACY_PICKLES = 5
-"""Of torch.save before 1.6: magic number, protocol, system, feature, keys of the storages."""
+"""Pickles at the start of a file before torch 1.6: magic number, protocol, system, feature, and the
+keys of the storages."""
 
 
 class _Record(NamedTuple):
-    """An entry of a zip directory."""
+    """A record, as the zip directory describes it."""
 
     name: str
     flags: int
@@ -55,10 +75,18 @@ class _Record(NamedTuple):
 
 
 def require_sound(path: str, pickles: bool) -> None:
-    """Raise ValueError if the file would harm `torch.load`; with `pickles`, look at these, too.
+    """Check that the file does not harm the process in `torch.load`.
 
-    Without, as for `weights_only=False`, a pickle may do what it likes. An empty file passes:
-    torch.load says so.
+    An empty file passes, and so does what is not a regular file; `torch.load` has errors for them.
+
+    Args:
+        path: the file.
+        pickles: whether to scan the pickles. With `weights_only=False` a pickle may run any code,
+            so that a scan would be pointless.
+
+    Raises:
+        ValueError: the file is refused.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:  # noqa: PTH123
         status = os.fstat(file.fileno())
@@ -74,7 +102,11 @@ def require_sound(path: str, pickles: bool) -> None:
 
 
 def _require_sound_legacy(file: IO[bytes], size: int) -> None:
-    """The format before torch 1.6: pickles one behind the other, then the storages."""
+    """Check a file of the format before torch 1.6: five pickles, followed by the storages.
+
+    `torch.load` leaves the memory of a storage as it is if the file does not hold the storage. So
+    the storages in the file must be those that the feature names, with the sizes that it names.
+    """
     scans = []
     for _ in range(_LEGACY_PICKLES):
         scan = Scan()
@@ -83,112 +115,120 @@ def _require_sound_legacy(file: IO[bytes], size: int) -> None:
         if file.tell() >= size:
             break
     if len(scans) < _LEGACY_PICKLES:
-        return  # torch.load raises an error
-    storages, keys = scans[3].storages, scans[4].texts
+        return  # torch.load raises an error for a file that ends here
+    storages, keys = scans[3].storages, scans[4].strings
     if scans[4].has_tuples or set(storages) != set(keys) or len(set(keys)) != len(keys):
-        raise ValueError("a damaged file: its storages are not those that it names")
+        raise ValueError("the file is damaged: its storages are not those that its pickle names")
     for key in keys:
         kind, count = storages[key]
         start = file.read(8)
         itemsize = storage_itemsize(kind)
         if itemsize is None or start != count.to_bytes(8, "little"):
-            raise ValueError(f"a damaged file: its storage {key!r:.40} is of another size")
+            raise ValueError(f"the file is damaged: the storage {key!r:.40} has another size")
         file.seek(count * itemsize, os.SEEK_CUR)
         if file.tell() > size:
-            raise ValueError("a damaged file: it ends early")
+            raise ValueError("the file is damaged: it ends early")
 
 
 def _require_sound_archive(file: IO[bytes], size: int, pickles: bool) -> None:
+    """Check a zip file: its directory, its compressed records, and its pickles."""
     records = _records(file, size)
     if len({record.name.lower() for record in records}) != len(records):
-        raise ValueError("a damaged zip file: two records of one name")
+        raise ValueError("the file is damaged: two records have one name")
     for record in records:
-        if record.attributes & _DIRECTORY and not record.name.endswith("/"):
-            raise ValueError(f"a damaged file: its record {record.name!r} is a directory")
+        if record.attributes & _DIRECTORY_ATTRIBUTE and not record.name.endswith("/"):
+            raise ValueError(
+                f"the file is damaged: its record {record.name!r} is marked as a directory"
+            )
         if record.method not in (_STORED, _DEFLATED) or record.flags & 1:
             raise ValueError(
-                f"its record {record.name!r} is encrypted, or packed in an unusual way"
+                f"the record {record.name!r} is encrypted, or compressed in an unusual way; save "
+                "the file again by torch.save"
             )
         if record.method == _STORED and record.packed != record.size:
-            raise ValueError(f"a damaged file: its record {record.name!r} has two sizes")
+            raise ValueError(f"the file is damaged: its record {record.name!r} has two sizes")
     unpacked = sum(record.size for record in records if record.method)
-    if unpacked > _MOST_UNPACKED * size:
+    if unpacked > _MAX_UNPACKED_RATIO * size:
         raise ValueError(
-            f"a file of {size} bytes that unpacks to {unpacked}; save it by torch.save, which "
-            "does not compress"
+            f"the file has {size} bytes and unpacks to {unpacked}, over {_MAX_UNPACKED_RATIO} "
+            "times as many; save it again by torch.save, which does not compress"
         )
     for record in records:
-        # miniz, by which torch reads, does not tell capital letters from others.
+        # torch reads by miniz, which finds names without regard to case.
         is_pickle = pickles and record.name.lower().endswith("data.pkl")
         content = b""
         if record.method:
             content = _unpack(file, record, is_pickle)
         elif is_pickle:
-            _find(file, record)
+            _seek(file, record)
             content = file.read(record.size)
         if is_pickle:
             Scan().run(io.BytesIO(content))
 
 
 def _records(file: IO[bytes], size: int) -> list[_Record]:
-    """The directory of a zip file, from where its end says that it is. Raises ValueError."""
+    """Return the records in the directory that the end of a zip file names. Raises ValueError."""
     try:
         count, length, offset = find_directory(Windows(file.fileno(), size))
     except (Unsupported, struct.error) as error:
-        raise ValueError(f"a damaged zip file, or an unusual one ({error})") from error
+        raise ValueError(f"a damaged or unusual zip file ({error})") from error
     raw = os.pread(file.fileno(), length, offset)
     found, at = [], 0
     for _ in range(count):
-        if at + _HEADER_BYTES > len(raw):
-            raise ValueError("a damaged zip file: its directory is cut short")
+        if at + CENTRAL_HEADER.size > len(raw):
+            raise ValueError("the file is damaged: its zip directory is cut short")
         (signature, _, _, flags, method, _, _, checksum, packed, unpacked, name_bytes, extra_bytes,
-         comment_bytes, _, _, attributes, header) = HEADER.unpack_from(raw, at)  # fmt: skip
-        start = at + _HEADER_BYTES
+         comment_bytes, _, _, attributes, header) = CENTRAL_HEADER.unpack_from(raw, at)  # fmt: skip
+        start = at + CENTRAL_HEADER.size
         at = start + name_bytes + extra_bytes + comment_bytes
-        if signature != b"PK\x01\x02" or at > len(raw):
-            raise ValueError("a damaged zip file: its directory is not as long as it says")
+        if signature != CENTRAL_SIGNATURE or at > len(raw):
+            raise ValueError("the file is damaged: its zip directory is shorter than it states")
         name = raw[start : start + name_bytes].decode("utf-8", "replace")
-        if WIDE in (packed, unpacked, header):
+        if ZIP64_MARK in (packed, unpacked, header):
             extra = raw[start + name_bytes : start + name_bytes + extra_bytes]
-            packed, unpacked, header = wide(packed, unpacked, header, extra)
+            packed, unpacked, header = zip64_numbers(packed, unpacked, header, extra)
         found.append(_Record(name, flags, method, checksum, packed, unpacked, attributes, header))
     if at != len(raw):
-        raise ValueError("a damaged zip file: its directory is longer than it says")
+        raise ValueError("the file is damaged: its zip directory is longer than it states")
     return found
 
 
-def _find(file: IO[bytes], record: _Record) -> None:
-    """Go to the bytes of a record, as torch does: by its local header."""
+def _seek(file: IO[bytes], record: _Record) -> None:
+    """Seek to the bytes of a record by its local header, as torch does. Raises ValueError."""
     file.seek(record.header)
-    header = file.read(LOCAL_BYTES)
-    if len(header) < LOCAL_BYTES or header[:4] != b"PK\x03\x04":
-        raise ValueError(f"a damaged file: its record {record.name!r} is not there")
+    header = file.read(LOCAL_HEADER_BYTES)
+    if len(header) < LOCAL_HEADER_BYTES or header[:4] != LOCAL_SIGNATURE:
+        raise ValueError(f"the file is damaged: its record {record.name!r} has no local header")
     name_bytes, extra_bytes = _LENGTHS.unpack_from(header, 26)
     file.seek(name_bytes + extra_bytes, os.SEEK_CUR)
 
 
 def _unpack(file: IO[bytes], record: _Record, keep: bool) -> bytes:
-    """Look whether a compressed record is what it says; its bytes, if they are to be kept."""
-    if keep and record.size > _LARGEST_PACKED_PICKLE:
-        raise ValueError(f"a compressed pickle of {record.size} bytes")
-    _find(file, record)
+    """Check the size and the checksum of a compressed record. Return its bytes if `keep`."""
+    if keep and record.size > _MAX_PACKED_PICKLE_BYTES:
+        raise ValueError(
+            f"the compressed pickle unpacks to {record.size} bytes, and the limit is "
+            f"{_MAX_PACKED_PICKLE_BYTES}; save the file again by torch.save, which does not "
+            "compress"
+        )
+    _seek(file, record)
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     left, size, checksum, kept = record.packed, 0, 0, []
     try:
         while left and not unpacker.eof:
-            packed = file.read(min(left, _AT_ONCE))
+            packed = file.read(min(left, _CHUNK_BYTES))
             if not packed:
                 break
             left -= len(packed)
             while packed and size <= record.size:
-                part = unpacker.decompress(packed, _AT_ONCE)
+                part = unpacker.decompress(packed, _CHUNK_BYTES)
                 packed = unpacker.unconsumed_tail
                 size += len(part)
                 checksum = zlib.crc32(part, checksum)
                 if keep:
                     kept.append(part)
     except zlib.error as error:
-        raise ValueError(f"a damaged record {record.name!r} ({error})") from error
+        raise ValueError(f"the file is damaged in the record {record.name!r} ({error})") from error
     if not unpacker.eof or size != record.size or checksum != record.checksum:
-        raise ValueError(f"a damaged record {record.name!r}")
+        raise ValueError(f"the file is damaged in the record {record.name!r}")
     return b"".join(kept)

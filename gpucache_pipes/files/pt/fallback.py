@@ -1,0 +1,67 @@
+"""Loads the files that the fast `.pt` reader does not support, by `torch.load`."""
+
+import os
+import re
+
+import torch
+
+from gpucache_pipes.files.pt.vetting import require_sound
+from gpucache_pipes.files.source import LoadedFeature
+
+# What the errors of torch.load(weights_only=True) call the global that it refuses.
+_GLOBAL = re.compile(r"GLOBAL ([A-Za-z_][\w.]*) was not")
+_REFUSED = re.compile(
+    r"(?:Unsupported (?:global|class|operand|storage).*?|GLOBAL |Trying to (?:call|instantiate).*?)"
+    r"([A-Za-z_][\w.]*\.[\w.]+)"
+)
+
+
+def by_torch_load(path: str, weights_only: bool) -> LoadedFeature:
+    """Load a file by `torch.load`, after it was checked for what would harm the process.
+
+    `torch.load` decides about every file that the fast reader does not support.
+
+    Args:
+        path: the file.
+        weights_only: see `torch.load`. If False, the file may run any code.
+
+    Raises:
+        OSError: the file cannot be read.
+        MemoryError: the feature does not fit in host memory.
+        TypeError: the feature holds what the cache cannot hold; see `flatten`.
+        ValueError: the file is refused, or `torch.load` cannot read it. The text says why.
+    """
+    size = os.stat(path).st_size
+    require_sound(path, pickles=weights_only)
+    try:
+        # map_location: a reader thread must not touch the GPU from which a file was saved.
+        feature = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(_reason(path, weights_only, error)) from error
+    return LoadedFeature(feature, size)
+
+
+def _reason(path: str, weights_only: bool, error: Exception) -> str:
+    """Return why `torch.load` raised `error`, with a way out."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        start = file.read(4)
+    if not start:
+        return "the file is empty"
+    text = str(error)
+    refused = _GLOBAL.search(text) or _REFUSED.search(text)
+    if weights_only and refused:
+        return (
+            f"weights_only=True refuses {refused[1]}. If you trust the files, allow it by "
+            "torch.serialization.add_safe_globals, or create the store with weights_only=False; "
+            "or read the files with load_fn"
+        )
+    if weights_only and "Unsupported operand" in text and start == b"PK\x03\x04":
+        return (
+            "weights_only=True reads only pickles of protocol 2, which torch.save writes by "
+            "default. Save the file again by torch.save; or, if you trust it, create the store "
+            "with weights_only=False; or read it with load_fn"
+        )
+    [line, *_] = text.splitlines() or [""]
+    return f"not a torch.save file, or a damaged one ({type(error).__name__}: {line:.200})"
