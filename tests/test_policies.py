@@ -250,6 +250,19 @@ class TestClairvoyant(PolicyContract):
                 policy.on_access([key], number)
         assert len(policy._pipelines) < 10
 
+    def test_a_pipeline_that_takes_the_place_of_another_keeps_its_own_keys(self) -> None:
+        """Else they could never be evicted: no scan would propose them."""
+        policy = Clairvoyant()
+        policy.on_access([*range(10)], "ended")
+        policy.retract("ended")
+        policy.announce("new", AccessPlan([*range(20, 30)]))
+        policy.on_access([*range(20, 30)], "new")
+        for key in range(20, 30):
+            policy.on_insert(key)
+        policy.retract("new")
+        policy.on_access([0, 1, 2], "new")  # files of the one that has ended
+        assert sorted(policy.victims(99)) == [*range(20, 30)]
+
     def test_who_never_comes_back_leaves_no_trace(self) -> None:
         """Even if it has announced that it would."""
         for known in (True, False):

@@ -111,7 +111,8 @@ class Clairvoyant(BasePolicy):
                     pipeline.ignored_announcements = _IGNORED_ANNOUNCEMENTS
                     self.retract(owner)
             return
-        if not pipeline.dueling.by_epoch.known and len(self._pipelines) > 1:
+        is_new = not pipeline.dueling.by_epoch.known and pipeline.is_empty()
+        if is_new and len(self._pipelines) > 1:
             pipeline = self._latest = self._resume_ended(pipeline, owner, keys)
         if len(self._pipelines) > 1:
             for key in keys:
