@@ -58,8 +58,8 @@ def write(tmp_path: Path, kind: str, count: int = 14) -> list[str]:
 
 # Why a contender cannot be measured, by the kind of features. All others must be.
 NOT_APPLICABLE = {
-    ("plain values", "safetensors files"): "the features hold values beside tensors",
-    ("plain values", "one tensordict memory map"): "the features hold values beside tensors",
+    ("plain values", "safetensors files"): "the features hold plain values",
+    ("plain values", "one tensordict memory map"): "the features hold plain values",
     ("ragged", "one tensordict memory map"): "the features do not have one shape",
     ("unlike", "safetensors files"): "the features do not have one structure",
     ("unlike", "one tensordict memory map"): "the features do not have one shape",
@@ -101,9 +101,10 @@ def check_report(report: bench.Report) -> None:
 
 def printed(text: str, name: str) -> list[list[float]]:
     """The cells of a row of the table: median, least and greatest."""
-    row = next(line for line in text.splitlines() if line.strip().startswith(name))
+    row = re.search(rf"^ *{re.escape(name)} +[\d-].*$", text, re.MULTILINE)
+    assert row is not None, f"no row {name!r} in\n{text}"
     number = r"(\d+(?:\.\d+)?(?:e[+-]\d+)?)"
-    cells = re.findall(rf"{number} \({number} - {number}\)", row)
+    cells = re.findall(rf"{number} \({number} - {number}\)", row[0])
     return [list(map(float, cell)) for cell in cells]
 
 
@@ -267,6 +268,10 @@ def test_ratios_are_those_within_a_round(tmp_path: Path) -> None:
     assert cases["first"]["median_seconds"] == 1.0
     assert cases["overlap"] == {"median_seconds": None, "times_as_fast": None, "to_limit": None}
     assert report["rounds"] == 3
+    check_report(report)
+    assert printed(bench.as_text(report), bench.OURS.name) == [
+        [9.0, 8.0, 10.0], [80.0, 80.0, 80.0], [9.0, 8.0, 10.0],
+    ]  # fmt: skip
     assert spread([], [1.0]) is None
     advice = bench.advice(report, room=1 << 40)
     assert "9 times as fast in a first epoch and 80 times as fast once everything" in advice
@@ -499,7 +504,7 @@ def test_plain_values_of_different_types(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(2), "name": "odd", "n": None}, paths[-1])
     with bench.Work(paths, 4, CPU, epochs=2) as work:
         assert work.collation.mode == "list"
-        assert work.collation.reason == "values beside tensors are NoneType and int"
+        assert work.collation.reason == "plain values are NoneType and int"
         report = bench.bench(
             work, contenders=[bench.OURS, bench.BASELINE], rounds=1, progress=False
         )

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planning.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True)
     planning.add_argument("--seed", type=int, default=0)
     planning.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
-    bench = commands.add_parser("bench", help="what these files gain, beside other loaders")
+    bench = commands.add_parser("bench", help="compare with other loaders on your files")
     bench.set_defaults(run=_bench)
     bench.add_argument("--device", default="auto", help='"cuda", "cpu"; by default the GPU')
     bench.add_argument("--batch-size", type=int, default=256)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--files", type=int, default=2000, help="how many to read at most")
     bench.add_argument("--bytes", default="512MiB", metavar="SIZE", help="how much, at most")
     bench.add_argument(
-        "--overlap", action="store_true", help="also beside training steps, which takes longer"
+        "--overlap", action="store_true", help="also with training steps, which takes longer"
     )
     bench.add_argument(
         "--cold-storage", action="store_true", help="read from the disk, not from the page cache"

@@ -58,7 +58,7 @@ class Collation:
         for column in zip(*values, strict=True):
             kinds = sorted({type(value).__qualname__ for value in column})
             if len(kinds) > 1:
-                return cls("list", reason=f"values beside tensors are {' and '.join(kinds)}")
+                return cls("list", reason=f"plain values are {' and '.join(kinds)}")
         try:
             chosen.by_hand(examples)
         except (TypeError, RuntimeError) as error:

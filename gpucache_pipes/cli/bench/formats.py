@@ -20,7 +20,7 @@ def _tensors(work: Work, path: str) -> dict[str, torch.Tensor]:
     """
     _, tensors, values = flatten(work.load(path))
     if values:
-        raise NotApplicableError("the features hold values beside tensors")
+        raise NotApplicableError("the features hold plain values")
     return {str(number): tensor.contiguous() for number, tensor in enumerate(tensors)}
 
 

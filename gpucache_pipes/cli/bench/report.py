@@ -117,7 +117,7 @@ def advice(report: Report, room: int | None = None) -> str:
     }
     told = {case: named[case] for case in ("first", later) if ours["cases"][case]["times_as_fast"]}
     if len(told) < 2:
-        return f"Too little was measured beside {BASELINE.name} to say what it comes to."
+        return f"Too little was measured to compare gpucache_pipes with {BASELINE.name}."
     lines = [f"All {work['known_files']} files are {format_bytes(data)} of tensors"]
     if room is not None:
         there = f"{format_bytes(room)} that are free on {work['device']}"
