@@ -270,7 +270,7 @@ def test_ratios_are_those_within_a_round(tmp_path: Path) -> None:
     assert report["rounds"] == 3
     check_report(report)
     assert printed(bench.as_text(report), bench.OURS.name) == [
-        [9.0, 8.0, 10.0], [80.0, 80.0, 80.0], [9.0, 8.0, 10.0],
+        [9.0, 8.0, 10.0], [80.0, 80.0, 90.0], [9.0, 8.0, 10.0],
     ]  # fmt: skip
     assert spread([], [1.0]) is None
     advice = bench.advice(report, room=1 << 40)
