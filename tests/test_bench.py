@@ -169,12 +169,12 @@ def one_bit(batches: list[Any]) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (swapped, "gives another batch 1 in epoch 0 than torch.load"),
-        (one_bit, "gives another batch 1 in epoch 0 than torch.load"),
-        (lambda batches: iter(batches[:-1]), "gives another batch 3 in epoch 0 than torch.load"),
+        (swapped, "batch 1 of epoch 0 differs from that of torch.load"),
+        (one_bit, "batch 1 of epoch 0 differs from that of torch.load"),
+        (lambda batches: iter(batches[:-1]), "batch 3 of epoch 0 differs from that of torch.load"),
         (
             lambda batches: iter([*batches, batches[0]]),
-            "gives another batch 4 in epoch 0 than torch.load",
+            "batch 4 of epoch 0 differs from that of torch.load",
         ),
         (lambda batches: iter({}[number] for number in batches[0]["y"].shape), "KeyError: 4"),
     ],

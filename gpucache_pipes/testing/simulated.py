@@ -179,9 +179,9 @@ class SimulatedRuntime:
                 selected = by_row and func.name().startswith("aten::index_select")
                 of_rows = rows if selected and tensor.numbers is None else None
                 reads += intervals_of(tensor, of_rows)
-        late, early = self._host_memory(args, kwargs)
-        reads += early
-        call = partial(func, *late[0], **late[1])
+        (real_args, real_kwargs), pinned = self._host_memory(args, kwargs)
+        reads += pinned
+        call = partial(func, *real_args, **real_kwargs)
         if outputs:
             writes = intervals_of(outputs[0], rows if by_row else None)
             self._issue(func.name(), reads, writes, call)
@@ -274,10 +274,10 @@ class SimulatedRuntime:
             )
 
     def _run_any(self) -> bool:
-        able = [stream for stream in self._streams if stream.ready]
-        if not able:
+        ready = [stream for stream in self._streams if stream.ready]
+        if not ready:
             return False
-        run, _ = self._random.choice(able).queue.popleft()
+        run, _ = self._random.choice(ready).queue.popleft()
         run()
         return True
 

@@ -144,7 +144,7 @@ def _problem(contender: Contender, work: Work, share: float) -> str | None:
                     if sums != expected:
                         wrong = [a == b for a, b in zip(sums, expected, strict=False)]
                         at = wrong.index(False) if False in wrong else len(wrong)
-                        return f"gives another batch {at} in epoch {number} than torch.load"
+                        return f"batch {at} of epoch {number} differs from that of torch.load"
     except NotApplicableError as error:
         return str(error)
     except Exception as error:
