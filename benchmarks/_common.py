@@ -1,4 +1,4 @@
-"""What the benchmarks share: sample files, interleaved timing, tables."""
+"""Helpers of the benchmarks: sample files, interleaved timing, tables."""
 
 import argparse
 import gc
@@ -29,19 +29,26 @@ def write_files(directory: str | Path, count: int, width: int = 1024) -> list[st
 
 
 def temporary_directory() -> "tempfile.TemporaryDirectory[str]":
-    """A directory that goes with the benchmark."""
+    """A temporary directory, removed when the benchmark ends."""
     return tempfile.TemporaryDirectory(prefix="gpucache-bench-")
 
 
 def interleaved(
     contenders: dict[str, Callable[[], Iterator[Any]]], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds for each item of each contender, which is called once in each round.
+    """Measure the seconds for each item of each contender, which is called once in each round.
 
-    The order of the contenders changes from round to round, so that a machine that becomes
-    slower does so for all. The first tenth of the rounds is warm-up and left out. Nobody pays for
-    the garbage of others: it is collected before each turn, and what lived at the beginning is
-    not looked at.
+    The order of the contenders is random in each round, so that a machine that becomes slower does
+    so for all. The first tenth of the rounds is warm-up and excluded. Garbage is collected before
+    each turn, so that no contender pays for that of another. Objects that exist at the start are
+    frozen, so the collector does not visit them.
+
+    Args:
+        contenders: by name, a function that returns the items of one turn.
+        rounds: turns of each contender.
+
+    Returns:
+        For each name the seconds of all items.
     """
     gc.freeze()
     shuffle = random.Random(0).shuffle
@@ -67,7 +74,15 @@ def interleaved(
 def report(
     title: str, times: dict[str, list[float]], baseline: str, unit: float = 1e6, name: str = "us"
 ) -> dict[str, Any]:
-    """Print a table, ratios to `baseline` first, and return its figures."""
+    """Print a table, with ratios to `baseline` in the first column, and return its figures.
+
+    Args:
+        title: of the table.
+        times: seconds by contender.
+        baseline: the contender that ratios refer to.
+        unit: printed units in a second.
+        name: of that unit.
+    """
     base = statistics.median(times[baseline])
     figures = {}
     print(f"\n{title} (ratio of medians to {baseline!r})")
@@ -88,7 +103,7 @@ def report(
 
 
 def parser_for(doc: str, rounds: int | None = None) -> argparse.ArgumentParser:
-    """The arguments that scripts share: `--json`, and `--rounds` where there is a default."""
+    """A parser with the arguments that scripts share: `--json`, and `--rounds` if it is given."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds)
@@ -97,7 +112,7 @@ def parser_for(doc: str, rounds: int | None = None) -> argparse.ArgumentParser:
 
 
 def save(path: str | None, figures: dict[str, Any]) -> None:
-    """Write figures and environment as JSON, if a path is given."""
+    """Write the figures and the environment as JSON to `path`, if it is given."""
     if path:
         text = json.dumps({**environment(), "figures": figures}, indent=1)
         Path(path).write_text(text + "\n")

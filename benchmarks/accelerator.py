@@ -1,17 +1,17 @@
-"""What the store costs on an accelerator, beside what the device itself can do.
+"""The cost of the store on an accelerator, compared with the limits of the device.
 
-- warm: a batch of 256 rows of 4 KiB, all cached: host time, and the whole of it, beside
+- warm: a batch of 256 rows of 4 KiB, all cached: host time and total time, compared with
   index_select of a resident tensor with its indices already on the device (the same rows).
-- rows: gathers of rows of 256 KiB and 4 MiB, beside the device's own copy bandwidth.
-- cold: files of 4 MiB from the page cache, beside the smaller of what 16 threads of preadv put into
-  page-locked memory and what a copy from there to the device gives.
-- overlap: a training step as long as the load of a batch: how much of the time is waited.
+- rows: gathers of rows of 256 KiB and 4 MiB, compared with the copy bandwidth of the device.
+- cold: files of 4 MiB from the page cache, compared with the smaller of two bandwidths: preadv by
+  16 threads into pinned memory, and a copy from there to the device.
+- overlap: the fraction of time spent waiting, with a training step as long as the load of a batch.
 
-What stands beside other loaders is measured by `scenarios.py --device cuda`.
+`scenarios.py --device cuda` compares the store with other loaders.
 
     python benchmarks/accelerator.py [--device cuda] [--scale 1.0] [--json FILE]
 
-With `--device cpu --scale 0.05` it runs anywhere, to see that it runs; that measures nothing.
+With `--device cpu --scale 0.05` it runs on any machine. That only tests the script.
 """
 
 import os
@@ -30,7 +30,7 @@ Figures = dict[str, Any]
 
 
 class Device:
-    """The device, and how to wait for it."""
+    """The device to measure: waiting, memory and timing."""
 
     def __init__(self, name: str | None) -> None:
         found = torch.accelerator.current_accelerator(check_available=True)
@@ -40,21 +40,21 @@ class Device:
             self.name = torch.cuda.get_device_name(self.device)
 
     def wait(self) -> None:
-        """Until it is idle."""
+        """Wait until the device is idle."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
     def empty_cache(self) -> None:
-        """Give back what one scenario took, for the next."""
+        """Free the memory that the allocator kept from the previous scenario."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).empty_cache()
 
     def pinned(self, nbytes: int) -> torch.Tensor:
-        """Page-locked memory; on the CPU, memory."""
+        """Pinned host memory; on the CPU, ordinary memory."""
         return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self.device.type != "cpu")
 
     def seconds(self, work: Callable[[], Any], repeats: int = 20) -> float:
-        """The median time of `work`, the device idle before and after."""
+        """The median seconds of `work`, with the device idle before and after it."""
         times = []
         for _ in range(repeats + 3):
             self.wait()
@@ -66,7 +66,7 @@ class Device:
 
 
 def warm(device: Device, scale: float) -> Figures:
-    """A batch of small rows, all cached."""
+    """Measure a batch of small rows, all cached."""
     files = max(600, int(20_000 * scale))
     data = torch.randn(files, 1024)
     features = {f"/{n}": row for n, row in enumerate(data)}
@@ -102,7 +102,7 @@ def warm(device: Device, scale: float) -> Figures:
 
 
 def rows(device: Device, scale: float) -> Figures:
-    """Bandwidth of gathers of long rows, as a part of that of a copy on the device."""
+    """Measure the bandwidth of gathers of long rows, as a fraction of that of a device copy."""
     figures = {}
     for nbytes in (256 << 10, 4 << 20):
         count = max(16, int((4 << 30) * scale) // nbytes)
@@ -125,7 +125,7 @@ def rows(device: Device, scale: float) -> Figures:
 
 
 def cold(device: Device, scale: float, threads: int = 16) -> Figures:
-    """Files of 4 MiB from the page cache."""
+    """Measure a first epoch over files of 4 MiB, which are in the page cache."""
     count = max(16, int(1024 * scale))
     with temporary_directory() as directory:
         paths = write_files(directory, count, 1 << 20)
@@ -167,7 +167,7 @@ def cold(device: Device, scale: float, threads: int = 16) -> Figures:
 
 
 def overlap(device: Device, scale: float) -> Figures:
-    """Reading while training, with a step that takes as long as the load of a batch."""
+    """Measure a first epoch with a training step that takes as long as the load of a batch."""
     count = max(32, int(2048 * scale))
     with temporary_directory() as directory:
         paths = write_files(directory, count, 1 << 18)
@@ -220,7 +220,7 @@ def main() -> None:
             figures[name] = scenario(device, args.scale)
             device.empty_cache()
             print(f"{name}: {figures[name]}", flush=True)
-            # After each: a run that is cut short leaves what it has measured.
+            # After each scenario, so that an interrupted run keeps its figures.
             save(args.json, figures)
 
 

@@ -1,14 +1,14 @@
-"""Whether gpucache_pipes has become slower: two reports of `scenarios.py` beside each other.
+"""Compare two reports of `scenarios.py`: has gpucache_pipes become slower?
 
-What counts is the time as a ratio to that of the limit, which is measured in the same rounds: a
-machine that is slow is slow for both. On another kind of machine system calls and Python may be
-of other speeds; so a case has become slower only if it has by its ratio to DataLoader, too.
+The comparison uses the ratio of the time to that of the limit, measured in the same rounds: a slow
+machine is slow for both. On another kind of machine, system calls and Python may differ in relative
+speed. A case therefore counts as slower only if its ratio to DataLoader is worse, too.
 
     python benchmarks/check.py BASE HEAD [--tolerance 0.2]
     python benchmarks/check.py BASE             # measures the scenario of BASE, here and now
 
-Fails with status 1 if a case is slower by more than the tolerance. What is measured here and now
-is measured again, at most three times in all, before that is believed.
+The exit status is 1 if a case is slower by more than the tolerance, and 2 if the reports cannot be
+compared. Without HEAD, a slower case is measured again, at most three times in all.
 """
 
 import argparse
@@ -26,7 +26,14 @@ WORK = ("files", "feature_bytes", "batch_size", "epochs", "device")
 
 
 def slower(base: bench.Report, head: bench.Report) -> dict[str, float]:
-    """By case, how many times as long gpucache_pipes takes in `head`; the milder of two views."""
+    """How many times as long gpucache_pipes takes in `head` as in `base`, by case.
+
+    The smaller of the ratio to the limit and the ratio to DataLoader.
+
+    Raises:
+        ValueError: the reports are of different work, or incomplete.
+        KeyError: they are not reports of `scenarios.py`.
+    """
     for key in ("scenario", "complete", "share", *WORK):
         old, new = (r["work"][key] if key in WORK else r[key] for r in (base, head))
         if old != new:
@@ -52,7 +59,7 @@ def slower(base: bench.Report, head: bench.Report) -> dict[str, float]:
 
 
 def measure(name: str) -> bench.Report:
-    """A scenario, here and now."""
+    """Measure a scenario on this machine. Raises KeyboardInterrupt after Ctrl-C."""
     from scenarios import SCENARIOS, run
 
     scenario = SCENARIOS[name]
@@ -63,7 +70,7 @@ def measure(name: str) -> bench.Report:
 
 
 def judge(base: bench.Report, head: bench.Report, tolerance: float) -> bool:
-    """Print the ratios; whether all of them can be tolerated."""
+    """Print the ratios. True if all of them are within the tolerance."""
     fine = True
     for case, ratio in slower(base, head).items():
         verdict = "slower" if ratio > 1 + tolerance else "ok"

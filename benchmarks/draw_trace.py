@@ -1,6 +1,6 @@
 """Draw the ranges of a trace, thread by thread, as an SVG.
 
-The picture in docs/tracing.md is made so:
+To make the picture in docs/tracing.md:
 
     python examples/profile_pipeline.py features/ trace.json
     python benchmarks/draw_trace.py trace.json docs/trace.svg
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def draw(ranges: list[dict[str, Any]]) -> str:
-    """The picture; a lane for the thread that trains, and one for each reader."""
+    """The picture as SVG, with a lane for the training thread and one for each reader thread."""
     begin = min(e["ts"] for e in ranges)
     end = max(e["ts"] + e["dur"] for e in ranges)
     trains = next(e["tid"] for e in ranges if e["name"] == "gpucache::gather")

@@ -1,8 +1,8 @@
-"""Ways to gather 256 rows of 4 KiB and a label from pages: which element, whole pages or columns.
+"""Compare ways to gather 256 rows of 4 KiB and a label from pages: dtypes, whole pages, columns.
 
 The rows are those of two tensors of 4,000 x float32[1024] and int64[1]. Every way starts from a
-list of page numbers and ends with two contiguous tensors. Then 256 of 200,000 rows, in small and
-in large kernel pages.
+list of page numbers and ends with two contiguous tensors. A second table compares gathers of 256 of
+200,000 rows in small and in huge kernel pages.
 
     python benchmarks/gather.py [--json FILE]
 """

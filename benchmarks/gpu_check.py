@@ -1,7 +1,7 @@
-"""Everything that needs an accelerator, by one command: tests, benchmarks and scenarios.
+"""Run everything that needs an accelerator: tests, benchmarks and scenarios.
 
-Uses the Python that runs it and what is on its path: torch, torchdata, pytest and hypothesis; no
-network. Writes device, versions, command, what became of the tests, and the figures.
+Uses the Python that runs it, which needs torch, torchdata, pytest and hypothesis. Needs no network.
+Writes the device, versions, commands, exit statuses and figures to a JSON file.
 
     make gpu-check        or        python3 benchmarks/gpu_check.py [--json FILE]
 """
@@ -33,7 +33,7 @@ def main() -> int:
         print("there is no accelerator here: nothing to check")
         return 1
     figures_file = Path(args.json).with_suffix(".figures")
-    # Without the options of the project: an older pytest does not know all of them.
+    # Without the options of pyproject.toml, some of which an older pytest rejects.
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-W", "default", "-q", "-rA"]
     tests = run([*pytest, "-m", "gpu", *TESTS])
     bench = run(
@@ -42,7 +42,7 @@ def main() -> int:
     )  # fmt: skip
     scenarios = {}
     for name in SCENARIOS:
-        # Each leaves a report of its own, beside those of the CPU.
+        # Each scenario writes a report of its own, next to those of the CPU.
         report = Path(args.json).with_name(f"gpu_{name}.json")
         scenarios[name] = run(
             [sys.executable, "benchmarks/scenarios.py", name, "--rounds", "3",
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def run(command: list[str]) -> dict[str, Any]:
-    """Run a command, show what it says, and return how it ended and its last lines."""
+    """Run a command, print its output, and return its exit status, duration and last lines."""
     start = time.monotonic()
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -1,13 +1,13 @@
-"""How the cost of a feature grows: with files, batch size, leaves, depth and reader threads.
+"""Measure the cost of a feature over number of files, batch size, leaves, depth and reader threads.
 
-- files: 1,000 to 1,000,000 entries of f32[16] by a synthetic reader, batches of 256, shuffled:
-  everything cached, and with room for half of it.
+- files: 1,000 to 1,000,000 entries of f32[16] from a synthetic `load_fn`, batches of 256, shuffled:
+  with everything cached, and with a budget for half of it.
 - batch size, leaves: everything cached. The leaves of a feature are f32[16] each.
 - depth: a first epoch of 2,000 files of 6 KB, in batches of 64.
-- threads: the same; of 64 files of 4 MB in batches of 8; and by a reader that waits 1 ms for each
-  of 1,000 files, as storage far away does.
+- threads: the same; 64 files of 4 MB in batches of 8; and 1,000 files with a `load_fn` that waits
+  1 ms for each, as remote storage does.
 
-Points of a curve are measured in turns. Microseconds for a feature, medians.
+The points of a curve take turns. The figures are medians in microseconds for each feature.
 
     python benchmarks/growth.py [--rounds 7] [--most 1000000] [--json FILE] [--plot docs/growth.svg]
 """
@@ -28,19 +28,19 @@ Curve = dict[int, float]
 
 
 def measure(points: dict[int, Point], features: Callable[[int], int], rounds: int) -> Curve:
-    """Microseconds for each feature; an item of a point is `features(x)` of them."""
+    """Microseconds for each feature at each x. One item of a point has `features(x)` features."""
     times = interleaved({str(x): point for x, point in points.items()}, rounds)
     return {x: statistics.median(times[str(x)]) / features(x) * 1e6 for x in points}
 
 
 def tensors(leaves: int = 1) -> Callable[[str], Any]:
-    """A reader that takes no time."""
+    """A `load_fn` that returns a feature without reading."""
     feature = {f"leaf{number}": torch.ones(16) for number in range(leaves)}
     return lambda path: feature
 
 
 def batches(store: GPUFeatureStore, count: int, size: int, most: int) -> Point:
-    """Shuffled batches of files that a store has, or may have."""
+    """At most `most` shuffled batches of `size` out of `count` files."""
     lister = PathLister([f"/{n}" for n in range(count)], batch_size=size, shuffle=True)
     pipeline = GPUCollator(GPUPrefetcher(lister, store))
     begun = False
@@ -99,7 +99,7 @@ def by_leaves(rounds: int) -> dict[str, Curve]:
 
 
 def epoch(paths: list[str], batch_size: int, depth: int = 2, **options: Any) -> Point:
-    """A first epoch over a new store."""
+    """A first epoch with a new store."""
 
     def whole() -> Iterator[Any]:
         with GPUFeatureStore("cpu", **options) as store:

@@ -1,8 +1,8 @@
-"""What a run takes of memory: it should grow with the budget, and with nothing else.
+"""Measure the memory of a run, which should grow with the budget and with nothing else.
 
-Ten shuffled epochs over 4,000 files of 64 KB (256 MB) in batches of 256, each run in a process of
-its own. The peak is that of the resident size; what the same process takes for one epoch with the
-smallest budget is its own, and shown apart.
+Up to ten shuffled epochs over 4,000 files of 64 KB (256 MB) in batches of 256, each run in a
+process of its own. The figure is the peak resident size. The memory of one epoch with the smallest
+budget, less that budget, belongs to the process and is shown separately.
 
     python benchmarks/memory.py [--json FILE]
 """
@@ -21,7 +21,7 @@ EPOCHS = (1, 2, 10)
 
 
 def peak(directory: str, budget: int, epochs: int) -> float:
-    """MiB of a run, measured by the run itself, which is this script."""
+    """Peak resident MiB of a run, which is this script in a new process."""
     command = [sys.executable, __file__, "--run", directory, str(budget), str(epochs)]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(run.stdout)
@@ -49,7 +49,7 @@ def main() -> None:
     with temporary_directory() as directory:
         write_files(directory, 4000, 16_384)
         own = peak(directory, BUDGETS[0], 1) - BUDGETS[0]
-        print(f"{own:.0f} MiB beside the smallest budget, batches in flight included")
+        print(f"{own:.0f} MiB besides the smallest budget, batches in flight included")
         print("MiB more than that, by budget\n" + f"{'epochs':>8}"
               + "".join(f"{budget:>8} MiB" for budget in BUDGETS))  # fmt: skip
         figures = {}

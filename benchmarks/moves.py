@@ -1,11 +1,11 @@
-"""How far a batch walks through the package: the calls from one module into another.
+"""Count the calls from one module of the package into another, for one batch.
 
-    python benchmarks/moves.py
+    python benchmarks/moves.py [--detailed]
 
-A move is a call of a function whose module is not the one that the thread was in. Counted in one
-thread by `sys.setprofile`, for one batch of 16 files of a shuffled pipeline that is in its second
-epoch (warm, all files cached), and for the reader thread that loads such a batch (cold). The
-figures and what they were before are in docs/design.md.
+A move is a call of a function whose module differs from the module of its caller in this package.
+`sys.setprofile` counts them in one thread, for one batch of 16 files: in the consumer's thread of a
+shuffled pipeline with all files cached (warm), and in the reader thread that loads such a batch
+(cold). docs/design.md has the figures.
 """
 
 import sys
@@ -53,17 +53,17 @@ class Walk:
 
 
 def main(detailed: bool) -> None:
-    """Measure, and print."""
+    """Measure both threads and print the figures."""
     with tempfile.TemporaryDirectory() as directory:
         for number in range(FILES):
             torch.save({"x": torch.randn(64)}, Path(directory, f"{number:03}.pt"))
         readers = Walk()
-        # Reader threads get it at their start. There is one, and no batch is read ahead.
+        # Reader threads get the profiler when they start. There is one, and no batch is read ahead.
         threading.setprofile(readers)
         with GPUFeatureStore("cpu", reader_threads=1) as store:
             threading.setprofile(None)
             paths = sorted(map(str, Path(directory).iterdir()))
-            for begin in range(0, FILES, BATCH):  # forms and plans are known after the first
+            for begin in range(0, FILES, BATCH):  # templates are known after the first
                 readers.moves.clear()
                 readers.modules.clear()
                 store.get_batch(paths[begin : begin + BATCH])

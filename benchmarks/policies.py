@@ -1,10 +1,11 @@
-"""Hit rates of the policies, over the workloads that people have; in simulation and for real.
+"""Compare the hit rates of the policies on common workloads, in simulation and with a real store.
 
-2,000 files, 20 epochs, caches of 10 to 90% of the files. Hits are counted for each request that
-could hit: the first one of a file cannot. Two references: Belady's rule with the whole plan, and
-with the foresight that a pipeline has, the rest of its epoch and all of the next one.
+2,000 files, 20 epochs, caches of 10 to 90% of the files. The hit rate is over all requests except
+the first one of each file, which cannot hit. There are two references: Belady's rule with the whole
+access plan, and Belady's rule with the plan that a pipeline announces, which is the rest of its
+epoch and all of the next one.
 `--store` replays every trace through PathLister, GPUPrefetcher and GPUFeatureStore.
-`--cost` measures what the policies take, instead.
+`--cost` measures the time of the policies instead.
 """
 
 import heapq
@@ -46,7 +47,7 @@ def weighted(seed: int, exponent: float) -> Epochs:
 
 
 def curriculum(seed: int, window: int) -> Epochs:
-    """Each epoch a window of the files, shuffled; it slides from the first to the last of them."""
+    """Epochs over a shuffled window of the files, which slides from the first to the last one."""
     numbers = random.Random(seed)
     starts = [round((FILES - window) * epoch / (EPOCHS - 1)) for epoch in range(EPOCHS)]
     return [numbers.sample(range(start, start + window), window) for start in starts]
@@ -76,7 +77,10 @@ def scenarios() -> dict[str, tuple[list[Epochs], Turns]]:
 
 
 def belady(trace: Trace, places: int, foresight: bool) -> int:
-    """Hits of Belady's rule with bypass; with `foresight`, of this epoch and the next one only."""
+    """Hits of Belady's rule with bypass.
+
+    With `foresight`, the rule knows only the requests of this epoch and of the next one.
+    """
     keys, owners, epochs = [], [], []
     epoch_of: dict[object, int] = {}
     for turn in trace.turns:
@@ -122,7 +126,7 @@ def belady(trace: Trace, places: int, foresight: bool) -> int:
 
 
 class Orders:
-    """A sampler, or an iterable of batches: the given order in each epoch."""
+    """A sampler, or with `batch` an iterable of batches, that has a given order in each epoch."""
 
     def __init__(self, epochs: Epochs, batch: int | None = None) -> None:
         self.epochs = epochs
@@ -131,7 +135,7 @@ class Orders:
         self.iterated = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """As samplers have it."""
+        """Choose the order, as for a DistributedSampler."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
@@ -143,7 +147,7 @@ class Orders:
 
 
 def serve(pipelines: list[Epochs], turns: Turns, places: int, known: bool, batch: int = 20) -> int:
-    """Hits of the real store behind real nodes."""
+    """Hits of a GPUFeatureStore behind nodes, for the same requests."""
     store = GPUFeatureStore(
         "cpu", max_cache_items=places, asynchronous=False, load_fn=lambda _: torch.zeros(1)
     )
@@ -171,7 +175,7 @@ def serve(pipelines: list[Epochs], turns: Turns, places: int, known: bool, batch
 
 
 def _requests(node: GPUPrefetcher, epochs: Epochs, batch: int) -> Iterator[None]:
-    """Yields once for each request; a batch is taken when the first of its files is due."""
+    """Yield once for each request, and take a batch when the first of its files is requested."""
     for epoch in epochs:
         node.reset()
         for position in range(len(epoch)):
@@ -218,7 +222,7 @@ def compare(through_store: bool) -> dict[str, Any]:
 
 
 def cost(files: int, rounds: int) -> dict[str, Any]:
-    """Nanoseconds for each hit and each miss, in batches of 256 as the store reports them."""
+    """Measure the nanoseconds of a hit and of a miss, in batches of 256 as the store makes them."""
     orders = shuffled(0, range(files), 3)
     contenders = [("clairvoyant, known", True), ("clairvoyant", False)]
     contenders += [(name, False) for name in OTHERS]
@@ -258,12 +262,12 @@ def _time_hits(name: str, known: bool, orders: Epochs) -> float:
     start = time.perf_counter()
     for at in range(0, len(orders[0]), 256):
         policy.on_access(orders[0][at : at + 256], 0)
-    next(policy.victims(0), None)  # what was put off
+    next(policy.victims(0), None)  # includes deferred work
     return (time.perf_counter() - start) / len(orders[0]) * 1e9
 
 
 def _time_misses(name: str, known: bool, orders: Epochs) -> float:
-    """With half of the files cached, once it is full."""
+    """Nanoseconds of a miss, with a full cache of half of the files."""
     policy = make_policy(name)
     places, cached = len(orders[0]) // 2, set[int]()
     seconds, misses = 0.0, 0
@@ -296,7 +300,7 @@ def _insert(policy: Any, keys: Sequence[int], cached: set[int], places: int) -> 
 
 
 def draw(rates: dict[str, dict[str, float]], path: str) -> None:
-    """A panel for each workload."""
+    """Draw a panel for each workload."""
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(case.rpartition(",")[0] for case in rates))

@@ -1,8 +1,9 @@
-"""Opening and reading `.pt` files: the reader, torch.load, and the bare bytes.
+"""Compare the `.pt` reader with torch.load and with reading the bytes only.
 
-2,000 files of {"feature": f32[1024], "label": int64[1]}, the same number with a layout of its own
-each, and 64 files of 8 MB, the page cache warm, one thread. "first" is a file that was never read
-by this reader, but is one of a data set of which others were; "again" is a file that was.
+2,000 files of {"feature": f32[1024], "label": int64[1]}, the same number of files that each have a
+layout of their own, and 64 files of 8 MB, with a warm page cache and one thread. "first" reads
+files that this reader has not read before, but of a data set that it knows. "again" reads files
+that it has read.
 
     python benchmarks/reader.py [--json FILE]
 """
@@ -18,7 +19,7 @@ from gpucache_pipes.files.pt.reader import PtReader
 
 
 def write_unlike(directory: str, count: int) -> list[str]:
-    """Files of one tensor each, of which no two have the same shape."""
+    """Files of one tensor each, all of different shapes."""
     paths = []
     for number in range(count):
         path = Path(directory) / f"{number:06d}.pt"
@@ -39,7 +40,7 @@ def main() -> None:
         with temporary_directory() as directory:
             paths = write(directory)
             for path in paths:
-                os.utime(path, (1, 1))  # what has just been written is not remembered
+                os.utime(path, (1, 1))  # the reader does not cache plans of files written just now
             size = os.path.getsize(paths[-1])
             buffers = [memoryview(bytearray(size))]
             reader, known = PtReader(), PtReader()
@@ -57,7 +58,7 @@ def main() -> None:
                 return True
 
             def first(path: str, reader: PtReader = reader) -> bool:
-                reader._plans.clear()  # as if this file had not been seen
+                reader._plans.clear()  # as for a file that was not read before
                 return read(reader, path)
 
             def over(

@@ -1,14 +1,15 @@
-"""The fixed scenarios: all contenders on the same made-up files, one scenario a command.
+"""Measure all contenders on generated files, in one of four fixed scenarios.
 
 - small: 4,000 files of {"feature": f32[1024], "label": int64[1]}, 6 KB, in batches of 256.
 - large: 64 files of 4 MB in batches of 8.
 - ragged: 4,000 files of {"frames": f32[T, 32], "label": int64[]}, T log-normal about 60 (a median
   of 8 KB), in batches of 256, padded.
-- quick: 1,000 of the small ones in batches of 64, against the limits: for `check.py`.
+- quick: 1,000 files as in small in batches of 64, with the limits only: for `check.py`.
 
-Each is measured as `python -m gpucache_pipes bench` measures it: a first epoch, later ones with
-everything cached, five epochs with room for half of the data, and a first epoch with as much
-compute as DataLoader takes to load. Page cache warm, shuffled, the same batches for everybody.
+The measurement is that of `python -m gpucache_pipes bench`: a first epoch, later epochs with
+everything cached, five epochs with a budget for half of the data, and a first epoch with as much
+compute as DataLoader takes to load. The page cache is warm, the order is shuffled, and all
+contenders take turns producing the same batches, verified by checksum.
 
     python benchmarks/scenarios.py small [--device cuda] [--cold-storage] [--json FILE]
         [--plot FILE]
@@ -27,7 +28,7 @@ from gpucache_pipes.cli import bench
 
 
 def write_ragged(directory: str | Path, count: int) -> list[str]:
-    """`count` files of sequences of 1 to 500 rows."""
+    """Write `count` files with sequences of 1 to 500 rows; returns their paths."""
     random = torch.Generator().manual_seed(0)
     lengths = (
         torch.empty(count).log_normal_(4.1, 0.6, generator=random).long().clamp(1, 500).tolist()
@@ -42,7 +43,7 @@ def write_ragged(directory: str | Path, count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Files, and how they are gone through."""
+    """Files, and the options of their measurement."""
 
     write: Callable[[str], Sequence[str]]
     batch_size: int
@@ -68,7 +69,7 @@ def run(
     progress: bool = True,
     cold_storage: bool = False,
 ) -> bench.Report:
-    """Everything that `bench` measures, with overlap."""
+    """Write the files of a scenario, measure it, and return the report."""
     with temporary_directory() as directory:
         paths = scenario.write(directory)
         with bench.Work(paths, scenario.batch_size, device, cold_storage=cold_storage) as work:

@@ -1,7 +1,7 @@
-"""Hit rates of one rank of many, by simulation: another part in each epoch, or always the same.
+"""Simulate the hit rate of one rank: with a new shard in each epoch, and with a static shard.
 
 6,400 files, 20 shuffled epochs, the default policy, which knows this epoch and the next. Each rank
-has a cache for the given share of all files. The first epoch is left out.
+has a cache for the given share of all files. The first epoch is excluded.
 """
 
 from typing import Any

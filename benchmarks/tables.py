@@ -1,7 +1,7 @@
-"""Writes the tables of docs/benchmarks.md from the reports of `scenarios.py`.
+"""Write the tables of docs/benchmarks.md from the reports of `scenarios.py`.
 
-Each stands between two marks, and is made of benchmarks/results/<scenario>.json alone; a test holds
-that the page has just these.
+Each table is between two marks, and depends on benchmarks/results/<scenario>.json only. A test
+verifies that the page matches the reports.
 
     python benchmarks/tables.py
 """
@@ -26,7 +26,7 @@ KINDS = {"ours": "", "peer": "", "format": " (another format)", "limit": " (limi
 
 
 def table(report: dict[str, Any]) -> str:
-    """All contenders, and what became of gpucache_pipes beside the best peer and the limit."""
+    """A table of all contenders, and one of gpucache_pipes against the best peer and the limit."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     contenders = {n: e for n, e in report["contenders"].items() if not e["problem"]}
     left_out = {n: e["problem"] for n, e in report["contenders"].items() if e["problem"]}
@@ -61,7 +61,7 @@ def order(entry: dict[str, Any]) -> tuple[int, float]:
 
 
 def cell(figures: dict[str, Any], case: str) -> str:
-    """Median, least and most; of overlap the time as a ratio to the compute alone."""
+    """Median, least and greatest; for "overlap" the ratio of the time to the compute alone."""
     values = figures["to_limit" if case == "overlap" else "times_as_fast"]
     if values is None:
         return ""
@@ -70,7 +70,7 @@ def cell(figures: dict[str, Any], case: str) -> str:
 
 
 def best(contenders: dict[str, Any], case: str) -> str:
-    """How many times as fast as the best of those that read the same files."""
+    """How many times as fast as the fastest peer, which reads the same files."""
     speed = {
         name: entry["cases"][case]["times_as_fast"][0]
         for name, entry in contenders.items()
@@ -87,7 +87,7 @@ def to_limit(contenders: dict[str, Any], case: str) -> str:
 
 
 def render(page: str) -> str:
-    """The page, with all tables as they should be."""
+    """The page with all tables replaced by those of the reports."""
 
     def fill(match: re.Match[str]) -> str:
         file = ROOT / "benchmarks" / "results" / f"{match[2]}.json"

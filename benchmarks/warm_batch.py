@@ -1,15 +1,15 @@
-"""A batch of which everything is cached: what the store costs beside the bare gather.
+"""Compare the store with a plain gather, for batches with all files cached.
 
-4,000 files of {"feature": f32[1024], "label": int64[1]}, batches of 256 in shuffled order, on
-the CPU with one budget that holds all of them or none at all. Contenders run epoch by epoch in
-an order that changes; each has lists of paths and data of its own.
+4,000 files of {"feature": f32[1024], "label": int64[1]}, batches of 256 in shuffled order, on the
+CPU, with a budget that holds all files or without a budget. The contenders run epoch by epoch in a
+random order; each has lists of paths and data of its own.
 
-- index_select: two resident tensors, the list of paths looked up in a dict. The limit.
-- stack: a dict of features by path, torch.stack over each leaf. What people write by hand.
+- index_select: two resident tensors, with the row of each path from a dict. The limit.
+- stack: a dict of features by path, torch.stack over each leaf, as people write by hand.
 - store: `store.get_batch(paths).collate()`.
 - store, revalidate: the same with `revalidate=True`: a stat for each file of each batch.
-- pipeline: PathLister -> GPUPrefetcher -> GPUCollator. Its time includes listing: the others
-  are given their lists of paths.
+- pipeline: PathLister -> GPUPrefetcher -> GPUCollator. Its time includes listing; the others get
+  lists of paths.
 
     python benchmarks/warm_batch.py [--max-cache-bytes 1GiB] [--json FILE]
 """
@@ -70,7 +70,7 @@ def main() -> None:
             }
 
         for path in paths:
-            os.utime(path, (1, 1))  # or it would be read again, since it has just been written
+            os.utime(path, (1, 1))  # otherwise the store reads files written just now again
 
         def new_store(revalidate: bool = False) -> GPUFeatureStore:
             store = GPUFeatureStore(
@@ -93,7 +93,7 @@ def main() -> None:
             "store, revalidate": over_lists(lambda batch: wary.get_batch(batch).collate()),
             "pipeline": pipeline_epoch,
         }
-        # All give the same batches: the first epoch of the same seed.
+        # All contenders give the same batches in the first epoch, which has the same seed.
         for batches in zip(*(epoch() for epoch in contenders.values()), strict=True):
             for other in batches[1:]:
                 assert torch.equal(other["label"], batches[0]["label"])

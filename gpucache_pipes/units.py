@@ -1,4 +1,4 @@
-"""Sizes and counts as users write them."""
+"""Checks and conversions of sizes, counts and keys that users pass as arguments."""
 
 import operator
 import re
@@ -19,15 +19,32 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(name: str, value: int | str) -> int:
-    """The number of bytes that `value` stands for: 4096, "8GiB", "1.5 GB".
+    """Convert a size to a number of bytes.
 
-    Raises ValueError, naming the parameter and the value, unless it is at least 1.
+    Args:
+        name: of the parameter, for the error text.
+        value: a number of bytes, or a text of a number and a unit: B, KB, MB, GB, TB (powers of
+            1000) or KiB, MiB, GiB, TiB (powers of 1024), in upper or lower case.
+
+    Raises:
+        ValueError: `value` is not a size, or less than one byte. The text names the parameter.
+
+    >>> parse_bytes("limit", 4096)
+    4096
+    >>> parse_bytes("limit", "8GiB")
+    8589934592
+    >>> parse_bytes("limit", "1.5 kb")
+    1500
+    >>> parse_bytes("limit", "much")
+    Traceback (most recent call last):
+        ...
+    ValueError: limit='much' is not a size in bytes: write 8589934592 or "8GiB"
     """
     if isinstance(value, str):
         match = _SIZE.fullmatch(value)
         unit = _UNITS.get(match[2].upper()) if match else None
         if match and unit:
-            # Whole numbers stay exact however large they are.
+            # Not through float: a whole number of any size stays exact.
             count = int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
             if count > 0:
                 return count
@@ -36,7 +53,23 @@ def parse_bytes(name: str, value: int | str) -> int:
 
 
 def positive_int(name: str, value: int, least: int = 1) -> int:
-    """`value`, or a ValueError that names the parameter unless it is an int of at least 1."""
+    """Return `value` as an int if it is a whole number of at least `least`.
+
+    Args:
+        name: of the parameter, for the error text.
+        value: an int, or an integer type with `__index__` as NumPy has. A bool is rejected.
+        least: smallest number that is accepted.
+
+    Raises:
+        ValueError: it is not such a number. The text names the parameter.
+
+    >>> positive_int("depth", 3)
+    3
+    >>> positive_int("epochs", 1, least=2)
+    Traceback (most recent call last):
+        ...
+    ValueError: epochs=1 must be a whole number of at least 2
+    """
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
         kind = "positive whole number" if least == 1 else f"whole number of at least {least}"
         raise ValueError(f"{name}={value!r} must be a {kind}")
@@ -44,7 +77,15 @@ def positive_int(name: str, value: int, least: int = 1) -> int:
 
 
 def require_hashable(name: str, value: object) -> None:
-    """Raise TypeError, naming the parameter, for a value that cannot be a key of a dict."""
+    """Check that `value` can be a key of a dict.
+
+    Args:
+        name: of the parameter, for the error text.
+        value: what the user passed.
+
+    Raises:
+        TypeError: `value` is not hashable. The text names the parameter.
+    """
     try:
         hash(value)
     except TypeError as error:
@@ -52,7 +93,13 @@ def require_hashable(name: str, value: object) -> None:
 
 
 def format_bytes(count: int) -> str:
-    """`count` for people: "1.5 GiB"."""
+    """Write a number of bytes for people, with four significant digits and a binary unit.
+
+    >>> format_bytes(1536)
+    '1.5 KiB'
+    >>> format_bytes(8_000_000_000)
+    '7.451 GiB'
+    """
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

@@ -1,9 +1,14 @@
-"""`python -m gpucache_pipes bench`, and what judges its figures."""
+"""`python -m gpucache_pipes bench`, and the scripts that compare its reports."""
 
 import copy
+import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import signal
+import statistics
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +36,9 @@ BY_NAME = {contender.name: contender for contender in bench.CONTENDERS}
 FAST = ["gpucache_pipes", "DataLoader, 0 workers", "preadv of the bytes",
         "index_select of resident tensors"]  # fmt: skip
 
+BUILT_IN = [contender for contender in bench.CONTENDERS if contender.needs is None]
+OPTIONAL = [contender for contender in bench.CONTENDERS if contender.needs is not None]
+
 KINDS: dict[str, Callable[[int], Any]] = {
     "flat": lambda n: {"x": torch.full((3,), float(n)), "y": torch.tensor(n)},
     "nested": lambda n: {"a": [torch.full((2, 2), n), (torch.ones(1) * n,)], "b": torch.ones(1)},
@@ -48,30 +56,100 @@ def write(tmp_path: Path, kind: str, count: int = 14) -> list[str]:
     return paths
 
 
+# Why a contender cannot be measured, by the kind of features. All others must be.
+NOT_APPLICABLE = {
+    ("plain values", "safetensors files"): "the features hold plain values",
+    ("plain values", "one tensordict memory map"): "the features hold plain values",
+    ("ragged", "one tensordict memory map"): "the features do not have one shape",
+    ("unlike", "safetensors files"): "the features do not have one structure",
+    ("unlike", "one tensordict memory map"): "the features do not have one shape",
+    ("unlike", "index_select of resident tensors"): "the features cannot be stacked",
+}
+
+
+def problems_of(report: bench.Report) -> dict[str, str]:
+    """The contenders that were not measured, with the reasons."""
+    entries = report["contenders"].items()
+    return {name: entry["problem"] for name, entry in entries if entry["problem"] is not None}
+
+
+def rounds_of(report: bench.Report, name: str) -> dict[str, int]:
+    """How many times were measured of a contender, by case."""
+    return {case: len(times) for case, times in report["contenders"][name]["seconds"].items()}
+
+
+def check_report(report: bench.Report) -> None:
+    """Recompute the ratios of a report from its times, and compare its table with them."""
+    text = bench.as_text(report)
+    base = report["contenders"][bench.BASELINE.name]["seconds"]
+    for name, entry in report["contenders"].items():
+        for case, figures in entry["cases"].items():
+            times = entry["seconds"][case]
+            assert all(time > 0 for time in times)
+            ratios = [b / t for b, t in zip(base[case], times, strict=False)]
+            limit = [t / n for t, n in zip(times, report["limit_seconds"][case], strict=False)]
+            for found, values in ((figures["times_as_fast"], ratios), (figures["to_limit"], limit)):
+                if values:
+                    expected = [statistics.median(values), min(values), max(values)]
+                    assert found == pytest.approx(expected)
+                else:
+                    assert found is None
+        if entry["problem"] is None:
+            cases = [entry["cases"][case]["times_as_fast"] for case in bench.headings(report)]
+            assert printed(text, name) == [pytest.approx(case, rel=6e-3) for case in cases if case]
+
+
+def printed(text: str, name: str) -> list[list[float]]:
+    """The cells of a row of the table: median, least and greatest."""
+    row = re.search(rf"^ *{re.escape(name)} +[\d-].*$", text, re.MULTILINE)
+    assert row is not None, f"no row {name!r} in\n{text}"
+    number = r"(\d+(?:\.\d+)?(?:e[+-]\d+)?)"
+    cells = re.findall(rf"{number} \({number} - {number}\)", row[0])
+    return [list(map(float, cell)) for cell in cells]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_make_the_same_batches(tmp_path: Path, kind: str) -> None:
-    names = [name for name in BY_NAME if not name.endswith(("4 workers", "8 workers"))]
+def test_all_contenders_make_the_same_batches(tmp_path: Path, kind: str) -> None:
+    contenders = [c for c in BUILT_IN if not c.name.endswith(("4 workers", "8 workers"))]
     with bench.Work(write(tmp_path, kind), 4, CPU, epochs=3) as work:
         modes = {"ragged": "pad", "unlike": "list"}
         assert work.collation.mode == modes.get(kind, "stack")
+        report = bench.bench(work, contenders=contenders, rounds=1, overlap=True, progress=False)
+    assert problems_of(report) == {n: why for (k, n), why in NOT_APPLICABLE.items()
+                                   if k == kind and n in {c.name for c in contenders}}  # fmt: skip
+    check_report(report)
+    assert list(bench.headings(report)) == ["first", "later", "partial", "overlap"]
+    for contender in contenders:
+        if contender.kind != "limit":
+            assert set(rounds_of(report, contender.name).values()) == {1}
+    assert rounds_of(report, "preadv of the bytes") == {
+        "first": 1, "later": 0, "partial": 0, "overlap": 1,
+    }  # fmt: skip
+    ours = report["contenders"]["gpucache_pipes"]
+    assert 0.3 < ours["hit_rate"] < 0.7
+    faster = f"{ours['cases']['first']['times_as_fast'][0]:.3g} times as fast in a first epoch"
+    assert faster in bench.advice(report)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("contender", OPTIONAL, ids=lambda contender: contender.name)
+def test_an_optional_contender_makes_the_same_batches(
+    tmp_path: Path, kind: str, contender: Contender
+) -> None:
+    if not contender.installed:
+        pytest.skip(f"{contender.needs} is not installed: pip install 'gpucache-pipes[bench]'")
+    with bench.Work(write(tmp_path, kind), 4, CPU, epochs=3) as work:
         report = bench.bench(
-            work, contenders=[BY_NAME[n] for n in names], rounds=1, overlap=True, progress=False
+            work, contenders=[bench.BASELINE, contender], rounds=1, overlap=True, progress=False
         )
-    problems = {name: entry["problem"] for name, entry in report["contenders"].items()}
-    left_out = {name: problem for name, problem in problems.items() if problem}
-    formats = ("safetensors files", "one tensordict memory map")
-    assert set(left_out) <= {*formats, "index_select of resident tensors"}
-    assert all("features" in problem for problem in left_out.values())
-    if kind in ("flat", "nested"):
-        assert not left_out
-    cases = report["contenders"]["gpucache_pipes"]["cases"]
-    assert all(cases[case]["times_as_fast"][0] > 0 for case in cases)
-    assert 0.3 < report["contenders"]["gpucache_pipes"]["hit_rate"] < 0.7
-    assert bench.as_text(report) and bench.advice(report)
+    reason = NOT_APPLICABLE.get((kind, contender.name))
+    assert problems_of(report) == ({} if reason is None else {contender.name: reason})
+    assert set(rounds_of(report, contender.name).values()) == {1 if reason is None else 0}
+    check_report(report)
 
 
 def one_more(make: Callable[[Any], Iterator[Any]], name: str = "mine") -> Contender:
-    """A contender of which an epoch is `make(its batches)`."""
+    """A contender whose epochs are `make(batches)`."""
 
     def run(work: Any, share: float) -> Iterator[Run]:
         yield Run(lambda number: make([work.load_batch(b) for b in work.batches[number]]))
@@ -91,27 +169,32 @@ def one_bit(batches: list[Any]) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (swapped, "gives another batch 1 in epoch 0"),
-        (one_bit, "gives another batch 1 in epoch 0"),
-        (lambda batches: iter(batches[:-1]), "gives another batch 3 in epoch 0"),
-        (lambda batches: iter([*batches, batches[0]]), "gives another batch 4 in epoch 0"),
-        (lambda batches: iter(1 // len(batches[4:]) for _ in "a"), "ZeroDivisionError"),
+        (swapped, "batch 1 of epoch 0 differs from that of torch.load"),
+        (one_bit, "batch 1 of epoch 0 differs from that of torch.load"),
+        (lambda batches: iter(batches[:-1]), "batch 3 of epoch 0 differs from that of torch.load"),
+        (
+            lambda batches: iter([*batches, batches[0]]),
+            "batch 4 of epoch 0 differs from that of torch.load",
+        ),
+        (lambda batches: iter({}[number] for number in batches[0]["y"].shape), "KeyError: 4"),
     ],
 )
-def test_who_gives_other_batches_is_not_measured(
+def test_a_contender_with_other_batches_is_not_measured(
     tmp_path: Path, make: Callable[[Any], Iterator[Any]], problem: str
 ) -> None:
     with bench.Work(write(tmp_path, "flat"), 4, CPU, epochs=2) as work:
         report = bench.bench(
             work, contenders=[one_more(make), bench.BASELINE, bench.OURS], rounds=1, progress=False
         )
-    entry = report["contenders"]["mine"]
-    assert problem in entry["problem"] and not any(entry["seconds"].values())
-    assert f"mine: not measured: {entry['problem']}" in bench.as_text(report)
-    assert report["contenders"]["gpucache_pipes"]["cases"]["first"]["times_as_fast"]
+    assert problems_of(report) == {"mine": problem}
+    assert set(rounds_of(report, "mine").values()) == {0}
+    assert f"mine: not measured: {problem}" in bench.as_text(report)
+    for name in (bench.BASELINE.name, bench.OURS.name):
+        assert rounds_of(report, name) == {"first": 1, "later": 1, "partial": 1, "overlap": 0}
+    check_report(report)
 
 
-def test_who_fails_in_a_round_is_left_out_of_the_others(tmp_path: Path) -> None:
+def test_a_contender_that_fails_is_left_out_of_later_rounds(tmp_path: Path) -> None:
     turns = iter(range(100))
 
     def make(batches: list[Any]) -> Iterator[Any]:
@@ -123,11 +206,14 @@ def test_who_fails_in_a_round_is_left_out_of_the_others(tmp_path: Path) -> None:
         report = bench.bench(
             work, contenders=[one_more(make), bench.BASELINE], rounds=3, progress=False
         )
-    assert report["contenders"]["mine"]["problem"] == "OSError: the disk is full"
-    assert len(report["contenders"][bench.BASELINE.name]["seconds"]["first"]) == 3
+    assert problems_of(report) == {"mine": "OSError: the disk is full"}
+    # It made two epochs to be compared and two in the first round, and failed in the second.
+    assert rounds_of(report, "mine") == {"first": 1, "later": 1, "partial": 1, "overlap": 0}
+    assert rounds_of(report, bench.BASELINE.name)["first"] == report["rounds"] == 3
 
 
 def test_the_files_are_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensordict", reason="it makes a contender that converts the data")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "data").mkdir()
@@ -135,12 +221,11 @@ def test_the_files_are_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     before = {p: (Path(p).read_bytes(), os.stat(p).st_mtime_ns) for p in paths}
     with bench.Work(paths, 4, CPU, epochs=2, cold_storage=True) as work:
         chosen = [*map(BY_NAME.__getitem__, FAST), BY_NAME["one tensordict memory map"]]
-        bench.bench(work, contenders=chosen, rounds=1, progress=False)
+        report = bench.bench(work, contenders=chosen, rounds=1, progress=False)
+    assert problems_of(report) == {} and len(report["contenders"]) == len(chosen)
     assert {p: (Path(p).read_bytes(), os.stat(p).st_mtime_ns) for p in paths} == before
     assert sorted(os.listdir(tmp_path / "data")) == sorted(map(os.path.basename, paths))
-    assert not list(
-        (tmp_path / "elsewhere").glob("gpucache*")
-    )  # what torch leaves there is its own
+    assert not list((tmp_path / "elsewhere").glob("gpucache*"))  # torch may leave files of its own
 
 
 def test_a_contender_that_is_not_installed(tmp_path: Path) -> None:
@@ -149,6 +234,7 @@ def test_a_contender_that_is_not_installed(tmp_path: Path) -> None:
     with bench.Work(write(tmp_path, "flat"), 4, CPU, epochs=2) as work:
         report = bench.bench(work, contenders=[bench.BASELINE, absent], rounds=1, progress=False)
     assert report["not_installed"] == ["absent"]
+    assert list(report["contenders"]) == [bench.BASELINE.name]
     assert "not installed: absent" in bench.as_text(report)
 
 
@@ -172,7 +258,7 @@ def test_ratios_are_those_within_a_round(tmp_path: Path) -> None:
     )
     with bench.Work(write(tmp_path, "flat"), 4, CPU, epochs=5) as work:
         report = as_json(work, measured)
-        # A first epoch that reads all, then four of which half is read and half is gathered.
+        # A first epoch that reads everything, then four that read half and gather half.
         expected = [0.5 + 4 * (0.25 + 0.025), 4 + 4 * (2 + 0.25), 0.25 + 4 * (0.125 + 0.05)]
         assert limit_seconds(work, measured, "partial") == pytest.approx(expected)
     cases = report["contenders"][bench.OURS.name]["cases"]
@@ -182,6 +268,10 @@ def test_ratios_are_those_within_a_round(tmp_path: Path) -> None:
     assert cases["first"]["median_seconds"] == 1.0
     assert cases["overlap"] == {"median_seconds": None, "times_as_fast": None, "to_limit": None}
     assert report["rounds"] == 3
+    check_report(report)
+    assert printed(bench.as_text(report), bench.OURS.name) == [
+        [9.0, 8.0, 10.0], [80.0, 80.0, 90.0], [9.0, 8.0, 10.0],
+    ]  # fmt: skip
     assert spread([], [1.0]) is None
     advice = bench.advice(report, room=1 << 40)
     assert "9 times as fast in a first epoch and 80 times as fast once everything" in advice
@@ -205,7 +295,14 @@ def test_advice_says_where_another_is_faster(tmp_path: Path) -> None:
         other={"first": [1.0], "later": [4.0], "partial": [9.0]},
     )
     with bench.Work(write(tmp_path, "flat"), 4, CPU) as work:
-        advice = bench.advice(as_json(work, measured))
+        report = as_json(work, measured)
+    speeds = {
+        name: [entry["cases"][case]["times_as_fast"][0] for case in ("first", "later", "partial")]
+        for name, entry in report["contenders"].items()
+    }
+    assert speeds["other"] == [2.0, 0.5, pytest.approx(8 / 9)]
+    assert speeds[bench.OURS.name] == [1.0, 1.0, pytest.approx(8 / 9)]
+    advice = bench.advice(report)
     assert "other is faster in a first epoch, 2 times" in advice
     assert "1 times as fast as the best of the others once everything is cached" in advice
     measured.series[bench.OURS.name].problem = "it rained"
@@ -214,7 +311,7 @@ def test_advice_says_where_another_is_faster(tmp_path: Path) -> None:
 
 
 @given(st.lists(features(max_leaves=4), min_size=1, max_size=1), st.integers(1, 4))
-def test_by_hand_is_what_torch_makes(made: list[Any], count: int) -> None:
+def test_collation_by_hand_equals_that_of_torch(made: list[Any], count: int) -> None:
     batch = made * count
     hand = Collation("stack")
     try:
@@ -235,7 +332,7 @@ def test_padding_by_hand() -> None:
 
 
 def normal(item: Any) -> Any:
-    """What a checksum is of."""
+    """What a checksum covers, as plain values."""
     if isinstance(item, torch.Tensor):
         # Not view(-1): a tensor of one element is contiguous whatever its stride.
         flat = item.contiguous().as_strided((item.numel(),), (1,))
@@ -251,7 +348,7 @@ def test_checksums_tell_batches_apart(data: st.DataObject, one: Any) -> None:
     assert (checksum(one) == checksum(other)) == (normal(one) == normal(other))
 
 
-def test_a_sample_is_as_large_as_it_may_be(make_files: Files) -> None:
+def test_a_sample_is_as_large_as_the_limits_allow(make_files: Files) -> None:
     paths = make_files(20)
     size = os.stat(paths[0]).st_size
     assert bench.sample(paths, 50, 1 << 30, 0) == paths
@@ -263,6 +360,10 @@ def test_a_sample_is_as_large_as_it_may_be(make_files: Files) -> None:
 
 # The command
 
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="--plot needs matplotlib"
+)
+
 
 def command(paths: list[str], *options: str) -> list[str]:
     where = str(Path(paths[0]).parent)
@@ -271,76 +372,148 @@ def command(paths: list[str], *options: str) -> list[str]:
     return ["bench", where, "--device", "cpu", *sizes, *only, *options]
 
 
-def test_the_command(make_files: Files, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    paths = make_files(12)
-    picture = tmp_path / "bars.png"
-    assert main(command(paths, "--plot", str(picture), "--overlap", "--cache", "0.25")) == 0
+def test_the_command_prints_a_table(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(make_files(12), "--overlap", "--cache", "0.25")) == 0
     out = capsys.readouterr().out
-    assert out.startswith("12 files") and "2 epochs, 25% cached" in out
-    assert "gpucache_pipes is " in out and "preadv of the bytes" in out
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert out.startswith("12 files, 480 B of tensors")
+    assert "2 epochs, 25% cached" in out
+    assert f"batches in an epoch: only {12 // 4}" in out
+    cells = {name: len(printed(out, name)) for name in FAST}
+    assert cells == {
+        "gpucache_pipes": 4, "DataLoader, 0 workers": 4, "preadv of the bytes": 2,
+        "index_select of resident tensors": 1,
+    }  # fmt: skip
+    [(first, *_), (later, *_), *_] = printed(out, "gpucache_pipes")
+    speeds = f"{first:.3g} times as fast in a first epoch and {later:.3g} times as fast once"
+    assert f"gpucache_pipes is {speeds} everything is cached" in out
+    assert {row[0] for row in printed(out, bench.BASELINE.name)} == {1.0}
 
-    assert main(command(paths, "--json", "--files", "8", "--cold-storage")) == 0
+
+@pytest.mark.parametrize(
+    ("options", "share", "files", "overlap"),
+    [
+        (["--overlap", "--cache", "0.25"], 0.25, 12, 1),
+        (["--files", "8", "--cold-storage"], 0.5, 8, 0),
+    ],
+)
+def test_the_command_prints_json(
+    make_files: Files,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    share: float,
+    files: int,
+    overlap: int,
+) -> None:
+    assert main(command(make_files(12), "--json", *options)) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["complete"] and set(report["contenders"]) == set(FAST)
-    assert report["work"]["files"] == 8 and report["work"]["known_files"] == 12
-    assert report["command"].startswith("python ") and report["versions"]["torch"]
+    check_report(report)
+    assert report["complete"] is True and report["share"] == share and report["rounds"] == 1
+    assert set(report["contenders"]) == set(FAST) and problems_of(report) == {}
+    expected = {"first": 1, "later": 1, "partial": 1, "overlap": overlap}
+    assert rounds_of(report, "gpucache_pipes") == expected
+    assert rounds_of(report, "index_select of resident tensors") == {
+        "first": 0, "later": 1, "partial": 0, "overlap": 0,
+    }  # fmt: skip
+    work = report["work"]
+    assert (work["files"], work["known_files"], work["batches"]) == (files, 12, files // 4)
+    assert (work["batch_size"], work["epochs"], work["device"]) == (4, 2, "cpu")
+    assert work["cold_storage"] is ("--cold-storage" in options)
+    assert work["example"] == {"['feature']": "float32[8]", "['label']": "int64[1]"}
+    assert report["command"].startswith("python ")
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
+
+
+def test_the_command_draws_a_picture(
+    make_files: Files, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
+    picture = tmp_path / "bars.png"
+    assert main(command(make_files(12), "--plot", str(picture), "--overlap")) == 0
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    # Four panels of 3.2 inches and two bars of 0.32, with margins, at 150 dots per inch.
+    assert struct.unpack(">II", content[16:24]) == (2295, 216)
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
     [
         (["--cache", "0"], "--cache=0.0: a part of the data"),
-        (["--rounds", "0"], "--rounds=0"),
-        (["--batch-size", "0"], "--batch-size=0"),
-        (["--bytes", "many"], "--bytes='many'"),
+        (["--rounds", "0"], "--rounds=0 must be a positive whole number"),
+        (["--batch-size", "0"], "--batch-size=0 must be a positive whole number"),
+        (["--files", "1"], "--files=1 must be a whole number of at least 2"),
+        (["--bytes", "many"], "--bytes='many' is not a size in bytes"),
         (["--only", "grian"], "'grian' is none of the contenders: gpucache_pipes, DataLoader"),
-        (["--device", "nothing"], "nothing"),
-        (["--plot", "no/such/place.png"], "no such directory"),
-        (["--plot", "picture.zzz"], "the name must end in one of"),
+        (["--device", "nothing"], "device='nothing' is not a device"),
+        pytest.param(["--plot", "no/such/place.png"], "no such directory", marks=needs_matplotlib),
+        pytest.param(
+            ["--plot", "picture.zzz"], "the name must end in one of", marks=needs_matplotlib
+        ),
     ],
 )
 def test_bad_options(
     make_files: Files, capsys: pytest.CaptureFixture[str], options: list[str], error: str
 ) -> None:
-    assert main(command(make_files(4), *options)) == 1
-    assert error in capsys.readouterr().err
+    paths = make_files(4)
+    assert main(command(paths, *options)) == 1
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert captured.err.startswith(f"{Path(paths[0]).parent}: ") and error in captured.err
 
 
 def test_a_file_that_cannot_be_read(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     paths = make_files(4)
     Path(paths[2]).write_bytes(b"")
     assert main(command(paths)) == 1
-    error = capsys.readouterr().err
-    assert paths[2] in error and "the file is empty" in error and "`inspect`" in error
+    captured = capsys.readouterr()
+    assert not captured.out
+    for part in (paths[2], "the file is empty", "`inspect`"):
+        assert part in captured.err
 
 
-@pytest.mark.parametrize("options", [["--cache", "0.01"], ["--files", "2", "--bytes", "1"]])
+@pytest.mark.parametrize(
+    ("options", "files", "share"),
+    [(["--cache", "0.01"], 5, 0.01), (["--files", "2", "--bytes", "1"], 2, 0.5)],
+)
 def test_a_cache_of_less_than_a_file(
-    make_files: Files, capsys: pytest.CaptureFixture[str], options: list[str]
+    make_files: Files,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    files: int,
+    share: float,
 ) -> None:
-    assert main(command(make_files(5), *options)) == 0
-    assert "not measured" not in capsys.readouterr().out
+    assert main(command(make_files(5), "--json", *options)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert problems_of(report) == {}
+    assert report["work"]["files"] == files and report["share"] == share
+    assert rounds_of(report, "gpucache_pipes")["partial"] == 1
+    check_report(report)
 
 
 def test_one_file(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command(make_files(1))) == 0
-    assert "batches in an epoch: only 1" in capsys.readouterr().out
+    assert main(command(make_files(1), "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["work"]["files"] == report["work"]["batches"] == 1
+    assert problems_of(report) == {}
+    check_report(report)
+    assert "batches in an epoch: only 1" in bench.as_text(report)
 
 
-def test_a_value_that_is_odd(tmp_path: Path) -> None:
+def test_plain_values_of_different_types(tmp_path: Path) -> None:
     paths = write(tmp_path, "plain values")
     torch.save({"x": torch.ones(2), "name": "odd", "n": None}, paths[-1])
     with bench.Work(paths, 4, CPU, epochs=2) as work:
         assert work.collation.mode == "list"
-        assert work.collation.reason == "values beside tensors are NoneType and int"
+        assert work.collation.reason == "plain values are NoneType and int"
         report = bench.bench(
             work, contenders=[bench.OURS, bench.BASELINE], rounds=1, progress=False
         )
-    assert not any(entry["problem"] for entry in report["contenders"].values())
+    assert problems_of(report) == {}
+    assert report["work"]["reason"] == work.collation.reason
+    assert f"batches are lists of features: {work.collation.reason}" in bench.as_text(report)
 
 
-def test_an_interrupt_before_there_is_anything(
+def test_an_interrupt_before_the_measurement(
     make_files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: Any, **options: Any) -> Any:
@@ -362,20 +535,31 @@ def test_ctrl_c_leaves_a_partial_table(
     turns = iter(range(100))
 
     def make(batches: list[Any]) -> Iterator[Any]:
-        if next(turns) == 4:  # two to compare, two in the first round
+        if next(turns) == 4:  # two epochs to compare, two in the first round
             os.kill(os.getpid(), number)
         yield from batches
 
     mine = one_more(make)
     monkeypatch.setattr(bench, "choose", lambda names: [bench.OURS, bench.BASELINE, mine])
-    assert main([*command(make_files(12)), "--rounds", "5"]) == 130
+    run = [*command(make_files(12)), "--rounds", "5"]
+    assert main(run) == 130
     out = capsys.readouterr().out
     assert "interrupted: these are the figures so far" in out
-    assert "mine" in out and "All 12 files are" in out
+    assert len(printed(out, "mine")) == 3 and "All 12 files are" in out
+    assert signal.getsignal(signal.SIGTERM) is before
+
+    turns = iter(range(100))
+    assert main([*run, "--json"]) == 130
+    report = json.loads(capsys.readouterr().out)
+    assert report["complete"] is False and problems_of(report) == {}
+    assert rounds_of(report, "mine") == {"first": 1, "later": 1, "partial": 1, "overlap": 0}
+    for name in (bench.OURS.name, bench.BASELINE.name):
+        assert 1 <= rounds_of(report, name)["first"] <= 2
+    check_report(report)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# The judge
+# The comparison of reports
 
 
 @pytest.fixture
@@ -400,7 +584,7 @@ def judged(to_limit: float, times_as_fast: float, problem: str | None = None) ->
         (judged(4.0, 8.0), 0),
         (judged(4.7, 7.0), 0),
         (judged(5.0, 6.0), 1),
-        (judged(5.0, 8.0), 0),  # another machine: the limit is faster there, and nothing else
+        (judged(5.0, 8.0), 0),  # another machine, where only the limit is faster
         (judged(4.0, 6.0), 0),
         (judged(1.0, 80.0), 0),
         (judged(4.0, 8.0, problem="it rained"), 2),
@@ -421,7 +605,7 @@ def test_the_check(scripts: None, tmp_path: Path, head: dict[str, Any], status: 
     assert check.main() == status
 
 
-def test_what_is_slower_is_measured_again(
+def test_a_slower_case_is_measured_again(
     scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import check
@@ -436,7 +620,7 @@ def test_what_is_slower_is_measured_again(
         assert len(list(reports)) == (1 if status else 0)
 
 
-def test_the_tables_of_the_page_are_those_of_the_reports(scripts: None) -> None:
+def test_the_tables_of_the_page_match_the_reports(scripts: None) -> None:
     import tables
 
     page = tables.PAGE.read_text()
@@ -460,10 +644,13 @@ def test_the_scenarios(scripts: None, tmp_path: Path, monkeypatch: pytest.Monkey
     assert scenarios.main() == 0
     report = json.loads(out.read_text())
     assert report["scenario"] == "quick" and report["work"]["collation"] == "pad"
-    assert not any(entry["problem"] for entry in report["contenders"].values())
+    assert report["work"]["files"] == 12 and report["rounds"] == 1
+    assert problems_of(report) == {}
+    assert len(report["contenders"]) == 2 + len(scenarios.LIMITS)
+    check_report(report)
 
 
-def test_a_limit_that_cannot_be_had_says_why(tmp_path: Path) -> None:
+def test_a_limit_that_does_not_apply_says_why(tmp_path: Path) -> None:
     with (
         bench.Work(write(tmp_path, "unlike"), 4, CPU, epochs=2) as work,
         pytest.raises(NotApplicableError, match="cannot be stacked"),

@@ -1,4 +1,4 @@
-"""Pages: what is uploaded comes out again, whichever way it is stored."""
+"""Arenas, backends and host memory: a gather returns the uploaded bytes."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ def index(numbers: Any) -> torch.Tensor:
 
 
 @given(st.data(), st.sampled_from([16, 48, 4112]))
-def test_several_segments_are_as_one(data: st.DataObject, page_bytes: int) -> None:
+def test_several_segments_gather_as_one(data: st.DataObject, page_bytes: int) -> None:
     sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     arena, model = Arena(page_bytes, CPU), {}
     for rows in sizes:
@@ -74,7 +74,7 @@ def test_long_rows_are_the_same_where_readers_are_busy(
 
 
 @given(st.data(), st.booleans(), st.booleans())
-def test_pages_in_a_row_are_joined_as_any_pages(
+def test_consecutive_pages_are_joined_like_any_pages(
     data: st.DataObject, busy: bool, long: bool
 ) -> None:
     memory = torch.randint(0, 256, (9 * 48,), dtype=torch.uint8)
@@ -94,9 +94,7 @@ def test_pages_in_a_row_are_joined_as_any_pages(
 
 
 @pytest.mark.parametrize("page", [-1, 5])
-def test_a_page_that_is_not_there_is_no_access_to_memory(
-    page: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_outside_the_arena_raises(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpucache_pipes.device.arena.LONG_ROW", 1)
     arena = Arena(80, CPU, ResultMemory(), lambda: True)
     arena.add_segment(torch.zeros(5 * 80, dtype=torch.uint8))
@@ -106,7 +104,7 @@ def test_a_page_that_is_not_there_is_no_access_to_memory(
         arena.join([range(1), range(page, page + 1)], index)
 
 
-def test_large_results_use_memory_again_but_not_while_it_is_held(
+def test_large_results_reuse_memory_only_once_it_is_freed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gpucache_pipes.device.arena.LARGE", 1)
@@ -132,7 +130,7 @@ def test_large_results_use_memory_again_but_not_while_it_is_held(
     del view
     third = gather(3, 2)
     assert third.data_ptr() == place and second.view(torch.uint8)[:, 9].tolist() == [2, 3]
-    # A much smaller result takes none that is larger, and only so many are kept.
+    # A region is not reused for a result of less than half its size, and only a few are kept.
     large = gather(0, 1, 2, 3)
     place = large.data_ptr()
     del large
@@ -144,7 +142,7 @@ def test_large_results_use_memory_again_but_not_while_it_is_held(
     assert second.view(torch.uint8)[:, 9].tolist() == [2, 3]
 
 
-def test_results_are_memory_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_have_their_own_storage_and_survive_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpucache_pipes.device.arena.LARGE", 1)
     host = HostBackend()
     host.configure(64)
@@ -153,7 +151,7 @@ def test_results_are_memory_like_any_other(monkeypatch: pytest.MonkeyPatch) -> N
     [large] = host.gather([0, 1], [(0, 64)])
     del large
     [result] = host.gather([0], [(0, 64)])
-    assert result.untyped_storage().nbytes() == 64  # though it lies in the place of the larger one
+    assert result.untyped_storage().nbytes() == 64  # although it reuses the larger region
     child = os.fork()
     if not child:
         os._exit(int(result.view(torch.uint8).sum()))
@@ -204,7 +202,7 @@ def test_growing_stops_at_what_is_useful(backend: Backend) -> None:
     assert backend.grow(1, 3) == 3
     before = backend.reserved_bytes
     assert before == 3 << 16
-    # Beyond, in steps that grow with what is held there: few segments, whatever happens.
+    # Beyond the budget the steps grow with the pages held there, so there are few segments.
     steps = [backend.grow(1, 3 - backend.reserved_bytes // (1 << 16)) for _ in range(3)]
     assert steps == ([1, 1, 1] if isinstance(backend, HostBackend) else [128, 128, 256])
 
@@ -223,7 +221,7 @@ def test_host_memory_is_finite(
 
 
 class Small(InOrderRuntime):
-    """A device of a few bytes, which are gone once they are given."""
+    """A device with little memory, which it never gets back."""
 
     left = 1 << 20
 
@@ -241,14 +239,14 @@ def test_device_memory_is_finite(
     backend = AcceleratorBackend(Small(CPU))
     backend.configure(4096)
     grown = [backend.grow(1, None) for _ in range(3)]
-    # At first, moved to a larger place, and a second segment where there is no such place.
+    # The first segment, a move to a larger one, and a second segment once a move does not fit.
     assert grown == [64, 64, 64]
     with caplog.at_level(logging.WARNING, "gpucache_pipes"):
         assert backend.grow(1, None) == 0
     assert "stops growing at 786432 bytes" in caplog.text
 
 
-def test_without_a_budget_some_memory_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_budget_headroom_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "_FIRST_SEGMENT", 1 << 18)
     runtime = InOrderRuntime(CPU)
     monkeypatch.setattr(runtime, "memory", lambda: (1 << 17, 1 << 20))
@@ -256,11 +254,11 @@ def test_without_a_budget_some_memory_is_left_to_others(monkeypatch: pytest.Monk
     backend.configure(4096)
     assert backend.grow(1, None) == (1 << 17) // 4096 - (1 << 20) // 40960 - 1
     assert backend.grow(1000, None) == 0
-    # Whoever names a budget has it.
+    # With a budget, the headroom is used as well.
     assert backend.grow(1, 64) == 64
 
 
-def test_no_room_at_all_says_what_was_asked_and_what_is_free(
+def test_memory_error_states_requested_and_free_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runtime = Small(CPU)
@@ -269,11 +267,11 @@ def test_no_room_at_all_says_what_was_asked_and_what_is_free(
     backend.configure(4096)
     with pytest.raises(MemoryError, match=r"the 1310720 bytes .*131072 of 1048576 bytes are free"):
         backend.grow(320, None)
-    # Less is served, although it takes of what is left to others.
+    # A smaller request is served, and may use the headroom.
     assert backend.grow(50, None) == 50
 
 
-def test_pages_stay_what_they_are_when_the_arena_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_keep_their_content_when_the_arena_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "_FIRST_SEGMENT", 1)
     backend = AcceleratorBackend(InOrderRuntime(CPU))
     backend.configure(16)

@@ -20,7 +20,15 @@ def test_a_file(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     assert "read by its bytes" in said and "plain values: int, str" in said
     assert main(["inspect", path, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["feature_bytes"] == 24 and report["fast"]
+    assert report == {
+        "path": path,
+        "file_bytes": Path(path).stat().st_size,
+        "feature_bytes": 24,
+        "fast": True,
+        "reason": None,
+        "leaves": [{"name": "['x']", "dtype": "float32", "shape": [2, 3], "bytes": 24}],
+        "values": ["int", "str"],
+    }
 
 
 def test_why_torch_load_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,7 +46,7 @@ def test_a_directory(make_files: Files, capsys: pytest.CaptureFixture[str]) -> N
     torch.save(torch.nn.Linear(1, 1).state_dict(), paths[3])
     Path(paths[7]).write_bytes(b"broken")
     directory = str(Path(paths[0]).parent)
-    assert main(["inspect", directory]) == 1  # for one of them
+    assert main(["inspect", directory]) == 1  # one of them cannot be loaded
     captured = capsys.readouterr()
     assert "inspecting" in captured.err
     for part in ("20 files", "18 are read by their bytes", "1 by torch.load", "3 layouts",
@@ -46,11 +54,17 @@ def test_a_directory(make_files: Files, capsys: pytest.CaptureFixture[str]) -> N
         assert part in captured.out, captured.out
     assert main(["inspect", directory, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert report["files"] == 20 and len(report["failures"]) == 1
+    assert report["files"] == 20 and report["fast"] == 18
+    assert [item["path"] for item in report["failures"]] == [paths[7]]
+    assert sum(report["reasons"].values()) == 1 and report["number_of_layouts"] == 3
+    # Ten features of 4 floats, eight of 5 (two of those files were replaced), and one of 2.
+    assert sorted(layout["files"] for layout in report["layouts"]) == [1, 8, 10]
+    assert report["feature_bytes"] == 10 * 16 + 8 * 20 + 2 * 4
+    assert report["sizes"]["largest"] == 20 and report["sizes"]["least"] == 8
     assert report["recommended"]["max_cache_bytes"] >= report["feature_bytes"]
 
 
-def test_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path)]) == 1
     assert "no files in directory" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "no.pt")]) == 1

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,29 +21,39 @@ def directory(paths: list[str]) -> str:
     return str(Path(paths[0]).parent)
 
 
-def test_every_policy_there_is() -> None:
+def test_all_policies_are_planned() -> None:
     assert set(planning.POLICIES) <= set(policies.base._REGISTRY)
     assert {"clairvoyant", "fifo", "keep", "lfu", "lru", "s3fifo", "sieve", "w-tinylfu"} == set(
         planning.POLICIES
     )
 
 
-def test_a_plan(make_files: Files, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    paths = make_files(40, lambda n: {"x": torch.zeros(64)})
+def test_a_picture(make_files: Files, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
     picture = tmp_path / "plan.png"
-    command = ["plan", directory(paths), "--gpu-memory", "5120B", "--plot", str(picture)]
+    assert main(["plan", directory(make_files(4)), "--plot", str(picture)]) == 0
+    content = picture.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    # 11 by 4.2 inches at 150 dots per inch.
+    assert struct.unpack(">II", content[16:24]) == (1650, 630)
+
+
+def test_a_plan(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = make_files(40, lambda n: {"x": torch.zeros(64)})
+    command = ["plan", directory(paths), "--gpu-memory", "5120B"]
     assert main(command) == 0
     captured = capsys.readouterr()
     assert "simulating" in captured.err
     for part in ("40 files, 10 KiB of tensors, shuffled", "hit rate", "● clairvoyant",
                  "With 5 KiB, 50% of reads come from the GPU", "LRU would give"):  # fmt: skip
         assert part in captured.out, captured.out
-    assert picture.read_bytes().startswith(b"\x89PNG")
     assert main([*command[:2], "--json", "--no-shuffle", "--epochs", "3"]) == 0
     captured = capsys.readouterr()
     assert not captured.err
     report = json.loads(captured.out)
-    assert report["memory"] == 5120 and report["epochs"] == 3 and not report["shuffle"]
+    assert report["files"] == report["simulated_files"] == 40
+    assert report["feature_bytes"] == 40 * 256 and report["memory"] == 5120
+    assert report["epochs"] == 3 and report["shuffle"] is False
     for row in report["rows"]:
         served = row["policies"]
         share = row["cache_bytes"] // 256 / 40

@@ -1,4 +1,4 @@
-"""The three edges, on a device that runs things late and in an order of its own."""
+"""The three edges of `device.accelerator`, on a simulated device that runs operations late."""
 
 import gc
 import random
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.device import AcceleratorBackend, accelerator
+from gpucache_pipes.device.staging import StagingLane
 from gpucache_pipes.testing import SimulatedRuntime, UnorderedAccessError, assert_same
 
 FILES = {
@@ -24,7 +25,7 @@ PATHS = list(FILES)
 
 
 def work(runtime: SimulatedRuntime, seed: int, steps: int = 80) -> None:
-    """Two consumer streams over one small cache; what they hold is looked at much later."""
+    """Two consumer streams share a small cache; batches are compared many steps later."""
     choose = random.Random(seed)
     streams = [runtime.new_stream() for _ in range(2)]
     held: list[tuple[Any, list[int], Any]] = []
@@ -72,13 +73,13 @@ def forget_gathers(backend: AcceleratorBackend, note: Any, wait_for: Any, lane: 
 def forget_that_staging_is_read(
     backend: AcceleratorBackend, note: Any, wait_for: Any, lane: pytest.MonkeyPatch
 ) -> None:
-    lane.setattr(accelerator._Lane, "busy_until", lambda self, event: None)
+    lane.setattr(StagingLane, "busy_until", lambda self, event: None)
 
 
 def one_event_for_each_page(
     backend: AcceleratorBackend, note: Any, wait_for: Any, lane: Any
 ) -> None:
-    """The reader before the last one is forgotten."""
+    """One event for each page: a second gather replaces the first one."""
 
     def note_last(log: Any, event: Any, pages: Any, arena: Any = None) -> None:
         if log is backend._gathers:
@@ -178,7 +179,7 @@ def test_a_warm_batch_takes_few_operations_and_no_waiting() -> None:
         runtime.waits = 0
         before = runtime.operations
         batch = store.get_batch(PATHS).collate()
-        # The index, and one gather for each of two leaves.
+        # One operation for the index, and one gather for each of two leaves.
         assert runtime.operations - before == 3
         assert runtime.waits == 0
         assert batch["label"].flatten().tolist() == list(range(12))
@@ -197,7 +198,7 @@ def test_a_warm_batch_takes_few_operations_and_no_waiting() -> None:
     ],
 )
 def test_threads_behind_the_nodes(wrap: Callable[[Any], Any], haste: float) -> None:
-    """They gather on the stream of the thread that trains, although it is not theirs."""
+    """Threads of other nodes gather on the stream of the thread that trains."""
     runtime = SimulatedRuntime(5, haste)
     backend = AcceleratorBackend(runtime)
     with GPUFeatureStore(backend, load_fn=FILES.__getitem__, max_cache_items=4) as store:
@@ -235,14 +236,14 @@ def test_staging_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         batch = store.get_batch(list(files)).collate()
         assert batch[:, 0].tolist() == list(range(64))
         assert max(sizes) == 4096 and len(sizes) <= 4
-        # A file that is larger than a buffer is read all the same.
+        # A file larger than a buffer is still read.
         files["/g/large"] = torch.full((1000,), 7)
         assert store.get("/g/large").tolist() == [7] * 1000
         store.check()
 
 
 def after_a_move(haste: float, seed: int) -> None:
-    """Pages that were there before the arena moved, read while it may still move."""
+    """Gather pages that were filled before the arena moved, while the move may not have run."""
     runtime = SimulatedRuntime(seed, haste)
     backend = AcceleratorBackend(runtime)
     with GPUFeatureStore(

@@ -1,6 +1,8 @@
+"""Checks and conversions of arguments."""
+
 import pytest
 
-from gpucache_pipes.units import format_bytes, parse_bytes, positive_int
+from gpucache_pipes.units import format_bytes, parse_bytes, positive_int, require_hashable
 
 
 @pytest.mark.parametrize(
@@ -33,5 +35,18 @@ def test_positive_int() -> None:
         positive_int("depth", 0)
 
 
+@pytest.mark.parametrize("value", [True, 1.0, "3", None])
+def test_only_whole_numbers(value: object) -> None:
+    with pytest.raises(ValueError, match="must be a positive whole number"):
+        positive_int("depth", value)  # type: ignore[arg-type]
+
+
+def test_require_hashable() -> None:
+    require_hashable("owner", ("a", 1))
+    with pytest.raises(TypeError, match=r"owner=\[\] must be hashable"):
+        require_hashable("owner", [])
+
+
 def test_format() -> None:
     assert [format_bytes(n) for n in (7, 2048, 3 << 30)] == ["7 B", "2 KiB", "3 GiB"]
+    assert format_bytes(5 << 50) == "5120 TiB"

@@ -1,3 +1,3 @@
-"""`python -m gpucache_pipes`: inspect, plan and bench."""
+"""The commands of `python -m gpucache_pipes`: inspect, plan and bench."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Plans for people: tables, a chart of characters, a picture."""
+"""Reports of `cli.plan` as tables, as a text chart and as a picture."""
 
 import os
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from gpucache_pipes.units import format_bytes, parse_bytes
 
 _MARKS = "●○▲△■□◆◇"
 _HEIGHT = 11
+"""Lines of the text chart, from 0% to 100%."""
 
 
 def plan_as_text(report: dict[str, Any]) -> str:
-    """Two tables and a chart."""
+    """A report of `plan` as two tables and a text chart."""
     total = report["feature_bytes"]
     names = list(report["rows"][0]["policies"])
     order = "shuffled" if report["shuffle"] else "in order"
@@ -27,6 +28,7 @@ def plan_as_text(report: dict[str, Any]) -> str:
 
 
 def _table(report: dict[str, Any], names: Sequence[str], cell: Any) -> list[str]:
+    """A line for each size of the cache, with `cell(figures)` for each policy."""
     lines = [" ".join([f"{'cache':>18}", *(f"{name:>11}" for name in names)])]
     for row in report["rows"]:
         share = row["cache_bytes"] / report["feature_bytes"]
@@ -36,7 +38,7 @@ def _table(report: dict[str, Any], names: Sequence[str], cell: Any) -> list[str]
 
 
 def _chart(report: dict[str, Any], names: Sequence[str]) -> list[str]:
-    """Hit rate over size; where policies meet, the first one is seen."""
+    """Hit rate over cache size. Where marks of policies coincide, the first policy is shown."""
     columns = [[" "] * _HEIGHT for _ in report["rows"]]
     for mark, name in reversed(list(zip(_MARKS, names, strict=True))):
         for column, row in zip(columns, report["rows"], strict=True):
@@ -54,7 +56,10 @@ def _chart(report: dict[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def require_matplotlib() -> Any:
-    """matplotlib.pyplot, without a display. Raises ImportError with the way out."""
+    """matplotlib.pyplot, on a backend without a display.
+
+    Raises ImportError, which says what to install, if matplotlib is missing.
+    """
     try:
         import matplotlib as mpl
     except ImportError as error:
@@ -69,7 +74,13 @@ def require_matplotlib() -> Any:
 
 
 def require_plot(path: str) -> None:
-    """Whether a picture can be drawn to that path. Raises ImportError, OSError, ValueError."""
+    """Check that a picture can be written to `path`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        FileNotFoundError: the directory does not exist.
+        ValueError: the name does not end in a format that matplotlib writes.
+    """
     kinds = require_matplotlib().figure().canvas.get_supported_filetypes()
     kind = os.path.splitext(path)[1].removeprefix(".")
     if kind not in kinds:
@@ -79,7 +90,15 @@ def require_plot(path: str) -> None:
 
 
 def draw_plan(report: dict[str, Any], path: str) -> None:
-    """A picture of hit rates and of bytes read, in the format of the file's name."""
+    """Draw hit rates and bytes read over cache size.
+
+    Args:
+        report: of `plan`.
+        path: where to write the picture. Its suffix selects the format.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     plt = require_matplotlib()
     _, unit = format_bytes(report["feature_bytes"]).split()
     one = parse_bytes("unit", f"1 {unit}")

@@ -1,4 +1,4 @@
-"""What is in feature files: for people, before they choose a budget."""
+"""`python -m gpucache_pipes inspect`: the content of feature files, and a budget that fits them."""
 
 import os
 import statistics
@@ -13,10 +13,23 @@ from gpucache_pipes.store.page_size import choose_page_bytes
 from gpucache_pipes.units import format_bytes
 
 _SHOWN = 5
+"""Layouts in a report, and failures in its text."""
 
 
 def inspect_file(path: str, weights_only: bool = True) -> dict[str, Any]:
-    """What one file holds, as JSON has it. Raises what opening raises."""
+    """Describe one file.
+
+    Args:
+        path: a feature file.
+        weights_only: as in `torch.load`.
+
+    Returns:
+        A report that `json.dumps` accepts. `fast` says whether the file is read without
+        `torch.load`, and `reason` says why not.
+
+    Raises:
+        Exception: what opening the file raises.
+    """
     feature, reason = FileOpener(weights_only).probe(path)
     feature.close()
     return {
@@ -33,7 +46,17 @@ def inspect_file(path: str, weights_only: bool = True) -> dict[str, Any]:
 def inspect_files(
     paths: Sequence[str], weights_only: bool = True, progress: bool = True
 ) -> dict[str, Any]:
-    """What a data set holds, as JSON has it: sizes, layouts, what fails, and what to set."""
+    """Describe a data set.
+
+    Args:
+        paths: feature files.
+        weights_only: as in `torch.load`.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        A report that `json.dumps` accepts: sizes, the most frequent layouts, the files that cannot
+        be opened with their errors, and the recommended page size and budget.
+    """
     opener = FileOpener(weights_only)
     layouts: Counter[Layout] = Counter()
     reasons: Counter[str] = Counter()
@@ -87,6 +110,7 @@ def _leaves(layout: Layout) -> list[dict[str, Any]]:
 
 
 def _distribution(sizes: Sequence[int]) -> dict[str, float]:
+    """Quantiles of sorted `sizes`; empty if there are none."""
     if not sizes:
         return {}
     return {
@@ -98,7 +122,7 @@ def _distribution(sizes: Sequence[int]) -> dict[str, float]:
 
 
 def file_as_text(report: dict[str, Any]) -> str:
-    """`inspect_file` for people."""
+    """A report of `inspect_file` as text."""
     how = "read by its bytes" if report["fast"] else f"read by torch.load: {report['reason']}"
     lines = [
         f"{report['path']}: {format_bytes(report['file_bytes'])}, {how}",
@@ -110,7 +134,7 @@ def file_as_text(report: dict[str, Any]) -> str:
 
 
 def files_as_text(report: dict[str, Any]) -> str:
-    """`inspect_files` for people."""
+    """A report of `inspect_files` as text."""
     total, tensors = format_bytes(report["file_bytes"]), format_bytes(report["feature_bytes"])
     lines = [f"{report['files']} files, {total}; {tensors} of tensors"]
     if report["sizes"]:

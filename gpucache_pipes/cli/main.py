@@ -1,4 +1,4 @@
-"""`python -m gpucache_pipes`: what is in feature files, and what a cache makes of them."""
+"""`python -m gpucache_pipes`: argument parsing and the exit status of all commands."""
 
 import argparse
 import io
@@ -10,7 +10,17 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command.
+
+    Args:
+        arguments: of the command line, without the program; None means `sys.argv[1:]`.
+
+    Returns:
+        The exit status: 0; 1 for an error, which is printed to stderr; 130 after an interrupt.
+
+    Raises:
+        SystemExit: the arguments are malformed, or `--help` was given.
+    """
     parser = argparse.ArgumentParser(prog="python -m gpucache_pipes")
     commands = parser.add_subparsers(dest="command", required=True)
     inspecting = commands.add_parser(
@@ -24,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planning.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True)
     planning.add_argument("--seed", type=int, default=0)
     planning.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
-    bench = commands.add_parser("bench", help="what these files gain, beside other loaders")
+    bench = commands.add_parser("bench", help="compare with other loaders on your files")
     bench.set_defaults(run=_bench)
     bench.add_argument("--device", default="auto", help='"cuda", "cpu"; by default the GPU')
     bench.add_argument("--batch-size", type=int, default=256)
@@ -36,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--files", type=int, default=2000, help="how many to read at most")
     bench.add_argument("--bytes", default="512MiB", metavar="SIZE", help="how much, at most")
     bench.add_argument(
-        "--overlap", action="store_true", help="also beside training steps, which takes longer"
+        "--overlap", action="store_true", help="also with training steps, which takes longer"
     )
     bench.add_argument(
         "--cold-storage", action="store_true", help="read from the disk, not from the page cache"
@@ -65,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    # As Ctrl-C: what was written in other formats goes, and what was measured is shown.
+    # SIGTERM acts like Ctrl-C: temporary files are removed, and a partial table is printed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _measure(args)
@@ -85,7 +95,7 @@ def _measure(args: argparse.Namespace) -> int:
     most_bytes = parse_bytes("--bytes", args.bytes)
     contenders = bench.choose(args.only)
     if args.plot is not None:
-        charts.require_plot(args.plot)  # now, and not after everything has been measured
+        charts.require_plot(args.plot)  # before the measurement, which takes long
     device = bench.find_device(args.device)
     paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
     with bench.Work(
@@ -119,7 +129,7 @@ def _measure(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    # Here: --help should not have to wait for torch.
+    # Imported here, so that --help does not wait for the import of torch.
     from gpucache_pipes.cli import inspect
     from gpucache_pipes.nodes import PathLister
 
@@ -141,7 +151,7 @@ def _plan(args: argparse.Namespace) -> int:
 
     memory = None if args.gpu_memory is None else parse_bytes("--gpu-memory", args.gpu_memory)
     if args.plot is not None:
-        charts.require_plot(args.plot)  # now, and not after the simulation
+        charts.require_plot(args.plot)  # before the simulation, which takes long
     report = plan.plan(
         PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths,
         memory=memory,
@@ -160,6 +170,6 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _print(text: str) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file may have a name that is no text, and a terminal no place for a mark.
+        # A file name may hold undecodable bytes, and a terminal may not support the marks.
         sys.stdout.reconfigure(errors="backslashreplace")
     print(text)

@@ -1,4 +1,4 @@
-"""What a cache of some size would serve of a data set, by policy: before anything is bought."""
+"""`python -m gpucache_pipes plan`: hit rates over cache sizes and policies, by simulation."""
 
 import os
 import random
@@ -13,11 +13,14 @@ from gpucache_pipes.files import FileOpener
 from gpucache_pipes.units import format_bytes
 
 POLICIES = ("clairvoyant", "keep", "w-tinylfu", "sieve", "s3fifo", "lfu", "fifo", "lru")
-"""In the order of tables: the default first."""
+"""In the order of the tables. The default policy is the first."""
 
 _FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _MOST_FILES = 2000
+"""Files that are simulated."""
+
 _OPENED = 64
+"""Files that are opened, to estimate the bytes of tensors of all files."""
 
 
 def plan(
@@ -30,26 +33,32 @@ def plan(
     weights_only: bool = True,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Hit rates and bytes read for each policy over sizes of the cache, as JSON has it.
+    """Simulate each policy with caches of several sizes.
 
-    Of more than 2,000 files a random sample stands for all, with caches in proportion. The bytes
-    of tensors are those of the files, less what 64 of them have beside tensors. The first epoch,
-    which reads everything, is left out.
+    If there are more than 2,000 files, a random sample of them is simulated with caches in
+    proportion. The bytes of tensors of a file are estimated: its size, less the median overhead of
+    up to 64 files that are opened. The first epoch, which reads everything, is excluded.
 
     Args:
         paths: all files.
-        memory: bytes for the cache, of special interest; None is half of the data.
-        epochs: to simulate, at least 2.
-        shuffle: a new order in each epoch; else always that of `paths`.
-        seed: of these orders, and of the sample.
-        weights_only: as in `torch.load`, for files that are opened.
-        progress: show a bar on stderr.
+        memory: bytes of a cache to simulate in addition; None means half of the data.
+        epochs: number of epochs to simulate, at least 2.
+        shuffle: whether each epoch has a new order; if not, every epoch has that of `paths`.
+        seed: of the orders and of the sample.
+        weights_only: as in `torch.load`, for the files that are opened.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        A report that `json.dumps` accepts. Each of its `rows` holds, for one size of the cache, the
+        hit rate and the fraction of bytes read from files for each policy.
 
     Raises:
-        ValueError: fewer than two epochs, or a file that is looked at cannot be read.
+        ValueError: `epochs` is less than 2, or one of the opened files cannot be read.
     """
     if epochs < 2:
-        raise ValueError(f"epochs={epochs}: at least 2, since the first one reads everything")
+        raise ValueError(
+            f"epochs={epochs}: at least 2 are needed, since the first one reads everything"
+        )
     sizes = _feature_bytes(paths, weights_only)
     total = sum(sizes)
     sample = sizes
@@ -84,21 +93,22 @@ def plan(
 
 
 def _feature_bytes(paths: Sequence[str], weights_only: bool) -> list[int]:
-    """Bytes of the tensors of each file: what 64 of them have beside, all are taken to have."""
+    """Bytes of tensors of each file: its size, less the median overhead of `_OPENED` files."""
     opener = FileOpener(weights_only)
-    beside = []
+    overheads = []
     for path in paths[:: -(-len(paths) // _OPENED)]:
         try:
             feature, _ = opener.probe(path)
         except Exception as error:
             raise ValueError(f"{path!r} cannot be read: {error}") from error
         feature.close()
-        beside.append(os.stat(path).st_size - feature.layout.span)
-    overhead = int(statistics.median(beside))
+        overheads.append(os.stat(path).st_size - feature.layout.span)
+    overhead = int(statistics.median(overheads))
     return [max(1, os.stat(path).st_size - overhead) for path in paths]
 
 
 def _trace(files: int, epochs: int, shuffle: bool, seed: int, known: bool) -> Trace:
+    """All epochs of one pipeline. With `known`, it announces its access plan."""
     random_numbers = random.Random(seed)
     orders: Iterator[Sequence[int]] = (
         random_numbers.sample(range(files), files) if shuffle else range(files)
@@ -110,6 +120,7 @@ def _trace(files: int, epochs: int, shuffle: bool, seed: int, known: bool) -> Tr
 def _served(
     trace: Trace, capacity: int, policy: str, sizes: Mapping[Hashable, int]
 ) -> dict[str, float]:
+    """What one cache serves after the first epoch."""
     result = simulate(trace, capacity, policy, sizes=sizes)
     later = result.epochs[1:]
     requested = sum(epoch.requested for epoch in later)
@@ -120,7 +131,14 @@ def _served(
 
 
 def advice(report: dict[str, Any]) -> str:
-    """What it comes to, in plain words."""
+    """Sentences on the cache of `report["memory"]` bytes.
+
+    Args:
+        report: of `plan`.
+
+    >>> print(advice({"feature_bytes": 4096, "memory": 8192, "rows": []}))
+    With 8 KiB, all 4 KiB fit: after the first epoch every read comes from the GPU.
+    """
     total, memory = report["feature_bytes"], report["memory"]
     if memory >= total:
         return (

@@ -1,4 +1,8 @@
-"""Device memory: pages, uploads and gathers. The only room that knows streams."""
+"""Device memory: an arena of pages, uploads into them and gathers from them.
+
+Only this folder knows about streams and events. To support another kind of device, implement
+`Backend`, or only `Runtime` if the device has streams.
+"""
 
 import torch
 
@@ -24,10 +28,19 @@ __all__ = [
 
 
 def resolve_device(device: str | torch.device | int | None) -> torch.device:
-    """The device meant: None is the accelerator if there is one, else the CPU.
+    """Resolve what the user wrote to one device, with an index if it is an accelerator.
 
-    An index is filled in here, once: later "cuda" would mean another device in a thread that
-    has another current one. Raises ValueError for what is no device or is not there.
+    The index is resolved here, once. Later, "cuda" would name a different device in a thread whose
+    current device differs.
+
+    Args:
+        device: as in `torch.device`; None means the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: `device` does not name a device, or this machine does not have it.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
@@ -50,7 +63,7 @@ def resolve_device(device: str | torch.device | int | None) -> torch.device:
 
 
 def open_backend(device: torch.device) -> Backend:
-    """The backend for a resolved device."""
+    """A new backend for `device`, which is a result of `resolve_device`."""
     if device.type == "cpu":
         return HostBackend()
     if device.type == "mps":

@@ -1,17 +1,48 @@
-"""CUDA, XPU and the like: pinned staging, one copy stream, and the three edges.
+"""Backend for devices with streams (CUDA, XPU): pinned staging, one copy stream, three edges.
 
-    edge          recorded                        waited on by
-    uploaded      copy stream, after the scatter  consumer stream, before the gather
-    read_done     consumer stream, after the      copy stream, before it overwrites
-                  gather                          those pages
-    staging_free  copy stream, after the H2D      the host, before a reader overwrites
-                                                  that staging buffer
+Three streams of work touch the same bytes: reader threads write staging memory, the copy stream
+moves it into pages, and each consumer gathers pages on its own stream. Three edges order them.
 
-Uploads and gathers that the device has not finished are kept in two small logs with the pages
-they touch. Whoever issues the next operation waits for those in the other log that share a
-page with it: one event for each (batch, consumer stream), never one event for each page, so
-that no earlier reader is lost. In a warm epoch the upload log is empty and a gather waits for
-nothing.
+    edge          recorded                           waited on by
+    uploaded      copy stream, after the scatter     consumer stream, before the gather
+    read_done     consumer stream, after the gather  copy stream, before the scatter
+    staging_free  copy stream, after the scatter     the host, before it writes that staging
+                  (the same event as `uploaded`)     buffer again
+
+`uploaded` keeps a gather from reading a page before it is filled. `read_done` keeps an upload from
+refilling a page that a gather still reads. `staging_free` keeps a reader thread from overwriting
+host memory that the device still copies.
+
+The backend keeps two logs, of uploads and of gathers that the device may not have finished, each
+entry with its event and the pages it touches. The thread that issues an operation makes its stream
+wait for the entries of the other log that share a page with it. In a warm epoch the log of uploads
+is empty, so a gather waits for nothing.
+
+What does not work:
+
+- One event per page. Two consumer streams may read one page. The second gather replaces the event
+  of the first, and an upload then waits only for the second. The log has one entry for each gather
+  instead, so no earlier reader is lost.
+- Synchronising the copy stream before a gather. The host then waits for every queued upload, also
+  of batches that are not needed yet. It does not replace `read_done` either: gathers run on the
+  streams of the consumers.
+- `Tensor.record_stream`. It delays the reuse of a block that is freed, but pages are refilled while
+  their segment stays allocated. Results do not need it: `gather` allocates them on the stream of
+  the consumer.
+- Trusting the allocator across streams. It ties a block to the stream it was allocated on, here the
+  copy stream, and may hand out a freed block while a gather on another stream still reads it. So a
+  log entry holds the arena that its gather reads, and `reset` waits for all events before it drops
+  the arena.
+- Moving the arena while an upload is issued. The upload could go to the old arena after its pages
+  were copied, and be lost. `submit` and `_extend` therefore share the lock `_writing`.
+- Publishing the larger arena before its move is in the log. A gather could then read pages that are
+  not copied yet. `_extend` logs the move first, as an upload that touches every page. A gather that
+  is being issued meanwhile keeps reading the old arena, of which it holds a reference.
+- Waiting for `staging_free` on a stream. The host writes to the staging buffer next, and no stream
+  can delay the host.
+
+`tests/test_streams.py` removes each edge in turn, and a simulated device reports the access that is
+then unordered.
 """
 
 import itertools
@@ -27,29 +58,28 @@ import torch
 from gpucache_pipes.device.arena import Arena
 from gpucache_pipes.device.backend import Column
 from gpucache_pipes.device.runtime import Runtime
+from gpucache_pipes.device.staging import StagedUpload
+from gpucache_pipes.device.staging import StagingLane as _Lane
 
 _log = logging.getLogger("gpucache_pipes")
 
 _FIRST_SEGMENT = 64 << 20
-"""Bytes of the arena at first; then it doubles."""
+"""Bytes of the first arena. Each later `grow` doubles it."""
 
 _HEADROOM = 0.1
-"""Part of the device's memory that a store without a budget leaves to others."""
+"""Fraction of the device's memory that a store without a budget leaves free."""
 
 _STEP = 8 << 20
-"""Bytes that are added at least when batches in flight need more than the budget."""
-
-_STAGING_BUFFERS = 2
-"""Staging buffers for each reader thread: one is filled while the other is copied."""
+"""Least number of bytes to add when batches in flight need pages beyond the budget."""
 
 
 class _Issued(NamedTuple):
     """An operation that the device may not have finished."""
 
     event: Any
-    # What it touches; None is every page.
+    # The pages it touches; None means every page.
     pages: Sequence[int] | None
-    # What must not be freed before.
+    # The arena it reads, held so that its memory is not freed before the operation is finished.
     arena: Arena | None
 
 
@@ -57,11 +87,15 @@ Log = dict[int, _Issued]
 
 
 class AcceleratorBackend:
-    """Pages in the memory of an accelerator with streams.
+    """Pages in the memory of an accelerator with streams. Implements `Backend`.
 
     Every reader thread has two staging buffers of its own, which grow to the largest upload of
-    that thread: pinned host memory is at most 2 x threads x largest upload, rounded up to
-    powers of two, and nobody waits for a buffer but for the device to be done with it.
+    that thread. Pinned host memory is therefore at most 2 x threads x largest upload, rounded up
+    to powers of two. A reader thread never waits for another thread's buffer, only for the device
+    to finish with its own.
+
+    Args:
+        runtime: streams, events and memory of the device.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -73,11 +107,11 @@ class AcceleratorBackend:
         self._warned = False
         self._lanes = threading.local()
         self._serial = itertools.count()
-        # Guards the two logs, for as long as it takes to look at them.
+        # Guards the two logs. It is held only to add, look up or remove entries.
         self._logs = threading.Lock()
         self._uploads: Log = {}
         self._gathers: Log = {}
-        # Held while the arena moves, or while somebody issues writes to it.
+        # Held while the arena moves, and while a reader thread issues writes to it.
         self._writing = threading.Lock()
 
     @property
@@ -91,20 +125,21 @@ class AcceleratorBackend:
         self._arena = Arena(page_bytes, self.device)
 
     def grow(self, needed: int, useful: int | None) -> int:
-        """See Backend. Doubles, and asks for less where the device has less."""
+        """See Backend. Doubles the arena, and tries smaller sizes if the device has less memory."""
         arena = self._arena
         assert arena is not None
         pages = max(needed, arena.pages, _FIRST_SEGMENT // self.page_bytes)
         if useful is None:
-            # What is needed first is needed by a batch, and not only by the cache.
+            # A batch needs the first pages, so they may use the headroom. Later ones are for the
+            # cache only.
             least = 0 if arena.pages else needed
             pages = max(least, min(pages, self._spare_bytes() // self.page_bytes))
         else:
-            # Beyond what the budget can use, what is in flight is held: in steps, too.
+            # Pages beyond the budget hold batches in flight. They are added in steps, too.
             beyond = max(-useful, _STEP // self.page_bytes)
             pages = max(needed, min(pages, useful if useful > 0 else beyond))
             if 0 < useful - pages <= 2 * arena.pages:
-                pages = useful  # rather than to move once more
+                pages = useful  # one larger step now saves a second move of the arena
         while pages >= needed:
             try:
                 return self._extend(arena, pages)
@@ -116,20 +151,20 @@ class AcceleratorBackend:
         free = "" if memory is None else f" ({memory[0]} of {memory[1]} bytes are free)"
         if not arena.pages:
             raise MemoryError(
-                f"{self.device} has no room for the {needed * self.page_bytes} bytes that are "
-                f"needed{free}: free some of it, or lower batch size and depth"
+                f"{self.device} has no memory for the {needed * self.page_bytes} bytes that a "
+                f"batch needs{free}: free device memory, or lower the batch size and depth"
             )
         if not self._warned:
             self._warned = True
             _log.warning(
-                "%s has no room for %d more bytes%s; the cache stops growing at %d bytes and "
+                "%s has no memory for %d more bytes%s; the cache stops growing at %d bytes and "
                 "evicts from now on. Set max_cache_bytes to leave memory for the model",
                 self.device, needed * self.page_bytes, free, arena.nbytes,
             )  # fmt: skip
         return 0
 
     def _spare_bytes(self) -> int:
-        """What could be taken without a budget, so that a model beside the store can live."""
+        """Free device memory less the headroom that is left to the model."""
         memory = self._runtime.memory()
         if memory is None:
             return 1 << 62
@@ -137,11 +172,12 @@ class AcceleratorBackend:
         return max(0, free - int(total * _HEADROOM))
 
     def _extend(self, arena: Arena, pages: int) -> int:
-        """Extent the arena to a place that has so many pages more; where there is none, add one.
+        """Move the arena to one larger segment, or add a segment if memory for both is lacking.
 
-        One piece of memory is worth a copy: a batch takes operations for each that it touches.
+        A batch issues operations for each segment that it touches, so one segment is worth a copy.
+        Returns the number of pages added. Raises torch.OutOfMemoryError.
         """
-        # On the copy stream: the allocator ties memory to the stream it was made on.
+        # On the copy stream: the allocator ties memory to the stream it was allocated on.
         with self._writing, self._runtime.on(self._copy_stream):
             if arena.pages:
                 try:
@@ -154,22 +190,35 @@ class AcceleratorBackend:
                     larger.copy_from(arena)
                     moved = self._runtime.new_event()
                     moved.record(self._copy_stream)
+                    # First the log, then the new arena: see the module docstring.
                     self._note(self._uploads, moved, None)
-                    # Gathers of the old one hold it until the device is through with them.
+                    # Unfinished gathers hold the old arena until the device has finished them.
                     self._arena = larger
                     return pages
             return arena.add_segment(self._runtime.empty(pages * self.page_bytes))
 
-    def upload(self, placements: Sequence[Sequence[int]]) -> "StagedUpload":
+    def upload(self, placements: Sequence[Sequence[int]]) -> StagedUpload:
         """See Backend."""
         lane = getattr(self._lanes, "lane", None)
         if lane is None:
             lane = self._lanes.lane = _Lane(self._runtime)
-        pages = [page for placement in placements for page in placement]
-        return StagedUpload(self, lane, placements, pages)
+        return StagedUpload(lane, placements, self.page_bytes, self.submit)
 
-    def submit(self, staging: torch.Tensor, pages: Sequence[int], lane: "_Lane") -> Any:
-        """Copy `staging` up and into `pages`; returns the event behind it. Reader threads."""
+    def submit(self, staging: torch.Tensor, pages: Sequence[int], lane: _Lane) -> Any:
+        """Copy `staging` to the device and scatter it into `pages`. For reader threads.
+
+        Args:
+            staging: pinned, uint8 [len(pages) * page_bytes].
+            pages: where the rows of `staging` go, in order.
+            lane: the staging lane of the calling thread.
+
+        Returns:
+            The event that is recorded after the scatter. Until the device reaches it, `staging`
+            must not be written.
+
+        Raises:
+            RuntimeError: the store was closed.
+        """
         with self._writing, self._runtime.on(self._copy_stream):
             arena = self._arena
             if arena is None:
@@ -181,7 +230,7 @@ class AcceleratorBackend:
                 rows.copy_(staging, non_blocking=True)
                 arena.scatter(pages, rows.view(shape), self._runtime.index)
             except torch.OutOfMemoryError:
-                # The arena has it all. Page by page is slow, and needs nothing.
+                # The arena has taken all memory. Copying page by page is slow, but allocates none.
                 arena.fill(pages, staging.view(shape))
             done = self._runtime.new_event()
             done.record(self._copy_stream)
@@ -190,6 +239,7 @@ class AcceleratorBackend:
 
     def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
         """See Backend."""
+        # One reference for the whole call: the arena may move while the gather is issued.
         arena = self._arena
         assert arena is not None
         with self._runtime.on_device():
@@ -218,6 +268,7 @@ class AcceleratorBackend:
     def _note(
         self, log: Log, event: Any, pages: Sequence[int] | None, arena: Arena | None = None
     ) -> None:
+        """Add an operation to `log`, and drop those that the device has finished."""
         with self._logs:
             self._forget_finished(log)
             log[next(self._serial)] = _Issued(event, pages, arena)
@@ -235,14 +286,14 @@ class AcceleratorBackend:
 
     @staticmethod
     def _forget_finished(log: Log) -> None:
-        """With the lock of the logs held."""
+        """Drop the operations that the device has finished. The caller holds `_logs`."""
         for serial in [serial for serial, issued in log.items() if issued.event.query()]:
             del log[serial]
 
     def reset(self) -> None:
         """See Backend."""
-        # Consumers' gathers run on streams of theirs: their memory may not be reused by others
-        # before they are through.
+        # Gathers run on the streams of the consumers, and the allocator does not know of them. The
+        # arena must outlive them.
         for issued in [*self._gathers.values(), *self._uploads.values()]:
             issued.event.synchronize()
         self._gathers.clear()
@@ -255,69 +306,3 @@ class AcceleratorBackend:
         self._copy_stream.synchronize()
         self.reset()
         self._lanes = threading.local()
-
-
-class _Lane:
-    """The staging buffers of one reader thread, and its landing place on the device."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._slots: list[tuple[torch.Tensor | None, Any]] = [(None, None)] * _STAGING_BUFFERS
-        self._turn = 0
-        self._rows: torch.Tensor | None = None
-
-    def staging(self, nbytes: int) -> torch.Tensor:
-        """Pinned memory that the device no longer reads. Waits for it."""
-        self._turn = (self._turn + 1) % _STAGING_BUFFERS
-        buffer, free = self._slots[self._turn]
-        if free is not None:
-            free.synchronize()  # edge: staging_free
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = self._runtime.pinned(_power_of_two(nbytes))
-        self._slots[self._turn] = (buffer, None)
-        return buffer[:nbytes]
-
-    def busy_until(self, event: Any) -> None:
-        """The buffer handed out last is being read by the device until `event`."""
-        self._slots[self._turn] = (self._slots[self._turn][0], event)
-
-    def device_rows(self, nbytes: int) -> torch.Tensor:
-        """Device memory for one upload; the copy stream orders its uses. On that stream."""
-        if self._rows is None or self._rows.numel() < nbytes:
-            self._rows = None
-            self._rows = self._runtime.empty(_power_of_two(nbytes))
-        return self._rows[:nbytes]
-
-
-class StagedUpload:
-    """See Upload. The buffers lie one behind the other in staging, page by page."""
-
-    def __init__(
-        self,
-        backend: AcceleratorBackend,
-        lane: _Lane,
-        placements: Sequence[Sequence[int]],
-        pages: Sequence[int],
-    ) -> None:
-        self._backend = backend
-        self._lane = lane
-        self._pages = pages
-        self._starts = list(itertools.accumulate(map(len, placements), initial=0))
-        self._staging = lane.staging(len(pages) * backend.page_bytes)
-        self._bytes = backend._runtime.bytes_of(self._staging)
-
-    def buffers(self, number: int) -> list[memoryview]:
-        """See Upload."""
-        size = self._backend.page_bytes
-        return [self._bytes[self._starts[number] * size : self._starts[number + 1] * size]]
-
-    def finish(self) -> None:
-        """See Upload."""
-        if self._pages:
-            done = self._backend.submit(self._staging, self._pages, self._lane)
-            self._lane.busy_until(done)
-
-
-def _power_of_two(nbytes: int) -> int:
-    """The pinned allocator rounds up to powers of two; so the rounding is of use."""
-    return 1 << max(12, (nbytes - 1).bit_length())

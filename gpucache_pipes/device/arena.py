@@ -1,4 +1,4 @@
-"""Pages: rows of device memory, in segments."""
+"""The arena: pages of one size, in one or more segments of device memory."""
 
 import ctypes
 from bisect import bisect_right
@@ -16,17 +16,27 @@ _WORDS = (
     (2, torch.int16),
     (1, torch.uint8),
 )
-"""Element types to move bytes with. Copying is by element, so wide ones are much faster."""
+"""Dtypes to move bytes with, by size. torch copies by element, so wide dtypes are much faster."""
 
 Index = Callable[[Sequence[int]], torch.Tensor]
-"""Makes an int64 index on the device of numbers on the host."""
+"""Makes an int64 tensor on the device from numbers on the host."""
 
 
 class Arena:
-    """Rows of `page_bytes`, numbered through over the segments that hold them.
+    """Pages of `page_bytes`, numbered consecutively over the segments that hold them.
 
-    On the host `results` is where large results of gathers from one segment go, and
-    `cores_are_busy` says whether other threads are reading files.
+    Args:
+        page_bytes: size of a page, a multiple of 16.
+        device: where the segments are.
+        results: memory for large results of gathers from one segment. Only on the host.
+        cores_are_busy: whether reader threads are using the cores now. Only on the host.
+
+    >>> arena = Arena(16, torch.device("cpu"))
+    >>> arena.add_segment(torch.arange(64, dtype=torch.uint8))
+    4
+    >>> [rows] = arena.gather([3, 0], [(0, 8)], torch.tensor)
+    >>> rows.view(torch.uint8)[:, 0].tolist()
+    [48, 0]
     """
 
     def __init__(
@@ -48,11 +58,16 @@ class Arena:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all segments."""
+        """Bytes of all pages."""
         return self.pages * self.page_bytes
 
     def add_segment(self, memory: torch.Tensor) -> int:
-        """Use `memory` (uint8, 1-D, aligned to 16 bytes) for more pages; returns how many."""
+        """Use `memory` for more pages, and return their number.
+
+        Args:
+            memory: uint8, 1-D, aligned to 16 bytes. The arena holds it from now on; bytes that
+                do not fill a page are not used.
+        """
         rows = memory.numel() // self.page_bytes
         self._segments.append(memory[: rows * self.page_bytes].view(rows, self.page_bytes))
         self._starts.append(self.pages)
@@ -60,7 +75,7 @@ class Arena:
         return rows
 
     def copy_from(self, other: "Arena") -> None:
-        """Write the pages of `other` to the same ones of this, which has one segment."""
+        """Copy all pages of `other` to the same pages of this arena, which has one segment."""
         rows = self._segments[0]
         for start, segment in zip(other._starts, other._segments, strict=True):
             rows[start : start + len(segment)].copy_(segment)
@@ -68,13 +83,22 @@ class Arena:
     def gather(
         self, pages: Sequence[int], columns: Sequence[Column], index: Index
     ) -> list[torch.Tensor]:
-        """One tensor for each column, row i from `pages[i]`."""
+        """For each column a new tensor [len(pages), words], whose row i comes from `pages[i]`.
+
+        Args:
+            pages: page numbers, in any order, with repeats.
+            columns: byte ranges of a page.
+            index: makes an index on the device.
+
+        Raises:
+            IndexError: on the host, a page is not in the arena.
+        """
         groups = self._by_segment(pages)
         if len(groups) == 1:
             segment, rows, _ = groups[0]
             at = index(rows)
             return [self._select(self._view(segment, column), at) for column in columns]
-        parts = [(segment, index(rows), index(places)) for segment, rows, places in groups]
+        parts = [(segment, index(rows), index(positions)) for segment, rows, positions in groups]
         results = []
         for column in columns:
             sample = self._view(0, column)
@@ -85,6 +109,7 @@ class Arena:
         return results
 
     def _select(self, view: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """The rows `at` of `view`, by the fastest way for their size."""
         if self._results is None:
             return view.index_select(0, at)
         row_bytes = view.shape[1] * view.element_size()
@@ -95,7 +120,17 @@ class Arena:
         return _copy_rows(view, at, out) if alone else torch.index_select(view, 0, at, out=out)
 
     def join(self, placements: Sequence[Sequence[int]], index: Index) -> torch.Tensor:
-        """The pages of several features end to end, uint8. On the host, where one segment is."""
+        """The pages of several features end to end, as one new uint8 tensor.
+
+        Only for an arena with one segment in host memory.
+
+        Args:
+            placements: the pages of each feature.
+            index: makes an index.
+
+        Raises:
+            IndexError: a page is not in the arena.
+        """
         size = self.page_bytes
         runs = [(p.start, len(p) * size) for p in placements if type(p) is range]
         longest = max((nbytes for _, nbytes in runs), default=0)
@@ -103,7 +138,7 @@ class Arena:
             pages = [page for pages in placements for page in pages]
             [block] = self.gather(pages, [(0, size)], index)
             return block.view(torch.uint8).view(-1)
-        # Fresh pages lie in a row: a copy for each feature, and no index of all their pages.
+        # Fresh pages are consecutive: one copy for each feature, and no index of all their pages.
         out = self._empty(sum(nbytes for _, nbytes in runs))
         source, target = self._segments[0].data_ptr(), out.data_ptr()
         for first, nbytes in runs:
@@ -114,51 +149,58 @@ class Arena:
         return out
 
     def memory(self) -> torch.Tensor:
-        """The pages of the one segment in a row, uint8."""
+        """All pages of the only segment, uint8 1-D. A view, not a copy."""
         return self._segments[0].view(-1)
 
     def _empty(self, nbytes: int) -> torch.Tensor:
-        """Room for a result, uint8."""
+        """Memory for a result, uint8 [nbytes]."""
         if self._results is not None and nbytes >= LARGE:
             return self._results.empty(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def scatter(self, pages: Sequence[int], rows: torch.Tensor, index: Index) -> None:
-        """Write `rows` (uint8 [len(pages), page_bytes]) into pages."""
+        """Write `rows`, uint8 [len(pages), page_bytes], into `pages`. May allocate memory."""
         column = (0, self.page_bytes)
         words = rows.view(self._word(column))
-        for segment, at, places in self._by_segment(pages):
-            # Pages that lie in a row need no index at all: the usual case of a first epoch.
+        for segment, at, positions in self._by_segment(pages):
+            # Consecutive pages, the usual case in a first epoch, need no index.
             view = self._view(segment, column)
-            source = words if len(at) == len(pages) else words.index_select(0, index(places))
+            source = words if len(at) == len(pages) else words.index_select(0, index(positions))
             if at[-1] - at[0] == len(at) - 1 and list(at) == list(range(at[0], at[-1] + 1)):
                 view[at[0] : at[-1] + 1].copy_(source)
             else:
                 view.index_copy_(0, index(at), source)
 
     def fill(self, pages: Sequence[int], rows: torch.Tensor) -> None:
-        """Write `rows` into pages without any memory for it, one operation for each page."""
+        """Write `rows` into `pages` as `scatter` does, but without allocating memory.
+
+        Slow: one operation for each page.
+        """
         for page, row in zip(pages, rows, strict=True):
             segment = bisect_right(self._starts, page) - 1
             self._segments[segment][page - self._starts[segment]].copy_(row, non_blocking=True)
 
     def _by_segment(self, pages: Sequence[int]) -> list[tuple[int, Sequence[int], Sequence[int]]]:
-        """(segment, rows in it, their places in `pages`), one for each segment concerned."""
+        """Group `pages` by segment: (segment, rows of that segment, their positions in `pages`).
+
+        With one segment the positions are left empty, since they are all of `pages`.
+        """
         if len(self._starts) == 1:
             return [(0, pages, ())]
         rows: dict[int, tuple[list[int], list[int]]] = {}
-        for place, page in enumerate(pages):
+        for position, page in enumerate(pages):
             segment = bisect_right(self._starts, page) - 1
-            at, places = rows.setdefault(segment, ([], []))
+            at, positions = rows.setdefault(segment, ([], []))
             at.append(page - self._starts[segment])
-            places.append(place)
-        return [(segment, at, places) for segment, (at, places) in rows.items()]
+            positions.append(position)
+        return [(segment, at, positions) for segment, (at, positions) in rows.items()]
 
     def _word(self, column: Column) -> torch.dtype:
+        """The widest dtype whose size divides that of the column."""
         return next(dtype for size, dtype in self._words if column[1] % size == 0)
 
     def _view(self, segment: int, column: Column) -> torch.Tensor:
-        """The column of a segment, [rows, words]. Remembered: making one costs microseconds."""
+        """The column of a segment, [rows, words]. Cached: making a view costs microseconds."""
         key = (segment, *column)
         view = self._views.get(key)
         if view is None:
@@ -173,10 +215,10 @@ class Arena:
 
 
 def _copy_rows(view: torch.Tensor, at: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`view.index_select(0, at, out=out)` on the host, in this thread alone.
+    """`view.index_select(0, at, out=out)` on the host, in the calling thread only.
 
-    torch shares the work among as many threads as there are cores. Where readers have some of
-    these, the threads wait for each other, and take longer than one of them would.
+    torch splits the work over as many threads as there are cores. If reader threads use some of the
+    cores, the threads of torch wait for each other, and take longer than one thread would.
     """
     size = view.element_size()
     row_bytes, stride = view.shape[1] * size, view.stride(0) * size
@@ -190,7 +232,7 @@ def _copy_rows(view: torch.Tensor, at: torch.Tensor, out: torch.Tensor) -> torch
 
 
 LONG_ROW = 256 << 10
-"""Bytes of a row that take much longer to copy than a step of Python takes."""
+"""Rows of at least this many bytes take much longer to copy than one step of Python."""
 
 _MAX_VIEWS = 4096
-"""More than any uniform data set needs; a bound for those where each file has its own layout."""
+"""More views than a uniform data set needs. Bounds the cache if every file has its own layout."""

@@ -1,4 +1,4 @@
-"""What the store asks of a device."""
+"""The interface between the store and a device: `Backend` and `Upload`."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -7,30 +7,37 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 Column = tuple[int, int]
-"""(offset, nbytes): a stretch of each page, both in bytes. The offset is a multiple of 16."""
+"""(offset, nbytes): a byte range of every page. The offset is a multiple of 16."""
 
 
 class Upload(Protocol):
-    """Bytes on their way into pages."""
+    """Bytes on their way into pages. Used by the reader thread that made it, and by no other."""
 
     def buffers(self, number: int) -> list[memoryview]:
-        """Where the bytes of placement `number` go: writable, together as long as its pages."""
+        """Writable memory for the bytes of placement `number`, together as long as its pages.
+
+        The backend owns the memory. The caller writes to it before `finish` and not after.
+        """
 
     def finish(self) -> None:
-        """Everything is written. Gathers that start after this see the bytes."""
+        """Submit the written bytes. Gathers that start after this see them.
+
+        Called at most once. May raise RuntimeError if the backend was reset meanwhile.
+        """
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """Rows of device memory that are filled by uploads and read by gathers.
+    """Pages of device memory that uploads fill and gathers read.
 
-    It alone knows streams and events. The store promises that a page is not uploaded to while
-    a gather of it is being issued, and not gathered before its upload has finished; that
-    device and copy engine run later, in an order of their own, is the backend's to make safe.
+    Only the backend knows about streams and events. The store guarantees that it uploads to no page
+    while a gather of that page is being issued, and that it gathers no page before its upload has
+    finished. The device runs both later and in its own order; making that safe is up to the
+    backend.
 
     Attributes:
-        device: where the pages are, and where gathers put their results.
-        page_bytes: size of a page, a multiple of 16; 0 until `configure`.
+        device: where the pages and the results of gathers are.
+        page_bytes: size of a page, a multiple of 16. 0 before `configure` and after `reset`.
     """
 
     device: torch.device
@@ -38,43 +45,88 @@ class Backend(Protocol):
 
     @property
     def reserved_bytes(self) -> int:
-        """Memory of all pages."""
+        """Bytes of all pages."""
 
     def configure(self, page_bytes: int) -> None:
-        """Set the page size. Called while there are no pages; with the store's lock held."""
+        """Set the page size. Called while there are no pages, with the store's lock held."""
 
     def grow(self, needed: int, useful: int | None) -> int:
-        """Add pages: at least `needed`, or none at all if the device has no more memory.
+        """Add pages: at least `needed`, or none if the device has no more memory.
 
-        If `useful` is not None, so many more could serve the cache; where it is not positive,
-        there are already -useful pages more than that, for batches in flight. Page ids go on
-        from the last. Called with the store's lock held. Returns the number added. Raises
-        MemoryError, with what was asked for and what is free, if there is no room for any.
+        Called with the store's lock held. New pages continue the numbers of the existing ones.
+
+        Args:
+            needed: pages that a batch needs now.
+            useful: how many more pages the budget of the cache can use. If it is not positive,
+                there are already -useful pages beyond the budget, for batches in flight. None means
+                that there is no budget.
+
+        Returns:
+            The number of pages added; 0 if there is no more memory.
+
+        Raises:
+            MemoryError: there are no pages yet, and no memory for `needed`. The text says how much
+                was requested and how much is free.
         """
 
     def upload(self, placements: Sequence[Sequence[int]]) -> Upload:
-        """Start to fill pages, a list of them for each feature. Reader threads; no lock held.
+        """Start to fill pages. Called by reader threads, with no lock held.
 
         May wait for earlier uploads of the same thread.
+
+        Args:
+            placements: the pages of each feature.
+
+        Returns:
+            The upload, which belongs to the calling thread.
         """
 
     def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
         """For each column a new contiguous tensor [len(pages), nbytes / itemsize].
 
-        The dtype is whatever moves fastest. On the caller's current stream; no lock held.
+        Called by consumers with no lock held, and issued on their current stream. The caller owns
+        the results.
+
+        Args:
+            pages: page numbers, in the order of the rows.
+            columns: byte ranges of a page.
+
+        Returns:
+            Tensors of the dtype that moves these bytes fastest; the caller views them as another.
         """
 
     def join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The pages of several features end to end, as one new tensor uint8. As `gather`."""
+        """The pages of several features end to end, as one new 1-D uint8 tensor.
+
+        Called, issued and owned as for `gather`.
+
+        Args:
+            placements: the pages of each feature.
+        """
 
     def memory(self) -> torch.Tensor | None:
-        """All pages in a row, uint8, if they are in host memory in one piece: not to be kept."""
+        """All pages as one 1-D uint8 tensor if they are contiguous host memory, else None.
+
+        It is a view: the caller must not keep it beyond the current call.
+        """
 
     def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
-        """What enters, in any thread, the stream that is current in this one now."""
+        """Remember the stream that is current in the calling thread.
+
+        Returns:
+            A callable. The context manager that it returns makes that stream current, in any
+            thread.
+        """
 
     def reset(self) -> None:
-        """Give all memory back. No upload or gather is being issued; lock held."""
+        """Free all memory.
+
+        Called with the store's lock held, while no upload and no gather is being issued. Results
+        of earlier gathers stay valid.
+        """
 
     def close(self) -> None:
-        """Finish what the device still does, then give all memory back."""
+        """Wait until the device has finished all uploads and gathers, then free all memory.
+
+        May be called again.
+        """

@@ -1,4 +1,7 @@
-"""The CPU: files are read straight into their pages, and everything happens at once."""
+"""Backend for the CPU: reader threads write files directly into pages, without staging.
+
+Every operation is finished when its call returns, so no stream or event is needed.
+"""
 
 import logging
 import time
@@ -17,21 +20,21 @@ from gpucache_pipes.device.results import ResultMemory
 _log = logging.getLogger("gpucache_pipes")
 
 _SHARE = 0.9
-"""Part of the memory that is available at the first upload which a store may come to use."""
+"""Fraction of the host memory available at the first `grow` that the pages may occupy."""
 
 _MOMENT = 0.05
-"""Seconds. What is uploaded at once takes a reader less."""
+"""Seconds. A reader thread fills one upload in less than this."""
 
 _FIRST_PAGES = 1 << 20
-"""Bytes opened at first; then what there is doubles."""
+"""Bytes of the first `grow`. Each later one doubles what is in use."""
 
 
 class HostBackend:
-    """Pages in host memory.
+    """Pages in host memory. Implements `Backend`.
 
-    The address range for all pages there can ever be is mapped at once, and the kernel adds
-    memory as pages are written: so there is one segment, which needs no copy to grow, and a
-    gather is one index_select for each column.
+    The first `grow` maps the address range of all pages that can ever be used, and the kernel adds
+    memory as pages are written. So there is one segment, growing copies nothing, and a gather is
+    one index_select for each column.
     """
 
     def __init__(self) -> None:
@@ -40,7 +43,7 @@ class HostBackend:
         self._arena: Arena | None = None
         self._memory = memoryview(b"")
         self._results = ResultMemory()
-        # When readers had bytes to write for the last time.
+        # When a reader thread last began an upload; see _readers_are_busy.
         self._last_upload = 0.0
         self._opened = 0
         self._warned = False
@@ -71,23 +74,25 @@ class HostBackend:
         return pages
 
     def _full(self, needed: int) -> int:
+        """Log once that there is no memory, and return the number of pages added: 0."""
         if not self._warned:
             self._warned = True
             _log.warning(
                 "there is no host memory for %d more bytes; the cache stops growing at %d bytes "
-                "and evicts from now on",
+                "and evicts from now on. Set max_cache_bytes to leave memory for other processes",
                 needed * self.page_bytes, self.reserved_bytes,
             )  # fmt: skip
         return 0
 
     def _map_everything(self, needed: int) -> Arena:
+        """An arena over the available memory; without pages if `needed` of them do not fit."""
         arena = Arena(self.page_bytes, self.device, self._results, self._readers_are_busy)
         pages = int(available_host_bytes() * _SHARE) // self.page_bytes
         while pages >= needed:
             try:
                 region = map_memory(pages * self.page_bytes, inherited=False)
             except OSError:
-                # The system counts address space as memory. Ask for less.
+                # The system counts address space as memory. Map less of it.
                 pages //= 2
                 continue
             self._memory = memoryview(region)
@@ -96,7 +101,7 @@ class HostBackend:
         return arena
 
     def _readers_are_busy(self) -> bool:
-        # Those that were a moment ago likely are.
+        # A reader thread that began an upload within _MOMENT is probably still filling it.
         return time.monotonic() - self._last_upload < _MOMENT
 
     def upload(self, placements: Sequence[Sequence[int]]) -> "HostUpload":
@@ -124,7 +129,7 @@ class HostBackend:
 
     def reset(self) -> None:
         """See Backend."""
-        # Whoever still reads or writes holds the mapping; it goes with the last of them.
+        # Tensors and memoryviews in use hold the mapping. It is unmapped with the last of them.
         self._arena = None
         self._memory = memoryview(b"")
         self._results.clear()
@@ -137,7 +142,7 @@ class HostBackend:
 
 
 class HostUpload:
-    """See Upload. The buffers are the pages themselves; neighbours are one buffer."""
+    """An `Upload` whose buffers are the pages themselves; consecutive pages form one buffer."""
 
     def __init__(
         self, memory: memoryview, page_bytes: int, placements: Sequence[Sequence[int]]
@@ -161,9 +166,9 @@ class HostUpload:
         return [self._memory[first * size : end * size] for first, end in runs]
 
     def finish(self) -> None:
-        """See Upload."""
+        """See Upload. The bytes are in their pages already."""
 
 
 def _index(numbers: Sequence[int]) -> torch.Tensor:
-    # Half the time of torch.tensor(list).
+    # Takes half the time of torch.tensor(list).
     return torch.frombuffer(array("q", numbers), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Host memory: how much there is, and ranges of it."""
+"""Host memory: how much is available, and anonymous mappings of it."""
 
 import contextlib
 import mmap
@@ -8,7 +8,11 @@ from pathlib import Path
 
 
 def available_host_bytes() -> int:
-    """Host memory that could be used now without swapping, within the limits of a container."""
+    """Bytes of host memory that can be used now without swapping.
+
+    Respects the memory limit of a container (cgroup v2). Where the system does not report available
+    memory, all physical memory counts as available.
+    """
     available = _meminfo("MemAvailable")
     if available is None:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -20,6 +24,7 @@ def available_host_bytes() -> int:
 
 
 def _meminfo(name: str) -> int | None:
+    """A field of /proc/meminfo in bytes, or None where the system has no such field."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith(name + ":"):
@@ -30,23 +35,29 @@ def _meminfo(name: str) -> int | None:
 
 
 def _number(path: str) -> int | None:
+    """The number that a file holds, or None."""
     try:
         return int(Path(path).read_text())
-    except (OSError, ValueError):  # no such limit, or "max"
+    except (OSError, ValueError):  # no such file, or "max", which means no limit
         return None
 
 
 def map_memory(nbytes: int, *, inherited: bool = True) -> mmap.mmap:
-    """Zeroed memory that takes no room before it is written to. Raises OSError if refused.
+    """Map zeroed anonymous memory, which the kernel provides as it is written.
 
-    Unless it is `inherited`, it does not exist in the child of a fork.
+    Args:
+        nbytes: size of the mapping.
+        inherited: whether a forked child process has the mapping, too.
+
+    Raises:
+        OSError: the system refuses a mapping of this size.
     """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if sys.platform == "linux":
-        # The module names it from Python 3.13 on.
+        # The mmap module defines the constant from Python 3.13 on.
         flags |= getattr(mmap, "MAP_NORESERVE", 0x4000)
     region = mmap.mmap(-1, nbytes, flags=flags)
-    # Large kernel pages spare a gather most TLB misses.
+    # With huge pages a gather has far fewer TLB misses.
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         if hasattr(mmap, advice) and not (inherited and advice == "MADV_DONTFORK"):
             with contextlib.suppress(OSError):

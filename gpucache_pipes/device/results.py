@@ -1,4 +1,4 @@
-"""Host memory for large results, used again once nobody holds them."""
+"""Host memory for large results of gathers, which is reused once the results are freed."""
 
 import weakref
 from mmap import mmap
@@ -8,49 +8,58 @@ import torch
 from gpucache_pipes.device.memory import map_memory
 
 LARGE = 32 << 20
-"""Results from this size on. The C library maps such memory anew for each of them and unmaps it
-afterwards, and then the kernel clears it page by page: that takes longer than the gather."""
+"""Bytes from which a result is large. The C library maps new memory for each such allocation and
+unmaps it afterwards. The kernel then clears it page by page, which takes longer than the gather."""
 
 _MOST_FREE = 4
+"""Free regions that are kept for reuse."""
 
 
 class ResultMemory:
-    """Gives memory, and takes it back when the last tensor that uses it is gone.
+    """Allocates memory, and reuses it once the last tensor that uses it is freed.
 
-    For any number of threads. Takes no lock: memory comes back whenever the garbage collector
-    runs.
+    Thread-safe without a lock. A lock does not work here: a finalizer returns a region, and the
+    garbage collector may run it in any thread, also in one that holds the lock. `_give_back` and
+    `_take` rely on single list operations (copy, append, remove, del of a slice) being atomic.
     """
 
     def __init__(self) -> None:
-        # The one that was freed last is the last.
+        # In the order in which they were freed. The last one is reused first.
         self._free: list[mmap] = []
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """A tensor uint8 [nbytes] of undefined content. Raises MemoryError."""
+        """A new uint8 tensor [nbytes] with undefined content, owned by the caller.
+
+        Raises:
+            MemoryError: the system has no memory for it.
+        """
         region = self._take(nbytes)
         if region is None:
             try:
                 region = map_memory(nbytes)
             except OSError as error:
                 raise MemoryError(f"no host memory for a result of {nbytes} bytes") from error
-        # The tensor's storage holds the view, and the view dies with it.
+        # The storage of the tensor holds the view. When the storage is freed, so is the view, and
+        # the finalizer returns the region.
         view = memoryview(region)
         weakref.finalize(view, _give_back, self._free, region).atexit = False
-        # No more than the result: whoever saves a tensor saves all of its storage.
+        # The storage is no larger than the result: torch.save writes the whole storage.
         return torch.frombuffer(view, dtype=torch.uint8, count=nbytes)
 
     def _take(self, nbytes: int) -> mmap | None:
+        """Remove a free region of at least `nbytes` and at most twice that, if there is one."""
         for region in reversed(self._free.copy()):
             if nbytes <= len(region) <= 2 * nbytes:
                 try:
                     self._free.remove(region)
-                except ValueError:  # another thread was faster
+                except ValueError:  # another thread has taken it
                     continue
                 return region
         return None
 
     def clear(self) -> None:
-        """Give back what is not in use, and what is in use when it comes back."""
+        """Free the regions that are not in use. The others are freed with their results."""
+        # The finalizers of results in use refer to the old list, so their regions are not reused.
         self._free = []
 
 

@@ -1,4 +1,4 @@
-"""Streams, events and memory of one accelerator, by the device-agnostic API of torch."""
+"""Streams, events and memory of one device: the `Runtime` that `AcceleratorBackend` runs on."""
 
 import contextlib
 import ctypes
@@ -10,49 +10,70 @@ import torch
 
 
 class Runtime(Protocol):
-    """The few things AcceleratorBackend needs. Streams and events behave like torch's."""
+    """What `AcceleratorBackend` needs from a device. Thread-safe.
+
+    Streams and events have the methods of `torch.Stream` and `torch.Event` that the backend uses:
+    `stream.wait_event`, `stream.synchronize`, `event.record`, `event.query` and
+    `event.synchronize`.
+
+    Attributes:
+        device: with an index, if there can be several of its type.
+    """
 
     device: torch.device
 
     def new_stream(self) -> Any:
-        """A stream for copies."""
+        """A new stream, for copies."""
 
     def current_stream(self) -> Any:
-        """The stream on which this thread would issue an operation now."""
+        """The stream on which the calling thread issues operations now."""
 
     def new_event(self) -> Any:
-        """An event that has not been recorded."""
+        """A new event that has not been recorded."""
 
     def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
-        """Operations of this thread go to `stream`."""
+        """A context in which the calling thread issues operations on `stream`."""
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
-        """Operations of this thread go to this device, on its current stream."""
+        """A context in which the calling thread issues operations on this device.
+
+        They are issued on its current stream.
+        """
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """Device memory, uint8. Raises torch.OutOfMemoryError."""
+        """New device memory with undefined content, uint8 [nbytes].
+
+        Raises torch.OutOfMemoryError.
+        """
 
     def memory(self) -> tuple[int, int] | None:
-        """Bytes of the device that are free, and all of them; None if that is not known."""
+        """(free, total) bytes of device memory, or None if that is not known."""
 
     def pinned(self, nbytes: int) -> torch.Tensor:
-        """Page-locked host memory, uint8."""
+        """New pinned host memory, uint8 [nbytes]."""
 
     def bytes_of(self, pinned: torch.Tensor) -> memoryview:
-        """The memory of a pinned tensor, writable. The tensor must outlive it."""
+        """The memory of a tensor of `pinned`, writable. The tensor must outlive the view."""
 
     def index(self, numbers: Sequence[int]) -> torch.Tensor:
-        """An int64 tensor on the device, filled in stream order without waiting for it."""
+        """A new int64 tensor on the device, filled in the order of the current stream.
+
+        The host does not wait for the copy.
+        """
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a tensor on the host, writable. The tensor must outlive it."""
+    """The memory of a contiguous host tensor, writable. The tensor must outlive the view."""
     memory = (ctypes.c_char * tensor.numel()).from_address(tensor.data_ptr())
     return memoryview(memory).cast("B")
 
 
 class TorchRuntime:
-    """Runtime of a real device; `device` has an index."""
+    """Runtime of a real device, by the device-agnostic API of torch.
+
+    Args:
+        device: with an index.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -71,8 +92,9 @@ class TorchRuntime:
 
     def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         """See Runtime."""
-        # A torch.Stream keeps what to restore in itself: threads that enter the same object at
-        # the same time would restore each other's stream. So each gets a handle of its own.
+        # Entering the shared torch.Stream object does not work: it stores the stream to restore in
+        # itself, so two threads inside it at the same time restore each other's stream. Each call
+        # makes a handle of its own for the same stream.
         handle: contextlib.AbstractContextManager[Any] = torch.Stream(
             stream_id=stream.stream_id,
             device_index=stream.device_index,
@@ -95,13 +117,14 @@ class TorchRuntime:
         if get is None:
             return None
         free, total = get(self.device)
-        # What the allocator holds and nobody uses it gives back before it is out of memory.
+        # Memory that the allocator has reserved but not allocated counts as free: the allocator
+        # uses or returns it before it reports that memory is exhausted.
         idle = module.memory_reserved(self.device) - module.memory_allocated(self.device)
         return int(free + idle), int(total)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See Runtime."""
-        # The device is named, since torch.set_default_device may have named another.
+        # Without device="cpu", torch.set_default_device could choose another device.
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def bytes_of(self, pinned: torch.Tensor) -> memoryview:
@@ -110,17 +133,20 @@ class TorchRuntime:
 
     def index(self, numbers: Sequence[int]) -> torch.Tensor:
         """See Runtime."""
-        # Freed at once, and safe: the pinned allocator waits for the copy before it hands the
-        # memory to anybody else.
+        # `staged` is freed when this returns, before the copy has run. That is safe: the pinned
+        # allocator does not reuse a block before the copies from it have finished.
         staged = torch.empty(len(numbers), dtype=torch.int64, device="cpu", pin_memory=True)
         staged.copy_(torch.frombuffer(array("q", numbers), dtype=torch.int64))
         return staged.to(self.device, non_blocking=True)
 
 
 class InOrderRuntime:
-    """Runtime of a device that has one queue and runs it in order: MPS, and the CPU in tests.
+    """Runtime of a device that runs all operations in the order of issue: MPS, the CPU in tests.
 
-    Order is given, so events have nothing to do; only the host has to wait, for staging.
+    Operations need no events to be in order. Only the host waits, before it overwrites staging.
+
+    Args:
+        device: MPS or the CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -163,22 +189,22 @@ class InOrderRuntime:
 
 
 class _InOrder:
-    """Stream and event of a device where everything is in order already."""
+    """Stream and event of `InOrderRuntime`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def wait_event(self, event: "_InOrder") -> None:
-        """Nothing to wait for."""
+        """Does nothing: all operations are in order."""
 
     def record(self, stream: "_InOrder") -> None:
-        """Nothing to record."""
+        """Does nothing: all operations are in order."""
 
     def query(self) -> bool:
-        """All that was issued comes before all that will be."""
+        """True: every operation issued so far runs before any later one."""
         return True
 
     def synchronize(self) -> None:
-        """Let the host wait for everything."""
+        """Let the host wait until the device has finished everything."""
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)

@@ -1,6 +1,6 @@
-"""For tests of your own: strategies for features, a contract for policies, a simulated device.
+"""Helpers for your own tests: random features, a contract for policies, a simulated device.
 
-Needs hypothesis, which the package itself does not: `pip install hypothesis`.
+Needs hypothesis, which the package itself does not: `pip install 'gpucache-pipes[testing]'`.
 """
 
 from gpucache_pipes.testing.features import assert_same, features

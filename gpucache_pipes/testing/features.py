@@ -1,4 +1,4 @@
-"""Random features, and what it means for two to be the same."""
+"""Hypothesis strategies for features, and an exact comparison of two features."""
 
 from collections import OrderedDict, namedtuple
 from typing import Any
@@ -17,7 +17,11 @@ Pair = namedtuple("Pair", ["first", "second"])
 
 
 def tensors(max_side: int = 5) -> st.SearchStrategy[torch.Tensor]:
-    """Tensors of any usual dtype; 0-dim, empty, transposed, sliced and expanded ones too."""
+    """Tensors of the usual dtypes, among them 0-dim, empty, transposed, sliced and expanded ones.
+
+    Args:
+        max_side: largest size of a dimension, before an expanded one is added.
+    """
 
     @st.composite
     def draw(draw: st.DrawFn) -> torch.Tensor:
@@ -40,7 +44,7 @@ def tensors(max_side: int = 5) -> st.SearchStrategy[torch.Tensor]:
 
 
 def values() -> st.SearchStrategy[Any]:
-    """Plain values that every torch.load accepts."""
+    """Plain values that `torch.load` accepts with weights_only=True."""
     return st.one_of(
         st.none(),
         st.booleans(),
@@ -54,9 +58,12 @@ def values() -> st.SearchStrategy[Any]:
 def features(
     leaf: st.SearchStrategy[Any] | None = None, named_tuples: bool = False, max_leaves: int = 5
 ) -> st.SearchStrategy[Any]:
-    """Features: pytrees of tensors and plain values, containers empty or nested.
+    """Features: pytrees of tensors and plain values, with empty and nested containers.
 
-    `named_tuples` adds NamedTuples, which torch.load refuses with weights_only=True.
+    Args:
+        leaf: strategy for tensors and plain values; None means `tensors() | values()`.
+        named_tuples: also draw NamedTuples, which `torch.load` refuses with weights_only=True.
+        max_leaves: as in `hypothesis.strategies.recursive`.
     """
     keys = st.one_of(st.text(max_size=3), st.integers(0, 3))
 
@@ -77,7 +84,17 @@ def features(
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Raise AssertionError unless `a` and `b` are equal: types, order of keys, every bit."""
+    """Raise AssertionError unless `a` and `b` have equal types, keys in order, and bits.
+
+    Tensors are compared by dtype, shape and bytes, so a NaN equals itself. Strides and the device
+    of simulated tensors are ignored.
+
+    >>> assert_same({"x": torch.tensor([0.0])}, {"x": torch.tensor([0.0])})
+    >>> assert_same([torch.tensor(0.0)], [torch.tensor(-0.0)])
+    Traceback (most recent call last):
+        ...
+    AssertionError: 0.0 != -0.0
+    """
     a, b = (item.cpu() if isinstance(item, SimulatedTensor) else item for item in (a, b))
     assert type(a) is type(b), f"{type(a)} is not {type(b)}"
     if isinstance(a, torch.Tensor):
@@ -92,7 +109,7 @@ def assert_same(a: Any, b: Any) -> None:
         for left, right in zip(a, b, strict=True):
             assert_same(left, right)
     else:
-        # By repr: a nan is not equal to itself.
+        # By repr, since a NaN does not equal itself.
         assert a == b or repr(a) == repr(b), f"{a!r} != {b!r}"
 
 

@@ -1,12 +1,13 @@
-"""A device that does not exist: operations are queued, and run late and in an order of its choice.
+"""A simulated device: operations are queued, and run late and in a random order.
 
-`SimulatedRuntime` takes the place of `device.TorchRuntime`: a store on
+`SimulatedRuntime` replaces `device.TorchRuntime`. A store on
 `AcceleratorBackend(SimulatedRuntime(seed))` runs unchanged, on the CPU. What real hardware does
-once in a thousand runs happens here in most: copies wait, streams overtake each other, and nothing
-has happened yet unless somebody has waited for it. An access that nothing brings in order raises
-`UnorderedAccessError` when it is issued, even if the data would have come out right.
+once in a thousand runs happens here in most: copies are delayed, streams overtake each other, and
+an operation may not have run until the host waits for it. An access that nothing orders after a
+conflicting one raises `UnorderedAccessError` when it is issued, even if the data would have been
+correct.
 
-A copy from memory that is not page-locked takes its bytes at once, as CUDA does. Not simulated: the
+A copy from memory that is not pinned takes its bytes at once, as on CUDA. Not simulated: the
 allocator's reuse of memory across streams.
 """
 
@@ -29,11 +30,26 @@ from gpucache_pipes.testing.simulated_tensor import SimulatedTensor, intervals_o
 
 
 class SimulatedRuntime:
-    """Runtime of a device that is only simulated; see the module.
+    """`Runtime` of a simulated device; see the module docstring. Thread-safe.
 
     Args:
-        seed: of the order in which operations run.
-        haste: how likely an operation is to run when it could: 0 is only when somebody waits.
+        seed: seed of the order in which operations run.
+        haste: probability that a ready operation runs when time passes. With 0, operations run only
+            when the host waits.
+
+    Attributes:
+        operations: operations issued so far, copies to the device included.
+        waits: how often the host has waited for the device so far.
+
+    >>> runtime = SimulatedRuntime(seed=0, haste=0)
+    >>> memory = runtime.empty(4)
+    >>> with runtime.on(runtime.new_stream()):
+    ...     _ = memory.fill_(1)
+    >>> with runtime.on(runtime.new_stream()):
+    ...     memory.clone()  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    gpucache_pipes.testing.ordering.UnorderedAccessError: aten::clone on stream 2, reading bytes ...
     """
 
     def __init__(self, seed: int = 0, haste: float = 0.3) -> None:
@@ -41,9 +57,7 @@ class SimulatedRuntime:
         self.lock = threading.RLock()
         self.checker = OrderChecker()
         self.operations = 0
-        """Operations issued so far, copies to the device included."""
         self.waits = 0
-        """How often the host has waited for the device so far."""
         self._random = random.Random(seed)
         self._haste = haste
         self._host: Clock = {}
@@ -51,10 +65,10 @@ class SimulatedRuntime:
         self._current = threading.local()
         self._default = self.new_stream()
         self._memories = itertools.count()
-        # Page-locked memory: first and last address, and number.
+        # Pinned allocations: first address, end address, number.
         self._pinned: list[tuple[int, int, int]] = []
 
-    # As in Runtime
+    # The methods of Runtime
 
     def new_stream(self) -> SimulatedStream:
         """See Runtime."""
@@ -85,7 +99,7 @@ class SimulatedRuntime:
         return contextlib.nullcontext()
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """See Runtime. Filled with rubbish."""
+        """See Runtime. The memory is filled with a pattern."""
         return self._allocate(torch.empty(nbytes, dtype=torch.uint8))
 
     def memory(self) -> tuple[int, int] | None:
@@ -102,7 +116,7 @@ class SimulatedRuntime:
         return memory
 
     def bytes_of(self, pinned: torch.Tensor) -> memoryview:
-        """See Runtime. The host is taken to write to all of it now."""
+        """See Runtime. Counts as a write of the host to all of these bytes."""
         with self.lock:
             self._host[HOST] = self._host.get(HOST, 0) + 1
             interval = self._pinned_interval(pinned)
@@ -119,10 +133,17 @@ class SimulatedRuntime:
             index.numbers = list(numbers)
             return index
 
-    # What happens with operations
+    # Operations
 
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Issue an operation on simulated tensors. Views are made at once."""
+        """Issue an operation on simulated tensors.
+
+        Views are made at once. Operations that return values to the host, or write to host memory,
+        wait for the current stream. All others are queued on it.
+
+        Raises:
+            UnorderedAccessError: nothing orders the operation after an earlier one.
+        """
         with self.lock:
             self.let_time_pass()
             arguments = func._schema.arguments
@@ -132,7 +153,9 @@ class SimulatedRuntime:
                 real, memory = func(*_reals(args), **_reals(kwargs)), args[0].memory
                 if isinstance(real, torch.Tensor):
                     return SimulatedTensor(real, self, memory)
-                return [SimulatedTensor(part, self, memory) for part in real]  # of a split
+                return [
+                    SimulatedTensor(part, self, memory) for part in real
+                ]  # the parts of a split
             named = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
             outputs = [
                 named[a.name] for a, is_written in zip(arguments, written, strict=True)
@@ -151,14 +174,14 @@ class SimulatedRuntime:
         by_row = func.name().startswith(("aten::index_select", "aten::index_copy"))
         reads: list[Interval] = []
         for tensor in inputs:
-            # Those that ask a tensor for its shape only do not read it.
+            # aten::new_* only use the shape and dtype of their argument.
             if isinstance(tensor, SimulatedTensor) and not func.name().startswith("aten::new_"):
                 selected = by_row and func.name().startswith("aten::index_select")
                 of_rows = rows if selected and tensor.numbers is None else None
                 reads += intervals_of(tensor, of_rows)
-        late, early = self._host_memory(args, kwargs)
-        reads += early
-        call = partial(func, *late[0], **late[1])
+        (real_args, real_kwargs), pinned = self._host_memory(args, kwargs)
+        reads += pinned
+        call = partial(func, *real_args, **real_kwargs)
         if outputs:
             writes = intervals_of(outputs[0], rows if by_row else None)
             self._issue(func.name(), reads, writes, call)
@@ -175,7 +198,10 @@ class SimulatedRuntime:
         return results[0] if isinstance(shapes, torch.Tensor) else results
 
     def _host_memory(self, args: Any, kwargs: Any) -> tuple[tuple[Any, Any], list[Interval]]:
-        """The arguments as the device will see them, and which page-locked memory it will read."""
+        """The arguments as the device will read them, and the pinned memory among them.
+
+        Memory that is not pinned is copied now.
+        """
         reads: list[Interval] = []
 
         def seen(tensor: torch.Tensor) -> torch.Tensor:
@@ -196,7 +222,7 @@ class SimulatedRuntime:
         return None
 
     def _on_host(self, func: Any, args: Any, kwargs: Any, outputs: Any = ()) -> Any:
-        """What the host wants to see it waits for."""
+        """Run an operation on the host, after waiting for the current stream."""
         self.current_stream().synchronize()
         reads = [i for t in tree_flatten((args, kwargs))[0] if isinstance(t, SimulatedTensor)
                  for i in intervals_of(t)]  # fmt: skip
@@ -207,13 +233,13 @@ class SimulatedRuntime:
         return func(*_reals(args), **_reals(kwargs))
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host, after waiting for the current stream."""
+        """A copy of `tensor` on the host, after waiting for the current stream."""
         with self.lock:
             real: torch.Tensor = self._on_host(torch.ops.aten.clone.default, (tensor,), {})
             return real
 
     def _allocate(self, real: torch.Tensor) -> SimulatedTensor:
-        # Rubbish: what is read before it is written must not happen to be right.
+        # A pattern, so that reading before writing does not give correct data by chance.
         if real.numel():
             real.view(torch.uint8).fill_(0xA5) if real.ndim else real.fill_(1)
         return SimulatedTensor(real, self, next(self._memories))
@@ -229,38 +255,45 @@ class SimulatedRuntime:
         stream.queue.append((run, None))
         self.operations += 1
 
-    # Time
+    # Progress
 
     def let_time_pass(self) -> None:
-        """Run some of what could run."""
+        """Run some of the operations that are ready, by chance; with haste=0 none."""
         while self._random.random() < self._haste and self._run_any():
             pass
 
     def run_one(self) -> None:
-        """Run one operation, because somebody waits for it or for one behind it."""
+        """Run one operation that is ready, because the host waits.
+
+        Raises:
+            RuntimeError: none is ready, although the host waits.
+        """
         if not self._run_any():
-            raise RuntimeError("every stream waits for another, or for an event never recorded")
+            raise RuntimeError(
+                "deadlock: every stream waits for another, or for an event that was never recorded"
+            )
 
     def _run_any(self) -> bool:
-        able = [stream for stream in self._streams if stream.ready]
-        if not able:
+        ready = [stream for stream in self._streams if stream.ready]
+        if not ready:
             return False
-        run, _ = self._random.choice(able).queue.popleft()
+        run, _ = self._random.choice(ready).queue.popleft()
         run()
         return True
 
     def host_knows(self, clock: Clock) -> None:
-        """The host has seen that so much is finished."""
+        """Record that the host has seen the operations in `clock` to be finished."""
         join(self._host, clock)
         self.checker.forget(self._host)
 
 
 def _reals(arguments: Any) -> Any:
+    """The arguments with the contents of simulated tensors in place of these."""
     return tree_map_only(SimulatedTensor, lambda tensor: tensor.content, arguments)
 
 
 def _metas(arguments: Any) -> Any:
-    """The arguments with shapes instead of tensors."""
+    """The arguments with tensors on the meta device, which have shapes but no data."""
 
     def meta(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_strided(

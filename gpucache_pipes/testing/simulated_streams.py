@@ -8,23 +8,28 @@ from gpucache_pipes.testing.ordering import Clock, join
 
 
 class Timeline(Protocol):
-    """Who runs the operations. `lock` is held for all that happens to streams and events."""
+    """What streams and events need from the runtime that runs their operations.
+
+    Attributes:
+        lock: reentrant; held while a stream or an event changes.
+        waits: how often the host has waited.
+    """
 
     lock: Any
     waits: int
 
     def let_time_pass(self) -> None:
-        """Run some of what could run."""
+        """Run some of the operations that are ready."""
 
     def run_one(self) -> None:
-        """Run one operation, because somebody waits."""
+        """Run one operation that is ready, because the host waits."""
 
     def host_knows(self, clock: Clock) -> None:
-        """The host has seen that so much is finished."""
+        """Record that the host has seen the operations in `clock` to be finished."""
 
 
 class SimulatedStream:
-    """A queue of operations, with what Runtime needs of a torch.Stream."""
+    """A queue of operations, with the methods of `torch.Stream` that `Runtime` requires."""
 
     def __init__(self, runtime: Timeline, number: int) -> None:
         self.number = number
@@ -34,28 +39,28 @@ class SimulatedStream:
 
     @property
     def ready(self) -> bool:
-        """Whether there is an operation that could run."""
+        """Whether the first operation of the queue can run now."""
         if not self.queue:
             return False
         mark = self.queue[0][1]
         return mark is None or mark.done
 
     def wait_event(self, event: "SimulatedEvent") -> None:
-        """What is issued from now on comes behind the event."""
+        """Order all operations issued from now on after the event."""
         with self._runtime.lock:
-            # What was recorded until now: the event may be recorded again.
+            # The mark as of now: the event may be recorded again.
             self.queue.append((_nothing, event.mark))
             join(self.clock, event.mark.clock)
 
     def synchronize(self) -> None:
-        """Let the host wait for all that was issued."""
+        """Let the host wait for all operations issued so far."""
         event = SimulatedEvent(self._runtime)
         event.record(self)
         event.synchronize()
 
 
 class _Mark:
-    """What a stream knew when an event was recorded, and whether it has come so far."""
+    """The clock of a stream when an event was recorded, and whether the stream has reached it."""
 
     def __init__(self, clock: Clock, done: bool) -> None:
         self.clock = clock
@@ -66,20 +71,20 @@ class _Mark:
 
 
 class SimulatedEvent:
-    """A mark in a queue, with what Runtime needs of a torch.Event."""
+    """A mark in a queue, with the methods of `torch.Event` that `Runtime` requires."""
 
     def __init__(self, runtime: Timeline) -> None:
         self.mark = _Mark({}, done=True)
         self._runtime = runtime
 
     def record(self, stream: SimulatedStream) -> None:
-        """Mark what has been issued on the stream until now."""
+        """Mark the operations issued on the stream so far."""
         with self._runtime.lock:
             self.mark = _Mark(dict(stream.clock), done=False)
             stream.queue.append((self.mark.reach, None))
 
     def query(self) -> bool:
-        """Whether it has been reached."""
+        """Whether the stream has reached the event. Lets time pass first."""
         with self._runtime.lock:
             self._runtime.let_time_pass()
             if self.mark.done:
@@ -87,7 +92,7 @@ class SimulatedEvent:
             return self.mark.done
 
     def synchronize(self) -> None:
-        """Let the host wait for it."""
+        """Let the host wait for the event."""
         with self._runtime.lock:
             mark = self.mark
             self._runtime.waits += 1

@@ -10,33 +10,39 @@ from gpucache_pipes.testing.ordering import Interval
 
 
 class Dispatcher(Protocol):
-    """Who queues the operations on tensors."""
+    """What a simulated tensor needs from the runtime that queues its operations."""
 
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Issue an operation."""
+        """Issue an operation; as `torch.Tensor.__torch_dispatch__`."""
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the host, after waiting for it."""
+        """A copy on the host, after the host has waited for the current stream."""
 
 
 class SimulatedTensor(torch.Tensor):
     """A tensor in simulated device memory: operations on it are queued on the current stream.
 
-    What gives values to the host (`item`, `tolist`, `cpu`, `torch.equal`) waits for the stream.
+    Operations that return values to the host (`item`, `tolist`, `cpu`, `torch.equal`) wait for the
+    current stream.
+
+    Attributes:
+        content: a real tensor, which holds the results of the operations that have run so far.
+        runtime: queues the operations.
+        memory: number of the allocation that the tensor lies in. Numbers are never reused.
+        numbers: of an index that the host has written, its values. They tell which rows an
+            operation touches before it has run.
     """
 
     content: torch.Tensor
     runtime: Dispatcher
-    # The piece of memory that it lies in; a number is never used twice.
     memory: int
-    # The numbers in an index, which the host has written: so the rows that it names are known.
     numbers: Sequence[int] | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, content: torch.Tensor, runtime: Dispatcher, memory: int) -> "SimulatedTensor":
-        """A view of `content`, which holds what the device has done so far."""
+        """Wrap `content`, which is a part of the allocation `memory`."""
         tensor: SimulatedTensor = torch.Tensor._make_wrapper_subclass(
             cls, content.shape, content.stride(), content.storage_offset(), dtype=content.dtype,
             device=content.device,
@@ -52,8 +58,8 @@ class SimulatedTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if any(kind not in (cls, torch.Tensor, torch.nn.Parameter) for kind in types):
-            # Another subclass holds tensors like this one, as a nested tensor does: it takes the
-            # operation apart, and comes back with what is to be done to these.
+            # Another subclass, for example a nested tensor, holds tensors of this class. It splits
+            # the operation and dispatches the parts to them.
             return NotImplemented
         runtime = next(
             leaf.runtime
@@ -63,11 +69,11 @@ class SimulatedTensor(torch.Tensor):
         return runtime.dispatch(func, args, kwargs or {})
 
     def tolist(self) -> Any:
-        """The values, after waiting for them."""
+        """The values, after waiting for the current stream."""
         return self.runtime.to_host(self).tolist()
 
     def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The values in host memory, after waiting for them."""
+        """A copy in host memory, after waiting for the current stream."""
         return self.runtime.to_host(self)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -75,7 +81,7 @@ class SimulatedTensor(torch.Tensor):
 
 
 def intervals_of(tensor: SimulatedTensor, rows: Sequence[int] | None = None) -> list[Interval]:
-    """The bytes of a tensor, or of some of its rows."""
+    """The bytes of `tensor`, or of some `rows` of it, as byte ranges of its allocation."""
     real, size = tensor.content, tensor.content.itemsize
     if not real.numel():
         return []

@@ -1,4 +1,9 @@
-"""`python -m gpucache_pipes bench`: what these files gain, beside what else there is."""
+"""`python -m gpucache_pipes bench`: gpucache_pipes and other loaders on the user's files.
+
+`Work` holds the files and their batches. Each `Contender` turns them into batches on the device;
+`contender.py` says what one needs, and the modules `loaders`, `libraries`, `formats` and `limits`
+define those that exist. `measuring` runs them, `figures` computes ratios, `report` writes them.
+"""
 
 from gpucache_pipes.cli.bench.contender import Contender
 from gpucache_pipes.cli.bench.loaders import BASELINE, OURS

@@ -1,4 +1,4 @@
-"""How a batch is made of features by hand, and how two batches are found to be the same."""
+"""The collation that all contenders share, and the checksum that compares their batches."""
 
 import ctypes
 import zlib
@@ -16,13 +16,13 @@ from gpucache_pipes.files import Layout, leaf_names
 
 @dataclass(frozen=True)
 class Collation:
-    """What becomes of the features of a batch; the same for everybody.
+    """How the features of a batch become one batch; the same for all contenders.
 
     Attributes:
-        mode: "stack", tensors [B, *shape]; "pad", the same with some of them padded; "list", the
-            features as they are, since they cannot be stacked.
-        ragged: the names of leaves that are padded.
-        reason: why they cannot be stacked.
+        mode: "stack": tensors [B, *shape]. "pad": as "stack", but the leaves in `ragged` are
+            padded. "list": a list of features, since they cannot be stacked.
+        ragged: names of the leaves that are padded.
+        reason: why the features cannot be stacked; empty if they can.
     """
 
     mode: str
@@ -36,7 +36,13 @@ class Collation:
         values: Sequence[tuple[Any, ...]],
         examples: Sequence[Any],
     ) -> "Collation":
-        """What suits features of these layouts and plain values, of which there are examples."""
+        """Choose the collation for a data set.
+
+        Args:
+            layouts: of all features.
+            values: plain values of all features.
+            examples: some of the features, which are collated to see whether it works.
+        """
         first = layouts[0]
         names = leaf_names(first.tree)
         ragged = set()
@@ -52,7 +58,7 @@ class Collation:
         for column in zip(*values, strict=True):
             kinds = sorted({type(value).__qualname__ for value in column})
             if len(kinds) > 1:
-                return cls("list", reason=f"values beside tensors are {' and '.join(kinds)}")
+                return cls("list", reason=f"plain values are {' and '.join(kinds)}")
         try:
             chosen.by_hand(examples)
         except (TypeError, RuntimeError) as error:
@@ -60,7 +66,7 @@ class Collation:
         return chosen
 
     def by_hand(self, features: Sequence[Any]) -> Any:
-        """A batch, as people write it: a stack for each leaf, or pad_sequence."""
+        """Collate with torch alone, as training scripts do: torch.stack or pad_sequence by leaf."""
         return list(features) if self.mode == "list" else self._column(features, "")
 
     def _column(self, values: Sequence[Any], name: str) -> Any:
@@ -82,14 +88,18 @@ class Collation:
         return default_collate(list(values))
 
     def for_nodes(self) -> dict[str, Any]:
-        """The same as arguments for a GPUCollator."""
+        """The same collation as keyword arguments of `GPUCollator`."""
         if self.mode == "list":
             return {"collate_fn": list}
         return {"ragged": dict.fromkeys(self.ragged, "pad")} if self.ragged else {}
 
 
 def pad(sequences: Sequence[torch.Tensor]) -> Padded:
-    """Sequences that differ in length, padded with zeros."""
+    """Pad sequences of different lengths with zeros to one `Padded` [B, longest, *].
+
+    >>> pad([torch.ones(2), torch.ones(1)]).values.tolist()
+    [[1.0, 1.0], [1.0, 0.0]]
+    """
     values = pad_sequence(list(sequences), batch_first=True)
     lengths = torch.tensor([len(sequence) for sequence in sequences], device=values.device)
     return Padded(values, lengths, torch.arange(values.shape[1], device=values.device)
@@ -97,9 +107,17 @@ def pad(sequences: Sequence[torch.Tensor]) -> Padded:
 
 
 def checksum(batch: Any, start: int = 0) -> int:
-    """A CRC of all that a batch holds: names, shapes, dtypes, every byte, in order.
+    """A CRC-32 of a batch: its keys, shapes, dtypes and every byte, in order.
 
-    Lists and tuples are the same, as some loaders make one of the other.
+    Lists and tuples of equal items have the same checksum, since some loaders turn one into the
+    other.
+
+    Args:
+        batch: a pytree of tensors, on any device, and plain values.
+        start: checksum to continue.
+
+    >>> checksum([torch.tensor(1)]) == checksum((torch.tensor(1),)) != checksum([torch.tensor(2)])
+    True
     """
     if isinstance(batch, torch.Tensor):
         dense = batch.detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""What it takes to be measured."""
+"""What a loader must provide to be measured: `Contender` and `Run`."""
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
@@ -17,11 +17,12 @@ KINDS = {
 
 
 class Run(NamedTuple):
-    """A contender at work.
+    """An open contender.
 
     Attributes:
-        epoch: the number of an epoch -> its batches, on the device.
-        hit_rate: of the epochs after the first.
+        epoch: takes the number of an epoch and returns its batches, on the device.
+        hit_rate: returns the hit rate of the epochs after the first; None if there is no cache that
+            counts hits.
     """
 
     epoch: Callable[[int], Iterable[Any]]
@@ -29,25 +30,27 @@ class Run(NamedTuple):
 
 
 Opener = Callable[[Work, float], Iterator[Run]]
+"""A generator function of the work and the fraction of the data that may be cached."""
 
 
 class NotApplicableError(Exception):
-    """The contender cannot do this work; says why."""
+    """The contender cannot produce the batches of this work. The text says why."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that makes batches of files.
+    """A loader that turns files into batches, or a limit that loaders are compared with.
 
     Attributes:
-        name: in tables.
-        kind: of KINDS.
-        run: a generator function of the work and the part of the data that may be cached.
-            What comes before its one `yield` is part of the first epoch.
-        caches: whether later epochs are faster than the first, and how much may be cached matters.
-        needs: a module that must be installed.
-        cases: what a limit is a limit of; None is everything.
-        makes_batches: False for a limit that does less.
+        name: its name in tables.
+        kind: a key of KINDS.
+        run: a generator function that yields one `Run`. The code before the `yield` counts as part
+            of the first epoch; the code after it closes the contender.
+        caches: whether it keeps features, so that later epochs are faster than the first and the
+            fraction that may be cached matters.
+        needs: name of a module that must be installed.
+        cases: the cases that a limit applies to; None means all.
+        makes_batches: False for a limit that does less than produce batches.
     """
 
     name: str
@@ -60,14 +63,22 @@ class Contender:
 
     @property
     def installed(self) -> bool:
-        """Whether it can be had at all."""
+        """Whether the module that it needs is installed."""
         if self.needs is None:
             return True
         try:
             return importlib.util.find_spec(self.needs) is not None
-        except ModuleNotFoundError:  # of the package that it is in
+        except ModuleNotFoundError:  # the parent package of `needs`
             return False
 
     def open(self, work: Work, share: float) -> AbstractContextManager[Run]:
-        """Begin, with room for that share of the data."""
+        """A context manager that opens the contender.
+
+        Args:
+            work: files and batches.
+            share: fraction of the data that it may cache.
+
+        Raises:
+            NotApplicableError: on entering, or in an epoch: it cannot produce these batches.
+        """
         return contextmanager(self.run)(work, share)

@@ -1,4 +1,4 @@
-"""Ratios of what was measured: to the baseline, and to the limits."""
+"""The report of a measurement: times, and their ratios to the baseline and to the limits."""
 
 import os
 import platform
@@ -19,10 +19,16 @@ _PACKAGES = ("torch", "torchdata", "spdl", "grain", "monai", "tensordict", "safe
 
 
 def as_json(work: Work, measurement: Measurement, missing: Sequence[str] = ()) -> dict[str, Any]:
-    """All of it: what was measured, of what, by what, and what comes of it.
+    """Build the report of a measurement, which `json.dumps` accepts.
 
-    `times_as_fast` is as fast as the baseline, `to_limit` the time as a ratio to that of the
-    limit: each the median over rounds of the ratio within a round, then the least and the most.
+    For each contender and case, `times_as_fast` is the time of the baseline divided by that of the
+    contender, and `to_limit` is the time of the contender divided by that of the limit. Both are
+    computed within each round, and given as median, least and greatest over the rounds.
+
+    Args:
+        work: what was measured.
+        measurement: result of `measure`.
+        missing: names of contenders that are not installed.
     """
     rounds = {name: series.seconds for name, series in measurement.series.items()}
     limits = {case: limit_seconds(work, measurement, case) for case in CASES}
@@ -58,10 +64,16 @@ def as_json(work: Work, measurement: Measurement, missing: Sequence[str] = ()) -
 
 
 def limit_seconds(work: Work, measurement: Measurement, case: str) -> list[float]:
-    """What no contender can be faster than, one for each round; empty where it is not known.
+    """Seconds that no contender can beat, one for each round; empty if they are unknown.
 
-    Of "partial" it is derived: a first epoch that reads everything, and then the part that
-    there is no room for; the rest is gathered. Of "overlap" it is the compute alone.
+    The limit of "partial" is derived: a first epoch that reads everything, then epochs that read
+    the fraction that is not cached and gather the rest. The limit of "overlap" is the compute
+    alone.
+
+    Args:
+        work: what was measured.
+        measurement: result of `measure`.
+        case: one of CASES.
     """
     if case == "overlap":
         return measurement.compute
@@ -77,13 +89,19 @@ def limit_seconds(work: Work, measurement: Measurement, case: str) -> list[float
 
 
 def spread(above: Sequence[float], below: Sequence[float]) -> list[float] | None:
-    """Median, least and most of the ratios within a round."""
+    """Median, least and greatest of the ratios `above / below` within a round.
+
+    None if there is no round.
+
+    >>> spread([4.0, 9.0, 8.0], [2.0, 3.0, 2.0])
+    [3.0, 2.0, 4.0]
+    """
     ratios = [a / b for a, b in zip(above, below, strict=False)]
     return [statistics.median(ratios), min(ratios), max(ratios)] if ratios else None
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on."""
+    """What the figures depend on: command, date, machine and versions."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = "cpu" if accelerator is None else str(accelerator)
     if device.startswith("cuda"):
@@ -106,5 +124,6 @@ def environment() -> dict[str, Any]:
 
 
 def _program() -> list[str]:
+    """The program as a user types it after `python`."""
     module = sys.argv[0].endswith("__main__.py")
     return ["-m", "gpucache_pipes"] if module else [sys.argv[0]]

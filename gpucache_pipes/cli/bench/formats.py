@@ -1,4 +1,7 @@
-"""The same data in formats that are made for loading: what one gains by writing it anew."""
+"""Contenders that first convert the data to a format made for loading.
+
+The conversion is not measured.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,15 +14,18 @@ from gpucache_pipes.files import build, flatten
 
 
 def _tensors(work: Work, path: str) -> dict[str, torch.Tensor]:
-    """The leaves of a feature, by number."""
+    """The leaves of a feature, by number as text.
+
+    Raises NotApplicableError if it has plain values.
+    """
     _, tensors, values = flatten(work.load(path))
     if values:
-        raise NotApplicableError("the features hold values beside tensors")
+        raise NotApplicableError("the features hold plain values")
     return {str(number): tensor.contiguous() for number, tensor in enumerate(tensors)}
 
 
 def _feature(work: Work, leaves: dict[str, torch.Tensor]) -> Any:
-    """What `_tensors` was given."""
+    """The feature with these leaves: the inverse of `_tensors`."""
     return build(work.layouts[0].tree, lambda number: leaves[str(number)], lambda _: None)
 
 
@@ -74,6 +80,7 @@ def _memory_map(work: Work, share: float) -> Iterator[Run]:
 
 
 def _as_tensor(leaf: torch.Tensor) -> torch.Tensor:
+    """A plain tensor of a MemoryMappedTensor."""
     return leaf.as_subclass(torch.Tensor)
 
 

@@ -1,4 +1,4 @@
-"""What reads the same files and must be installed: SPDL, grain, MONAI."""
+"""Contenders from libraries that must be installed: SPDL, grain and MONAI."""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -41,7 +41,7 @@ def _monai(work: Work, share: float) -> Iterator[Run]:
         from monai import data, transforms
 
         class Load(transforms.Transform):  # type: ignore[misc]
-            # A function would be taken for one whose results must not be kept.
+            # A plain function does not work: CacheDataset only caches the results of Transforms.
             def __call__(self, path: str) -> Any:
                 return work.load(path)
 

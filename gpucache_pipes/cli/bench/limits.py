@@ -1,4 +1,4 @@
-"""What cannot be beaten: the bare bytes of the files, and the bare gather of what is resident."""
+"""Lower bounds of the time: reading the bytes of the files, and gathering resident tensors."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from gpucache_pipes.files import build, flatten, leaf_names
 
 
 def _preadv(work: Work, share: float) -> Iterator[Run]:
-    """Open, one system call, close; into one buffer, and from there to the device."""
+    """Open, one read and close for each file, into one buffer, then one copy to the device."""
     sizes, staging, target = work.prepared("buffers", lambda: _make_buffers(work))
     view = memoryview(staging.numpy())
 
@@ -28,14 +28,14 @@ def _preadv(work: Work, share: float) -> Iterator[Run]:
                 os.close(fd)
             if work.on_accelerator:
                 target[:end].copy_(staging[:end], non_blocking=True)
-                work.wait()  # or the next batch is read over this one
+                work.wait()  # the next batch overwrites the buffer
             yield None
 
     yield Run(epoch)
 
 
 def _make_buffers(work: Work) -> tuple[dict[str, int], torch.Tensor, torch.Tensor]:
-    """The sizes of files, and room for the largest batch on the host and on the device."""
+    """The sizes of the files, and buffers for the largest batch on the host and on the device."""
     sizes = {path: os.stat(path).st_size for path in work.paths}
     largest = max(sum(sizes[path] for path in batch) for batch in chain(*work.batches))
     staging = torch.zeros(largest, dtype=torch.uint8, pin_memory=work.on_accelerator)
@@ -43,9 +43,9 @@ def _make_buffers(work: Work) -> tuple[dict[str, int], torch.Tensor, torch.Tenso
 
 
 def _index_select(work: Work, share: float) -> Iterator[Run]:
-    """All features as one tensor for each leaf, padded where they are ragged.
+    """Gather rows of one resident tensor for each leaf, padded if the leaf is ragged.
 
-    Into memory that is used again for each batch, which a loader may not do.
+    The results reuse the memory of the previous batch, which a loader must not do.
     """
     if work.collation.mode == "list":
         raise NotApplicableError("the features cannot be stacked")
@@ -81,14 +81,17 @@ def _index_select(work: Work, share: float) -> Iterator[Run]:
             columns = [
                 select(name, column, rows) for name, column in zip(names, resident, strict=True)
             ]
-            beside = work.collation.by_hand([values[n] for n in numbers]) if values[0] else []
-            yield build(tree, columns.__getitem__, beside.__getitem__)
+            plain = work.collation.by_hand([values[n] for n in numbers]) if values[0] else []
+            yield build(tree, columns.__getitem__, plain.__getitem__)
 
     yield Run(epoch)
 
 
 def _make_resident(work: Work) -> tuple[list[Any], list[list[Any]]]:
-    """For each leaf all features as one tensor on the device, and what they hold beside."""
+    """One tensor of all features for each leaf, on the device, and the plain values by feature.
+
+    For a ragged leaf, the padded tensor and its lengths.
+    """
     flat = [flatten(work.load(path)) for path in work.paths]
     names = leaf_names(work.layouts[0].tree)
     resident: list[Any] = []

@@ -1,4 +1,4 @@
-"""What reads the same files: gpucache_pipes, what torch brings, and what people write by hand."""
+"""Contenders without further requirements: gpucache_pipes, loaders of torch, caches by hand."""
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -13,11 +13,11 @@ from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
 from gpucache_pipes.store import GPUFeatureStore
 
 _README_BUDGET = 8 << 30
-"""Bytes."""
+"""Bytes that the example of the README may cache."""
 
 
 def gpucache_pipes(work: Work, share: float) -> Iterator[Run]:
-    """The pipeline of the README, which has a budget."""
+    """The pipeline of the README, with a budget that holds everything or `share` of the data."""
     budget = max(_README_BUDGET, 2 * work.budget(1)) if share == 1 else work.budget(share)
     with GPUFeatureStore(
         work.device, max_cache_bytes=budget, weights_only=work.weights_only
@@ -38,7 +38,7 @@ def gpucache_pipes(work: Work, share: float) -> Iterator[Run]:
 
 
 class Files(Dataset[Any]):
-    """What most people write, but that its indices are paths."""
+    """The data set that most training scripts have, indexed by path."""
 
     def __init__(self, weights_only: bool, mmap: bool = False) -> None:
         self.weights_only = weights_only
@@ -49,7 +49,7 @@ class Files(Dataset[Any]):
 
 
 class Batches:
-    """A batch sampler that is told what to yield."""
+    """A batch sampler that yields the batches in `chosen`."""
 
     def __init__(self) -> None:
         self.chosen: list[Any] = []
@@ -71,7 +71,7 @@ def _dataloader(workers: int, mmap: bool = False) -> Opener:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=work.on_accelerator,
-            # In workers torch's own collation writes to shared memory at once.
+            # The default collation writes to shared memory directly when it runs in a worker.
             collate_fn=None if stacked else work.collation.by_hand,
         )
 
@@ -94,6 +94,7 @@ def _torchdata(work: Work, share: float) -> Iterator[Run]:
 
 
 def _dictionary(work: Work, share: float) -> Iterator[Run]:
+    """Keep the first features in a dict until `share` of the files are kept."""
     kept: dict[str, Any] = {}
     room = round(share * len(work.paths))
 
@@ -117,6 +118,8 @@ def _lru(work: Work, share: float) -> Iterator[Run]:
 
 
 def _by_feature(work: Work, fetch: Any) -> Run:
+    """Collate batches of the features that `fetch` returns for paths."""
+
     def epoch(number: int) -> Iterable[Any]:
         return (
             work.collation.by_hand([fetch(path) for path in batch])

@@ -1,4 +1,4 @@
-"""Runs contenders side by side, in an order that changes, and keeps every figure."""
+"""Measures contenders in rounds, in a random order within each, and keeps every time."""
 
 import gc
 import random
@@ -18,20 +18,21 @@ from gpucache_pipes.cli.bench.overlap import Step, measure_overlap
 from gpucache_pipes.cli.bench.work import Work
 
 CASES = ("first", "later", "partial", "overlap")
+"""What is measured; see `Series`."""
 
 
 @dataclass
 class Series:
-    """What was measured of one contender: seconds, one for each round.
+    """The times of one contender, in seconds, one for each round.
 
     Attributes:
-        kind: see KINDS.
-        caches: whether it does.
-        seconds: by case. "first" epoch; a "later" one, everything cached; "partial", all epochs,
-            the first included, with room for a part of the data; "overlap", a first epoch with
-            a training step after each batch.
-        hit_rate: of the later epochs of "partial".
-        problem: why there are no figures.
+        kind: a key of KINDS.
+        caches: whether the contender caches.
+        seconds: times by case. "first": the first epoch. "later": an epoch with everything cached.
+            "partial": all epochs together, with only a fraction of the data cached. "overlap": a
+            first epoch with a training step after each batch.
+        hit_rate: of the epochs of "partial" after the first, in the last round.
+        problem: why there are no times; None if there are.
     """
 
     kind: str
@@ -43,13 +44,13 @@ class Series:
 
 @dataclass
 class Measurement:
-    """All series, and how they came about.
+    """The times of all contenders.
 
     Attributes:
-        series: by the name of the contender.
-        share: of the data that "partial" had room for.
-        compute: seconds of the training steps of an epoch alone, one for each round.
-        complete: False after Ctrl-C.
+        series: by name of the contender.
+        share: fraction of the data that "partial" may cache.
+        compute: seconds of the training steps of one epoch without loading, one for each round.
+        complete: False if Ctrl-C ended the measurement.
     """
 
     series: dict[str, Series]
@@ -67,22 +68,34 @@ def measure(
     overlap: bool = False,
     progress: bool = True,
 ) -> Measurement:
-    """Let all contenders make the same batches, once to compare them and then in rounds.
+    """Verify that all contenders produce the same batches, then measure them in rounds.
 
-    First each of them goes through two epochs unmeasured, while checksums of all batches are
-    compared with those of `torch.load`: who gives others is not measured. That also warms the page
-    cache. Then all take their turn in each round, in an order drawn anew, each from nothing.
-    Ctrl-C ends it early with what there is.
+    First, each contender runs two epochs that are not timed, and the checksums of its batches are
+    compared with those of `torch.load`. A contender with other batches is not measured. This also
+    warms the page cache. Then, in each round, all contenders take turns in a random order, each
+    starting with an empty cache. Ctrl-C ends the measurement early; the result then holds the times
+    so far.
+
+    Args:
+        work: files and batches.
+        contenders: what to measure. Each must be installed.
+        rounds: turns of each contender.
+        share: fraction of the data that may be cached in the case "partial".
+        overlap: measure also the case "overlap". Needs the baseline among `contenders`.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: `overlap` without the baseline.
     """
     found = {c.name: Series(c.kind, c.caches) for c in contenders}
     result = Measurement(found, share)
     step = Step(work) if overlap else None
     if overlap and BASELINE.name not in found:
-        raise ValueError(f"overlap is measured beside {BASELINE.name!r}, which is not there")
+        raise ValueError(f"overlap needs {BASELINE.name!r} among the contenders")
     gc.collect()
     gc.freeze()
     try:
-        # Peers have much to say: of more workers than cores, of what they will do in the plan.
+        # Other loaders warn about more workers than cores, and about future changes.
         with (
             warnings.catch_warnings(action="ignore"),
             tqdm(total=(rounds + 1) * len(contenders), disable=not progress, unit="run") as bar,
@@ -115,7 +128,7 @@ def measure(
 
 
 def _problem(contender: Contender, work: Work, share: float) -> str | None:
-    """Why a contender cannot be measured; None if it gives the batches that it should."""
+    """Why a contender cannot be measured; None if its batches are those of `torch.load`."""
     try:
         for part in (1.0, share) if contender.caches else (1.0,):
             with contender.open(work, part) as run:
@@ -131,7 +144,7 @@ def _problem(contender: Contender, work: Work, share: float) -> str | None:
                     if sums != expected:
                         wrong = [a == b for a, b in zip(sums, expected, strict=False)]
                         at = wrong.index(False) if False in wrong else len(wrong)
-                        return f"gives another batch {at} in epoch {number} than torch.load"
+                        return f"batch {at} of epoch {number} differs from that of torch.load"
     except NotApplicableError as error:
         return str(error)
     except Exception as error:
@@ -140,12 +153,13 @@ def _problem(contender: Contender, work: Work, share: float) -> str | None:
 
 
 def _in_a_line(error: Exception) -> str:
-    """What went wrong. Workers put a traceback in front of it."""
+    """The type of an error and the last line of its text. Worker processes prepend a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 def _exhaust(batches: Iterable[Any], work: Work) -> None:
+    """Consume an epoch. Raises RuntimeError if it has the wrong number of batches."""
     count = 0
     for batch in batches:
         del batch
@@ -155,6 +169,7 @@ def _exhaust(batches: Iterable[Any], work: Work) -> None:
 
 
 def _measure_one(contender: Contender, work: Work, share: float, series: Series) -> None:
+    """One turn of a contender: append a time to each case that applies to it."""
     epochs = len(work.batches) if contender.caches or contender.cases == ("later",) else 2
     seconds, _ = _timed(contender, work, 1.0, epochs)
     cases = contender.cases or CASES
@@ -175,15 +190,15 @@ def _measure_one(contender: Contender, work: Work, share: float, series: Series)
 def _timed(
     contender: Contender, work: Work, share: float, epochs: int
 ) -> tuple[list[float], float | None]:
-    """Seconds of each epoch, the first one with all that comes before it; and the hit rate."""
+    """Seconds of each epoch, and the hit rate. The first epoch includes opening the contender."""
     gc.collect()
-    work.forget_pages()
+    work.evict_page_cache()
     seconds = []
     start = time.perf_counter()
     with contender.open(work, share) as run:
         for number in range(epochs):
             if number:
-                work.forget_pages()
+                work.evict_page_cache()
                 start = time.perf_counter()
             _exhaust(run.epoch(number), work)
             work.wait()
@@ -192,7 +207,7 @@ def _timed(
 
 
 def _overlap(contenders: Sequence[Contender], work: Work, step: Step, result: Measurement) -> None:
-    """With a step that takes as long as the baseline takes to load a batch."""
+    """Measure the case "overlap", with a step that takes as long as the baseline loads a batch."""
 
     def keep(name: str | None, seconds: float) -> None:
         (result.compute if name is None else result.series[name].seconds["overlap"]).append(seconds)

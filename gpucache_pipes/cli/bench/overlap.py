@@ -1,4 +1,4 @@
-"""A first epoch while a network is trained: what of the loading is felt."""
+"""The case "overlap": a first epoch with a training step after each batch."""
 
 import gc
 import random
@@ -12,9 +12,12 @@ from gpucache_pipes.cli.bench.work import Work
 
 
 class Step:
-    """Training of a small network for about as long as a batch takes to load.
+    """Trains a small network for about as long as a batch takes to load.
 
-    On one thread: as with a training step on a GPU, other cores have nothing to do.
+    It uses one thread. The other cores are idle, as they are during a training step on a GPU.
+
+    Attributes:
+        repeats: optimizer steps in one call; 0 before `calibrate`.
     """
 
     def __init__(self, work: Work) -> None:
@@ -27,7 +30,7 @@ class Step:
         self.repeats = 0
 
     def calibrate(self, seconds: float) -> None:
-        """Take so long from now on, by how fast it is now."""
+        """Choose `repeats` so that a call takes about `seconds`, by measuring the current speed."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         self.repeats = 20
@@ -38,7 +41,7 @@ class Step:
         torch.set_num_threads(threads)
 
     def __call__(self) -> None:
-        """Until the device is done, as `loss.item()` has it in most loops."""
+        """Train, and wait for the device, as most training loops do with `loss.item()`."""
         for _ in range(self.repeats):
             self._optimizer.zero_grad()
             loss = (self._model(self._input) - self._input).square().mean()
@@ -54,7 +57,15 @@ def measure_overlap(
     keep: Callable[[str | None, float], None],
     seed: int,
 ) -> None:
-    """A first epoch of each with compute, and the compute alone, which has no name."""
+    """Measure one round: a first epoch of each contender with compute, and the compute alone.
+
+    Args:
+        contenders: what to measure.
+        work: files and batches.
+        step: a calibrated step.
+        keep: called with the name of a contender and its seconds; with None for the compute alone.
+        seed: seed of the order.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     turns: list[Contender | None] = [None, *contenders]
@@ -78,7 +89,7 @@ def _alone(work: Work, step: Step) -> float:
 
 
 def _overlapped(contender: Contender, work: Work, step: Step) -> float:
-    work.forget_pages()
+    work.evict_page_cache()
     start = time.perf_counter()
     with contender.open(work, 1.0) as run:
         for batch in run.epoch(0):

@@ -1,4 +1,4 @@
-"""What was measured, for people: a table, a picture, and what it comes to."""
+"""A report of a measurement as a table, a picture and a summary in sentences."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,14 @@ from gpucache_pipes.cli.charts import require_matplotlib
 from gpucache_pipes.units import format_bytes
 
 Report = dict[str, Any]
+"""Result of `figures.as_json`."""
 
 _FEW = 4
+"""With fewer batches in an epoch, the text says that the times mean little."""
 
 
 def headings(report: Report) -> dict[str, str]:
-    """The cases that were measured, and what to call them."""
+    """The cases that were measured, with their column titles."""
     part, epochs = f"{report['share']:.0%}", report["work"]["epochs"]
     named = {
         "first": "first epoch",
@@ -28,7 +30,7 @@ def headings(report: Report) -> dict[str, str]:
 
 
 def as_text(report: Report) -> str:
-    """A table of ratios, and below it what nobody measured, and why."""
+    """A table of ratios, followed by remarks: hit rates, and what was not measured and why."""
     cases = headings(report)
     contenders = report["contenders"]
     lines = [f"times as fast as {BASELINE.name}: median, least and most of the rounds", ""]
@@ -95,11 +97,11 @@ def _remarks(report: Report) -> list[str]:
 
 
 def advice(report: Report, room: int | None = None) -> str:
-    """What it comes to for whoever has these files, in plain words.
+    """A summary in sentences, including where another loader is faster.
 
     Args:
-        report: of `as_json`.
-        room: bytes on the device that a cache could take; None is enough.
+        report: of `bench`.
+        room: bytes of the device that a cache could use; None means enough for all files.
     """
     ours = report["contenders"].get(OURS.name, {"problem": "it was left out"})
     if ours["problem"]:
@@ -115,7 +117,7 @@ def advice(report: Report, room: int | None = None) -> str:
     }
     told = {case: named[case] for case in ("first", later) if ours["cases"][case]["times_as_fast"]}
     if len(told) < 2:
-        return f"Too little was measured beside {BASELINE.name} to say what it comes to."
+        return f"Too little was measured to compare gpucache_pipes with {BASELINE.name}."
     lines = [f"All {work['known_files']} files are {format_bytes(data)} of tensors"]
     if room is not None:
         there = f"{format_bytes(room)} that are free on {work['device']}"
@@ -124,7 +126,7 @@ def advice(report: Report, room: int | None = None) -> str:
               for c, n in told.items())  # fmt: skip
     lines[0] += "."
     lines.append(f"gpucache_pipes is {' and '.join(speeds)} as {BASELINE.name}.")
-    lines += [_beside_the_best(report, case, name) for case, name in told.items()]
+    lines += [_against_the_best(report, case, name) for case, name in told.items()]
     lines.append(_hundred_epochs(report, later))
     if room is not None and not fits and room < 0.95 * share * data:
         lines.append(f"There is room for {room / data:.0%} only: see --cache {room / data:.2g}.")
@@ -132,7 +134,7 @@ def advice(report: Report, room: int | None = None) -> str:
 
 
 def _hundred_epochs(report: Report, later: str) -> str:
-    """Hours of loading, of all files."""
+    """A sentence on the time to load all files in 100 epochs."""
     work = report["work"]
     scale = work["known_files"] / work["files"]
     times = []
@@ -147,8 +149,8 @@ def _hundred_epochs(report: Report, later: str) -> str:
     )
 
 
-def _beside_the_best(report: Report, case: str, when: str) -> str:
-    """Where somebody else is faster, it says so."""
+def _against_the_best(report: Report, case: str, when: str) -> str:
+    """A sentence that compares gpucache_pipes with the fastest other loader, even if that wins."""
     others = {
         name: entry["cases"][case]["times_as_fast"][0]
         for name, entry in report["contenders"].items()
@@ -171,7 +173,15 @@ def _duration(seconds: float) -> str:
 
 
 def draw(report: Report, path: str) -> None:
-    """Bars beside the limits, in the format of the file's name."""
+    """Draw a bar for each contender and case, with the limits.
+
+    Args:
+        report: of `bench`.
+        path: where to write the picture. Its suffix selects the format.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     plt = require_matplotlib()
     cases = headings(report)
     colors = {"ours": "tab:blue", "peer": "tab:gray", "format": "tab:olive"}
@@ -207,7 +217,7 @@ def draw(report: Report, path: str) -> None:
 
 
 def _limit(report: Report, case: str) -> float | None:
-    """The limit, in times of the baseline."""
+    """How many times as fast as the baseline the limit is; None if the limit is unknown."""
     base = report["contenders"][BASELINE.name]["seconds"][case]
     found = spread(base, report["limit_seconds"][case])
     return None if found is None else found[0]

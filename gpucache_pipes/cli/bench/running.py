@@ -1,4 +1,4 @@
-"""Everything that there is to measure, side by side."""
+"""Selects contenders and a device, and runs a benchmark."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ from gpucache_pipes.cli.bench.work import Work
 from gpucache_pipes.device import available_host_bytes, resolve_device
 
 _SHARE = 0.9
-"""Of what is free, that a cache may have."""
+"""Fraction of the free memory that a cache may use."""
 
 CONTENDERS: list[Contender] = [*LOADERS, *LIBRARIES, *FORMATS, *LIMITS]
-"""All that there are. A contender of your own is one more: see `Contender`."""
+"""All contenders. To measure another loader, add a `Contender` of your own."""
 
 
 def bench(
@@ -31,15 +31,21 @@ def bench(
     overlap: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Measure all contenders that are installed, and return the report, as JSON has it.
+    """Measure the contenders that are installed.
 
     Args:
-        work: the files, and what batches to make of them.
-        contenders: some of CONTENDERS, or others; none are all.
-        rounds: how often each of them takes its turn.
-        share: of the data that there is room for where not all is cached.
-        overlap: measure also a first epoch beside training steps.
-        progress: show a bar on stderr.
+        work: the files and their batches.
+        contenders: some of CONTENDERS, or your own; empty means all of CONTENDERS.
+        rounds: turns of each contender.
+        share: fraction of the data that may be cached in the case "partial".
+        overlap: measure also a first epoch with training steps.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        A report that `json.dumps` accepts; see `figures.as_json`.
+
+    Raises:
+        ValueError: `overlap` without the baseline among the contenders.
     """
     wanted = list(contenders) or CONTENDERS
     installed = [contender for contender in wanted if contender.installed]
@@ -51,7 +57,17 @@ def bench(
 
 
 def choose(names: Sequence[str] | None) -> list[Contender]:
-    """The contenders whose names begin so, with ours and the one that all are compared with."""
+    """The contenders whose names begin with one of `names`, with OURS and BASELINE.
+
+    Args:
+        names: beginnings of names; None or empty means all contenders.
+
+    Raises:
+        ValueError: a name matches no contender.
+
+    >>> [contender.name for contender in choose(["preadv"])]
+    ['gpucache_pipes', 'DataLoader, 0 workers', 'preadv of the bytes']
+    """
     if not names:
         return CONTENDERS
     for name in names:
@@ -62,15 +78,19 @@ def choose(names: Sequence[str] | None) -> list[Contender]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; of "auto" the accelerator, or the CPU if there is none.
+    """Resolve the name of a device.
 
-    Raises ValueError if there is no such device.
+    Args:
+        name: as in `torch.device`, or "auto" for the accelerator, or the CPU if there is none.
+
+    Raises:
+        ValueError: this machine has no such device.
     """
     return resolve_device(None if name == "auto" else name)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a cache could take there; None where that is not known."""
+    """Bytes that a cache could use on `device`; None if that is unknown."""
     if device.type == "cpu":
         return int(available_host_bytes() * _SHARE)
     if device.type == "cuda":

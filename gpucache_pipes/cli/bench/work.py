@@ -1,9 +1,9 @@
-"""What all contenders are given: the same files, in the same batches, for the same device."""
+"""What all contenders get: the same files, in the same batches, for the same device."""
 
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,20 @@ from gpucache_pipes.nodes import PathLister
 from gpucache_pipes.units import format_bytes
 
 _MOST_EPOCHS = 11
-"""Of a run where everything is cached: the first of many epochs are slower than the others."""
+"""Epochs of a run with everything cached: the first ones are slower than the others."""
 
 
 def load(path: str, weights_only: bool = True, mmap: bool = False) -> Any:
-    """The feature in a file, by the library that defines its format."""
+    """Load a feature with the library that defines the format of the file.
+
+    Args:
+        path: a `.safetensors` or `.npy` file, or one that `torch.load` reads.
+        weights_only: as in `torch.load`.
+        mmap: as in `torch.load`.
+
+    Raises:
+        Exception: what the library raises.
+    """
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file
 
@@ -35,7 +44,20 @@ def load(path: str, weights_only: bool = True, mmap: bool = False) -> Any:
 
 
 def sample(paths: Sequence[str], most_files: int, most_bytes: int, seed: int) -> list[str]:
-    """Some of the files, drawn by chance, in their order: so many bytes at most, but two files."""
+    """Draw a random sample of files.
+
+    Args:
+        paths: all files.
+        most_files: largest number of files.
+        most_bytes: largest total size. Two files are drawn even if they are larger.
+        seed: of the draw.
+
+    Returns:
+        Some of `paths`, in their order.
+
+    Raises:
+        OSError: a file cannot be found.
+    """
     drawn = random.Random(seed).sample(range(len(paths)), len(paths))
     chosen: list[int] = []
     total = 0
@@ -49,18 +71,27 @@ def sample(paths: Sequence[str], most_files: int, most_bytes: int, seed: int) ->
 
 @dataclass
 class Work:
-    """A sample of files, and what is to be done with them.
+    """A sample of files, and the batches to make from them. A context manager.
 
     Attributes:
-        paths: of the files that are read.
-        known: how many there are in all.
+        paths: the files that are read.
         batch_size: files in a batch.
-        device: where batches are wanted.
-        epochs: how often a run goes through the files where not all are cached.
-        seed: of their order, another in each epoch.
+        device: where the batches are needed.
+        known: number of files in the data set; 0 means that `paths` are all of them.
+        epochs: epochs of a run with only a fraction of the data cached.
+        seed: of the order of the files, which is new in each epoch.
         weights_only: as in `torch.load`.
-        cold_storage: forget what the page cache has of the files before each epoch.
-        threads: of peers that have threads.
+        cold_storage: evict the files from the page cache before each epoch.
+        threads: threads of other loaders that have some.
+        on_accelerator: whether `device` is not the CPU.
+        layouts: of all features.
+        feature_bytes: bytes of all features.
+        batches: paths of each batch, by epoch.
+        collation: how batches are made.
+
+    Raises:
+        ValueError: a file cannot be read, no file has a tensor, or `cold_storage` is not possible
+            on this system.
     """
 
     paths: Sequence[str]
@@ -75,7 +106,9 @@ class Work:
 
     def __post_init__(self) -> None:
         if self.cold_storage and not hasattr(os, "posix_fadvise"):
-            raise ValueError("--cold-storage: this system has no posix_fadvise to forget files by")
+            raise ValueError(
+                "--cold-storage: this system has no posix_fadvise to evict the page cache"
+            )
         self.known = self.known or len(self.paths)
         self.on_accelerator = self.device.type != "cpu"
         self.layouts, values = self._open_all()
@@ -108,12 +141,12 @@ class Work:
         return layouts, values
 
     def budget(self, share: float) -> int:
-        """Bytes for that share of the features, and for one of them at least."""
+        """Bytes of a budget for `share` of the features; at least twice the largest feature."""
         largest = max(layout.span for layout in self.layouts)
         return max(int(share * self.feature_bytes), 2 * largest)
 
     def lister(self) -> PathLister:
-        """What yields `batches`, epoch by epoch."""
+        """A new lister that yields `batches`, epoch by epoch."""
         return PathLister(
             self.paths,
             batch_size=self.batch_size,
@@ -124,11 +157,11 @@ class Work:
         )
 
     def load(self, path: str) -> Any:
-        """What most people write."""
+        """Load one feature, as most training scripts do."""
         return load(path, self.weights_only)
 
     def load_batch(self, paths: Sequence[str]) -> Any:
-        """A batch in host memory, from where the device can fetch it at full speed."""
+        """Load and collate a batch in host memory, which is pinned if there is an accelerator."""
         batch = self.collation.by_hand([self.load(path) for path in paths])
         return (
             tree_map_only(torch.Tensor, torch.Tensor.pin_memory, batch)
@@ -137,19 +170,19 @@ class Work:
         )
 
     def upload(self, batch: Any) -> Any:
-        """A batch or a feature on the device."""
+        """Move a batch or a feature to the device, without waiting for the copy."""
         if not self.on_accelerator:
             return batch
         move = partial(torch.Tensor.to, device=self.device, non_blocking=True)
         return tree_map_only(torch.Tensor, move, batch)
 
     def wait(self) -> None:
-        """Until the device is idle."""
+        """Wait until the device is idle."""
         if self.on_accelerator:
             torch.accelerator.synchronize(self.device)
 
     def expected(self, epoch: int) -> list[int]:
-        """The checksum of each batch, by way of `torch.load`."""
+        """The checksum of each batch of an epoch, loaded by `load_batch`. Computed once."""
         sums: list[int] = self.prepared(
             f"checksums of epoch {epoch}",
             lambda: [checksum(self.load_batch(batch)) for batch in self.batches[epoch]],
@@ -157,22 +190,29 @@ class Work:
         return sums
 
     def prepared(self, name: str, make: Callable[[], Any]) -> Any:
-        """What is made once and by nobody's clock, such as the data in another format."""
+        """Return the result of `make`, which is called once and not timed.
+
+        For example, the data in another format.
+
+        Args:
+            name: identifies the result.
+            make: called if there is no result of this name.
+        """
         if name not in self._prepared:
             self._prepared[name] = make()
         return self._prepared[name]
 
     def directory(self, name: str) -> Path:
-        """An empty directory that goes with the work."""
+        """A new empty directory, which `close` removes. `name` must be new."""
         path = Path(self._scratch.name, name)
         path.mkdir()
         return path
 
-    def forget_pages(self, also: Iterable[str | Path] = ()) -> None:
-        """With `cold_storage`: have the next read of the files come from the disk."""
+    def evict_page_cache(self) -> None:
+        """With `cold_storage`, let the next read of each file be from the disk."""
         if not self.cold_storage:
             return
-        for path in (*self.paths, *also):
+        for path in self.paths:
             fd = os.open(path, os.O_RDONLY)
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -186,12 +226,12 @@ class Work:
         self.close()
 
     def close(self) -> None:
-        """Remove what was prepared."""
+        """Remove what `prepared` and `directory` made."""
         self._prepared.clear()
         self._scratch.cleanup()
 
     def as_json(self) -> dict[str, Any]:
-        """For reports."""
+        """A description for reports."""
         first = self.layouts[0]
         leaves = zip(leaf_names(first.tree), first.leaves, strict=True)
         return {
