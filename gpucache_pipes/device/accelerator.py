@@ -58,8 +58,7 @@ import torch
 from gpucache_pipes.device.arena import Arena
 from gpucache_pipes.device.backend import Column
 from gpucache_pipes.device.runtime import Runtime
-from gpucache_pipes.device.staging import StagedUpload
-from gpucache_pipes.device.staging import StagingLane as _Lane
+from gpucache_pipes.device.staging import StagedUpload, StagingLane
 
 _log = logging.getLogger("gpucache_pipes")
 
@@ -201,10 +200,10 @@ class AcceleratorBackend:
         """See Backend."""
         lane = getattr(self._lanes, "lane", None)
         if lane is None:
-            lane = self._lanes.lane = _Lane(self._runtime)
+            lane = self._lanes.lane = StagingLane(self._runtime)
         return StagedUpload(lane, placements, self.page_bytes, self.submit)
 
-    def submit(self, staging: torch.Tensor, pages: Sequence[int], lane: _Lane) -> Any:
+    def submit(self, staging: torch.Tensor, pages: Sequence[int], lane: StagingLane) -> Any:
         """Copy `staging` to the device and scatter it into `pages`. For reader threads.
 
         Args:

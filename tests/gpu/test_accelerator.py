@@ -90,7 +90,7 @@ def without_read_done(backend: AcceleratorBackend, monkeypatch: pytest.MonkeyPat
 
 
 def without_staging_free(backend: AcceleratorBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerator._Lane, "busy_until", lambda self, event: None)
+    monkeypatch.setattr(accelerator.StagingLane, "busy_until", lambda self, event: None)
 
 
 def drop(backend: AcceleratorBackend, these: Callable[[Any], bool]) -> None:
