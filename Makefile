@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types tests speed bench soak attack stress gpu-check clean
+.PHONY: demo test lint types tests coverage speed bench soak attack stress gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
-test: lint types tests speed
+test: lint types tests
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -17,15 +17,19 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# Two at a time, with a thread of torch each.
+# Two processes, with one thread of torch each.
 tests: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-# By ratios within one run, to those that are kept here.
+coverage: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --cov --cov-report=term
+
+# Not part of `make test`: it measures, and needs a machine that does nothing else. Compares ratios
+# within one run with those that were committed.
 speed: $(INSTALLED)
 	$(BIN)/python benchmarks/check.py benchmarks/results/quick.json
 
-# The reports that the tables of docs/benchmarks.md are made of: half an hour with nothing beside it.
+# The reports behind the tables of docs/benchmarks.md: half an hour on an idle machine.
 bench: $(INSTALLED)
 	for scenario in small large ragged quick; do \
 		$(BIN)/python benchmarks/scenarios.py $$scenario \
@@ -36,12 +40,12 @@ bench: $(INSTALLED)
 soak: $(INSTALLED)
 	$(BIN)/python tests/soak.py --minutes 10 --json benchmarks/results/soak.json
 
-# Says how to repeat what fails. For as long as you like: make attack MINUTES=600
+# Prints how to repeat a failure. Any duration: make attack MINUTES=600
 MINUTES ?= 10
 attack: $(INSTALLED)
 	$(BIN)/python tests/attack.py --minutes $(MINUTES)
 
-# Tests of what runs at the same time, under conditions that bring rare orders about.
+# The tests of concurrency, under conditions that make rare interleavings likely.
 CONCURRENT := $(addprefix tests/test_,store.py store_machine.py nodes.py streams.py faults.py \
 	on_error.py read_timeout.py revalidate.py interrupts.py signals.py bad_paths.py soak.py)
 
@@ -52,7 +56,7 @@ stress: $(INSTALLED)
 		$(BIN)/python -m pytest -q -n 2 --randomly-seed=$$seed $(CONCURRENT) || exit 1; \
 	done
 
-# With the Python at hand, which has a torch for its device, and not in .venv.
+# With the Python on the path, whose torch supports the device, and not in .venv.
 gpu-check:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py
 

@@ -1,8 +1,8 @@
 """Batches of features: sequences of them, and the tensors that they are collated to."""
 
-from gpucache_pipes.batches.collation import first_device, to_device
 from gpucache_pipes.batches.feature_batch import ColumnBatch, FeatureBatch, PageBatch
 from gpucache_pipes.batches.ragged import MODES, Padded, RaggedOptions
+from gpucache_pipes.batches.transfer import first_device, to_device
 
 __all__ = [
     "MODES",

@@ -7,9 +7,9 @@ from typing import Any, overload
 import torch
 from torch.utils.data import default_collate
 
-from gpucache_pipes.batches.collation import collate_tree, to_device
 from gpucache_pipes.batches.ragged import RaggedOptions, join_ragged, stack_scattered
-from gpucache_pipes.files import Layout, Leaf, build, leaf_names, own
+from gpucache_pipes.batches.transfer import to_device
+from gpucache_pipes.files import Layout, Leaf, Tree, build, leaf_names, own
 
 
 class FeatureBatch(Sequence[Any]):
@@ -106,7 +106,7 @@ class FeatureBatch(Sequence[Any]):
 
     def _collate_columns(self, columns: Sequence[Any]) -> Any:
         values = list(zip(*self._values, strict=True))
-        return collate_tree(self._layouts[0].tree, columns, values, self.device)
+        return _collate_tree(self._layouts[0].tree, columns, values, self.device)
 
     def _column(self, at: int, name: str, ragged: RaggedOptions) -> Any:
         """Leaf `at` of all features, stacked or joined."""
@@ -210,3 +210,40 @@ class PageBatch(FeatureBatch):
     def _bytes_of(self, at: int, leaves: Sequence[Leaf]) -> tuple[torch.Tensor, list[int]]:
         starts = zip(self._starts, leaves, strict=False)
         return self._block, [start + leaf.offset for start, leaf in starts]
+
+
+def _collate_tree(
+    tree: Tree,
+    columns: Sequence[Any],
+    values: Sequence[Sequence[Any]],
+    device: torch.device,
+    *,
+    as_list: bool = True,
+) -> Any:
+    """A batch of the shape of `tree`, with `columns` in place of leaves.
+
+    Containers become what default_collate makes of them: a tuple becomes a list, others keep their
+    type. Plain values are collated by default_collate; strings come as a list in a dict and as a
+    tuple in a sequence.
+
+    Args:
+        tree: of the features.
+        columns: for each leaf its batch.
+        values: for each plain value those of all features.
+        device: where numbers go, as tensors [B].
+        as_list: whether a plain value that is the whole feature comes as a list.
+    """
+    if isinstance(tree, int):
+        if tree >= 0:
+            return columns[tree]
+        column = [own(value) for value in values[~tree]]
+        samples: Any = column if as_list else tuple(column)
+        return to_device(default_collate(samples), device)
+    kind, keys, _, children = tree
+    parts = [
+        _collate_tree(child, columns, values, device, as_list=keys is not None)
+        for child in children
+    ]
+    if keys is not None:
+        return kind(zip(keys, parts, strict=True))
+    return parts if kind in (list, tuple) else kind(*parts)

@@ -86,7 +86,8 @@ class RequestManager:
             batch = self._shared.open_batch(
                 self, keep_alive, numbers, owner, stale, loading, warmup
             )
-            self._loader.submit(loading)
+            if loading:
+                self._loader.submit(loading)
         except BaseException as error:
             # An interrupt: no batch may wait for what no reader has been told of.
             self._shared.loads.fail(loading, error)

@@ -129,7 +129,7 @@ class SharedCache:
         for entry, version in stale:
             if entry.version is version:  # else it has been read again meanwhile
                 self.cache.renew(entry)
-        return self.cache.entries.current(numbers)
+        return self.cache.entries.current(numbers) if self.cache.entries.newer else numbers
 
     def wait(self, batch: PendingBatch) -> dict[int, Exception]:
         """Wait until nothing of `batch` is LOADING; the errors of its files by position."""

@@ -1,13 +1,19 @@
-"""Count the calls from one module of the package into another, for one batch.
+"""The structure of the package in figures: what imports what, and how far a batch walks.
 
-    python benchmarks/moves.py [--detailed]
+    python benchmarks/structure.py
+    python benchmarks/structure.py --detailed
 
-A move is a call of a function whose module differs from the module of its caller in this package.
-`sys.setprofile` counts them in one thread, for one batch of 16 files: in the consumer's thread of a
-shuffled pipeline with all files cached (warm), and in the reader thread that loads such a batch
-(cold). docs/design.md has the figures.
+A room is a folder of the package or a loose module beside the folders, without `__init__` and
+`__main__`. There is an arrow from one room to another if a module of it imports one of the other.
+
+A move is a call of a function whose module is not the one that the thread was in. Counted in one
+thread by `sys.setprofile`, for one batch of 16 files of a shuffled pipeline that is in its second
+epoch (warm, all files cached), and for the reader thread that loads such a batch (cold).
+
+The figures, and what they were before the folders, are in docs/design.md.
 """
 
+import ast
 import sys
 import tempfile
 import threading
@@ -18,9 +24,33 @@ from typing import Any
 
 import torch
 
+import gpucache_pipes
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 
 FILES, BATCH = 64, 16
+PACKAGE = "gpucache_pipes"
+
+
+def rooms() -> dict[str, set[str]]:
+    """For each room, those that it imports from."""
+    root = Path(gpucache_pipes.__file__).parent
+    arrows: dict[str, set[str]] = {}
+    for path in sorted(root.rglob("*.py")):
+        room = path.relative_to(root).parts[0].removesuffix(".py")
+        if room.startswith("__"):
+            continue
+        found = arrows.setdefault(room, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            found |= {n.split(".")[1] for n in names if n.startswith(f"{PACKAGE}.")} - {room}
+    return arrows
+
+
+def chain(arrows: dict[str, set[str]], room: str) -> int:
+    """How many rooms lie on the longest path of arrows from this one."""
+    return 1 + max((chain(arrows, other) for other in arrows[room]), default=0)
 
 
 class Walk:
@@ -34,7 +64,7 @@ class Walk:
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         """See sys.setprofile."""
         name = frame.f_globals.get("__name__", "")
-        if not name.startswith("gpucache_pipes"):
+        if not name.startswith(PACKAGE):
             return
         if event == "call":
             if self._at and self._at[-1] != name:
@@ -49,11 +79,18 @@ class Walk:
         print(f"{what}: {self.moves.total()} moves between {len(self.modules)} modules")
         if detailed:
             for (start, end), count in self.moves.most_common():
-                print(f"  {count:4}  {start} -> {end}".replace("gpucache_pipes.", ""))
+                print(f"  {count:4}  {start} -> {end}".replace(f"{PACKAGE}.", ""))
 
 
 def main(detailed: bool) -> None:
     """Measure both threads and print the figures."""
+    arrows = rooms()
+    loose = [room for room in arrows if not Path(gpucache_pipes.__file__).with_name(room).is_dir()]
+    count = sum(map(len, arrows.values()))
+    floors = max(chain(arrows, room) for room in arrows)
+    print(
+        f"{len(arrows)} rooms, {len(loose)} of them loose modules; {count} arrows; {floors} floors"
+    )
     with tempfile.TemporaryDirectory() as directory:
         for number in range(FILES):
             torch.save({"x": torch.randn(64)}, Path(directory, f"{number:03}.pt"))
