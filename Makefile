@@ -46,8 +46,8 @@ attack: $(INSTALLED)
 	$(BIN)/python tests/attack.py --minutes $(MINUTES)
 
 # The tests of concurrency, under conditions that make rare interleavings likely.
-CONCURRENT := $(addprefix tests/test_,store.py store_machine.py nodes.py streams.py faults.py \
-	on_error.py read_timeout.py revalidate.py interrupts.py signals.py bad_paths.py soak.py)
+CONCURRENT := tests/store tests/device/test_streams.py tests/nodes/test_nodes.py \
+	tests/nodes/test_on_error.py tests/test_soak.py
 
 stress: $(INSTALLED)
 	PYTHONDEVMODE=1 $(BIN)/python -m pytest -q -n 2

@@ -20,7 +20,7 @@ from gpucache_pipes.cli.bench.figures import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENARIOS = ("small", "large", "ragged")
-TESTS = ["tests/gpu", "tests/test_nodes.py", "tests/test_store_machine.py"]
+TESTS = ["tests/gpu", "tests/nodes/test_nodes.py", "tests/store/test_store_machine.py"]
 
 
 def main() -> int:

@@ -41,8 +41,8 @@ What does not work:
 - Waiting for `staging_free` on a stream. The host writes to the staging buffer next, and no stream
   can delay the host.
 
-`tests/test_streams.py` removes each edge in turn, and a simulated device reports the access that is
-then unordered.
+`tests/device/test_streams.py` removes each edge in turn, and a simulated device reports the access
+that is then unordered.
 """
 
 import itertools

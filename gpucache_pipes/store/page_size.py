@@ -19,7 +19,7 @@ def choose_page_bytes(
         >>> choose_page_bytes([4096, 4096])
         4096
         >>> choose_page_bytes([1000, 30_000])
-        1024
+        2048
 
     Args:
         spans: sizes of features in bytes, at least one of them not 0.

@@ -15,7 +15,7 @@ import torch
 
 from gpucache_pipes import Lockstep
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 Files = Callable[..., list[str]]
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}

@@ -564,7 +564,7 @@ def test_ctrl_c_leaves_a_partial_table(
 
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def judged(to_limit: float, times_as_fast: float, problem: str | None = None) -> dict[str, Any]:

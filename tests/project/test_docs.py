@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -38,7 +38,9 @@ def test_code_runs_as_printed(page: Path, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
+)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert "://" in target or (page.parent / target).exists(), target
@@ -117,7 +119,8 @@ def test_synthetic_overwrites_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
 def test_pages_name_tests_that_there_are(page: Path) -> None:
     for module, test in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", page.read_text()):
-        content = (ROOT / "tests" / module).read_text()
+        [path] = (ROOT / "tests").rglob(module)
+        content = path.read_text()
         assert not test or f"def {test}(" in content, f"{module}::{test}"
 
 

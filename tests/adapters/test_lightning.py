@@ -23,7 +23,7 @@ from gpucache_pipes import (
 )
 from gpucache_pipes.adapters.lightning import GPUCacheCallback
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 Files = Callable[..., list[str]]
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own
 
