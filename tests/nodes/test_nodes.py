@@ -366,22 +366,22 @@ class _Anew:
 
 def test_shutting_down_takes_no_lock() -> None:
     """It happens in finalizers, which the collector may run inside the lock."""
-    node: Any = None
+    nodes: list[Any] = []
 
     def drop() -> None:
-        nonlocal node
-        if node is not None:
-            node.shutdown()
-            node = None
+        while nodes:
+            nodes.pop().shutdown()
             gc.collect()
 
     policy: Any = Acting(drop)  # whose actions run with the lock held
     with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__, policy=policy) as store:
         node = GPUPrefetcher(PathLister(PATHS), store)
         next(node)
-        store.wait_idle(60)
+        assert store.wait_idle(60)
+        nodes.append(node)
+        del node
         store.get_batch(PATHS)
-        assert node is None
+        assert not nodes
         store.check()
 
 

@@ -425,7 +425,7 @@ def test_odd_things_to_do_in_on_error() -> None:
             next(node)
         huge = torch.ones(1).expand(1 << 60)
         node = GPUPrefetcher([PATHS[:2]], store, on_error=lambda path, error: huge)
-        with pytest.raises(MemoryError, match="what is taken for '/f/01' has"):
+        with pytest.raises(MemoryError, match="the feature that replaces '/f/01' has"):
             next(node)
         ticket = store.request(PATHS[:2])
         ticket.wait()
