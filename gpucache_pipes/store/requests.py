@@ -84,7 +84,13 @@ class RequestManager:
         stale = self._find_stale(numbers)
         try:
             batch = self._shared.open_batch(
-                self, keep_alive, numbers, owner, stale, loading, warmup
+                numbers,
+                loading,
+                stale=stale,
+                owner=owner,
+                warmup=warmup,
+                issuer=self,
+                keep_alive=keep_alive,
             )
             if loading:
                 self._loader.submit(loading)

@@ -60,25 +60,32 @@ class SharedCache:
         self.loads = LoadTracker(self, backend, self._counters)
         # clear() was called, and memory is to be freed when no batch is in flight.
         self._clearing = False
-        # Files that were left out of batches and have been named in the log.
+        # Files that have been left out of batches and named in the log.
         self._logged: set[int] = set()
 
     # Consumers
 
     def open_batch(
         self,
+        numbers: Sequence[int],
+        loading: list[Entry],
+        *,
+        stale: Sequence[OldVersion],
+        owner: object,
+        warmup: bool,
         issuer: Issuer,
         keep_alive: object,
-        numbers: Sequence[int],
-        owner: object,
-        stale: Sequence[OldVersion],
-        loading: list[Entry],
-        warmup: bool,
     ) -> PendingBatch:
         """Open a batch of these entries, and mark the ABSENT ones as LOADING.
 
-        Adds to `loading` what the caller must have read. `stale` is dropped first. The policy is
-        told that `owner` requests; a `warmup` is not counted as a request and evicts nothing.
+        Args:
+            numbers: of the entries; repeats are allowed.
+            loading: gets the entries that the caller must have read.
+            stale: entries to drop first.
+            owner: whose request it is, for the policy.
+            warmup: neither count it as a request nor evict anything for it.
+            issuer: what made the batch, for PendingBatch.
+            keep_alive: what the batch keeps alive.
         """
         with self.lock:
             self._require_open()
@@ -231,9 +238,9 @@ class SharedCache:
             current = set(self.cache.entries.current(numbers))
             return sum(self.cache.entries[number].cached for number in current)
 
-    def has_room(self) -> bool:
-        """Whether the budget has room for another byte. Takes no lock."""
-        return self.cache.ledger.fits(1, 1)
+    def size(self) -> tuple[int, int]:
+        """How many features are cached, and bytes of their tensors. Takes no lock."""
+        return self.cache.ledger.cached_items, self.cache.ledger.cached_bytes
 
     def release(self, numbers: Sequence[int]) -> None:
         """Stop caching these entries."""
@@ -285,7 +292,9 @@ class SharedCache:
     def wait_idle(self, seconds: float | None) -> bool:
         """Wait until nothing is LOADING, at most this long. Returns whether that is so."""
         with self.lock:
-            return self.lock.wait_for(lambda: not self.cache.loading, seconds)
+            # Of a closed store, files may stay LOADING that no reader reads.
+            self.lock.wait_for(lambda: not self.cache.loading or self.refusal is not None, seconds)
+            return not self.cache.loading
 
     def _measure(self) -> StoreStats:
         return StoreStats.of(self.cache, self._counters, self._backend.reserved_bytes)

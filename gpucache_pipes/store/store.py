@@ -283,7 +283,7 @@ class GPUFeatureStore:
 
     def __len__(self) -> int:
         """The number of features that are cached now."""
-        return self._shared.cache.ledger.cached_items
+        return self._shared.size()[0]
 
     def stats(self) -> StoreStats:
         """Counters and sizes, all of one moment.
@@ -299,8 +299,8 @@ class GPUFeatureStore:
 
     def __repr__(self) -> str:
         # Without the lock: handlers of logs have locks of their own, and format their arguments.
-        items, size = len(self), self._shared.cache.ledger.cached_bytes
-        return f"GPUFeatureStore({self.device}, {items} items, {size} bytes)"
+        items, nbytes = self._shared.size()
+        return f"GPUFeatureStore({self.device}, {items} items, {nbytes} bytes)"
 
     # The end
 

@@ -28,7 +28,7 @@ def warm_up(
     with tqdm(total=len(paths), desc="warming", unit="file", disable=not progress) as bar:
         try:
             for start in range(0, len(paths), _FILES):
-                if full or not shared.has_room():
+                if full or not shared.cache.ledger.fits(1, 1):
                     break
                 parts.append(requests.request(paths[start : start + _FILES], warmup=True))
                 if len(parts) > 1:
