@@ -1,9 +1,9 @@
 """Train a small classifier on real feature files, from the cache and by torch.load.
 
-The data is scikit-learn's set of 1,797 handwritten digits. One `.pt` file is written for each
-sample, as somebody would who has extracted features; then a classifier is trained on them for
-some epochs, with a training and a validation pipeline that share one store, and once more with
-a DataLoader that reads every file by torch.load.
+The data is scikit-learn's set of 1,797 handwritten digits. The program writes one `.pt` file for
+each sample, like a feature extractor. It then trains a classifier on these files for some epochs,
+with a training and a validation pipeline that share one store, and once more with a DataLoader
+that reads every file by torch.load.
 
     python examples/digits.py [--epochs 20] [--device auto] [--directory DIR]
 """
@@ -28,7 +28,7 @@ BATCH_SIZE = 64
 
 
 def write_features(directory: Path) -> tuple[list[str], list[str], list[str]]:
-    """One file for each digit; returns paths for training, validation and test."""
+    """Write one file for each digit; return the paths for training, validation and test."""
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
     paths = []
@@ -43,7 +43,7 @@ def write_features(directory: Path) -> tuple[list[str], list[str], list[str]]:
 
 
 class TorchLoadDataset(Dataset[Batch]):
-    """What most people write: each access reads the file."""
+    """The usual data set of feature files: each access reads a file."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -72,7 +72,7 @@ def train(
     device: torch.device,
     epochs: int,
 ) -> tuple[torch.nn.Module, list[float]]:
-    """The same training loop for both; returns the model and the seconds of each epoch."""
+    """Train on either source of batches; return the model and the seconds of each epoch."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Unflatten(1, (1, 8, 8)),
@@ -142,7 +142,7 @@ def main() -> None:
             args.epochs,
         )
 
-    # The first epoch reads every file; the others are all alike.
+    # The first epoch reads every file; the later ones read none.
     seconds = statistics.median(cached[1:] or cached)
     seconds_loaded = statistics.median(loaded[1:] or loaded)
     print(f"test accuracy      {result:.3f}")

@@ -1,4 +1,4 @@
-"""A LightningDataModule whose batches come from GPU memory, over one store for all stages.
+"""A LightningDataModule whose batches are served from GPU memory, with one store for all stages.
 
     python examples/lightning_datamodule.py /path/to/features --synthetic --epochs 3
     python examples/lightning_datamodule.py /path/to/features --epochs 5 --resume runs/last.ckpt
@@ -29,7 +29,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class FeatureDataModule(pl.LightningDataModule):
-    """The files of a directory: of each ten, one is for validation and one for the test."""
+    """The files of a directory: a tenth for validation, a tenth for the test, the rest to train."""
 
     def __init__(self, directory: Path, batch_size: int, max_cache_bytes: str | None) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class FeatureDataModule(pl.LightningDataModule):
         self.store: GPUFeatureStore | None = None
 
     def setup(self, stage: str) -> None:
-        # Not in __init__: only now is it known which device is this process's. And once: what fit
-        # has read, test need not read again.
+        # Not in __init__, where the device of this process is not known yet. And only once, so that
+        # test finds the files cached that fit has read.
         if self.store is None:
             device = self.trainer.strategy.root_device
             self.store = GPUFeatureStore(device, max_cache_bytes=self.max_cache_bytes)
@@ -70,7 +70,7 @@ class FeatureDataModule(pl.LightningDataModule):
 
 
 class Classifier(pl.LightningModule):
-    """One linear layer: the data is what matters here."""
+    """One linear layer; the example is about the data."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--max-cache-bytes", help='budget, such as "8GiB"; default: no limit')
     parser.add_argument("--devices", default="auto", help="how many, or auto")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints and logs")
-    parser.add_argument("--resume", type=Path, help="a checkpoint, also from within an epoch")
+    parser.add_argument("--resume", type=Path, help="a checkpoint, also one from within an epoch")
     args = parser.parse_args()
 
     if args.synthetic:
@@ -116,7 +116,7 @@ def main() -> None:
     trainer = pl.Trainer(
         max_epochs=args.epochs,
         devices=args.devices,
-        use_distributed_sampler=False,  # PathLister has given each rank its part
+        use_distributed_sampler=False,  # PathLister gives each rank its part
         logger=CSVLogger(args.runs, name="log"),
         log_every_n_steps=10,
         callbacks=[

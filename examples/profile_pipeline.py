@@ -1,4 +1,4 @@
-"""Where does the time go? A trace of a first and a second epoch, to look at in Perfetto.
+"""Write a trace of a first and a second epoch, to see in Perfetto what takes the time.
 
     python examples/profile_pipeline.py features/ trace.json
 
@@ -26,7 +26,7 @@ def main() -> None:
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    # Without it, the reader threads are not in the trace.
+    # Without this option, the reader threads are not in the trace.
     everything = _ExperimentalConfig(profile_all_threads=True)
     with GPUFeatureStore() as store:
         lister = PathLister(args.features, batch_size=args.batch_size, shuffle=True)
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def train(batch: object) -> None:
-    """Something to do for each batch."""
+    """A stand-in for a training step: a matrix product for each tensor of the batch."""
     for tensor in batch.values() if isinstance(batch, dict) else [batch]:
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             flat = tensor.flatten(1)

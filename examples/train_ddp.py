@@ -1,12 +1,13 @@
-r"""Train on several GPUs, or processes of one CPU, and go on where a failure struck.
+r"""Train on several GPUs, or in several processes on one CPU, and resume after a failure.
 
     torchrun --nproc-per-node 2 examples/train_ddp.py /path/to/features --synthetic
     torchrun --nproc-per-node 8 --max-restarts 3 examples/train_ddp.py /path/to/features \
         --shard static --max-cache-bytes 40GiB --checkpoint run.ckpt
 
 Each rank has a store on its own device, and PathLister gives it its part of the files. Every
---save-every steps rank 0 writes a checkpoint of a few numbers beside the weights; a run that finds
-one goes on at the batch behind it, in the middle of an epoch as well.
+--save-every steps rank 0 writes a checkpoint: the weights, and the state of the loader, which is a
+few numbers. A run that finds a checkpoint continues with the batch after it, also in the middle of
+an epoch.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from gpucache_pipes import GPUCachedPathDataLoader, PathLister
 
 
 def choose_device() -> torch.device:
-    """A GPU for each process of this machine, if there are as many; else the CPU."""
+    """A GPU for each process of this machine, if there are enough of them; else the CPU."""
     rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
         torch.cuda.set_device(rank)
@@ -35,9 +36,9 @@ def choose_device() -> torch.device:
 def join_the_others(device: torch.device) -> None:
     """Initialise torch.distributed, also after a restart.
 
-    What torchrun keeps the addresses of all ranks in survives a restart of the ranks, and some
-    versions of torch do not tell the addresses of one attempt from those of the one before. So
-    each attempt has names of its own.
+    The store in which torchrun keeps the addresses of all ranks survives a restart of the ranks,
+    and some versions of torch confuse the addresses of one attempt with those of the attempt
+    before. So each attempt has its own prefix of names.
     """
     store, rank, ranks = next(dist.rendezvous("env://"))
     attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -52,7 +53,7 @@ def join_the_others(device: torch.device) -> None:
 
 
 def save(checkpoint: Path, **parts: Any) -> None:
-    """Written whole or not at all: the process may be killed at any moment."""
+    """Replace the checkpoint in one step, since the process may be killed at any moment."""
     unfinished = checkpoint.with_suffix(".unfinished")
     torch.save(parts, unfinished)
     unfinished.replace(checkpoint)
@@ -66,15 +67,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, default=64, help="of each rank")
     parser.add_argument("--shard", choices=["epoch", "static"], default="epoch")
     parser.add_argument("--max-cache-bytes", help='budget of each rank, such as "8GiB"')
-    parser.add_argument("--checkpoint", type=Path, help="where to save, and to go on from")
+    parser.add_argument("--checkpoint", type=Path, help="the file to save to and to resume from")
     parser.add_argument("--save-every", type=positive, default=10, help="steps")
     args = parser.parse_args()
 
     device = choose_device()
     join_the_others(device)
     train(args, device)
-    # Models that are left over in cycles, with threads of their own, must go before the group does:
-    # else torch may abort the process at its end.
+    # Collect models that are left in reference cycles and have threads of their own before the
+    # group is destroyed: otherwise torch may abort the process at exit.
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
@@ -107,7 +108,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
     with loader:
         for epoch in range(first_epoch, args.epochs):
-            loader.set_epoch(epoch)  # on every rank the same, whatever it did before
+            loader.set_epoch(epoch)  # all ranks in one epoch, however often each has iterated
             before = loader.store.stats()
             loss = torch.zeros((), device=device)
             for batch in loader:

@@ -1,4 +1,4 @@
-"""Train on a directory of feature files, through an ordinary DataLoader of paths.
+"""Train on a directory of feature files, with an ordinary DataLoader of paths.
 
     python examples/train_with_gpu_cache.py /path/to/features --synthetic --device cuda --epochs 3
 
@@ -22,7 +22,10 @@ MARK = "synthetic-"
 
 
 def write_synthetic(directory: Path, count: int, width: int) -> None:
-    """`count` files of random features around one centre for each label. Overwrites nothing."""
+    """Write `count` files of random features around one centre for each label.
+
+    Overwrites nothing: exits if the directory has other .pt files.
+    """
     if directory.exists() and not directory.is_dir():
         sys.exit(f"{directory} is not a directory")
     directory.mkdir(parents=True, exist_ok=True)
@@ -30,7 +33,7 @@ def write_synthetic(directory: Path, count: int, width: int) -> None:
     if foreign:
         sys.exit(
             f"{directory} holds files that --synthetic did not make ({foreign[0]}, ...); "
-            "give an empty directory, or leave --synthetic away to train on what is there"
+            "give an empty directory, or omit --synthetic to train on these files"
         )
     random = torch.Generator().manual_seed(0)
     centres = torch.randn(CLASSES, width, generator=random)
