@@ -126,7 +126,7 @@ class FeatureBatch(Sequence[Any]):
         leaves = [layout.leaves[number] for layout in self._layouts]
         first = leaves[0]
         differs = any(leaf.shape != first.shape for leaf in leaves)
-        mode = ragged.mode_of(name, differs) if name else None
+        mode = ragged.mode_of(name, differs, len(first.shape)) if name else None
         if mode is None or (mode == "error" and not differs):
             return self._stack(number, leaves)
         for at, leaf in enumerate(leaves):

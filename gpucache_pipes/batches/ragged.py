@@ -3,7 +3,7 @@
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -21,10 +21,11 @@ class Padded(NamedTuple):
     """Sequences of different lengths as one tensor.
 
     Attributes:
-        values: [B, T, *rest], T the largest length, rounded up; beyond its length each sequence
-            is filled with the padding value.
+        values: [B, T, *rest]. T is the largest length, rounded up to pad_to_multiple. Behind its
+            end, each sequence is filled with the padding value.
         lengths: int64 [B].
-        mask: bool [B, T], True where a value is.
+        mask: bool [B, T], True where `values` holds an element of a sequence, False where it
+            holds padding.
     """
 
     values: torch.Tensor
@@ -32,44 +33,68 @@ class Padded(NamedTuple):
     mask: torch.Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class RaggedOptions:
-    """What to do with which leaves; see GPUCollator.
+    """How to join leaves whose first dimension may differ from feature to feature.
 
-    Attributes:
-        known: leaves that were seen to be ragged, and are treated so from then on.
+    The type of a collated batch follows from these options alone, never from the shapes in this
+    batch or in earlier ones: a run that is interrupted and resumed gives the same types as one
+    that is not.
+
+    Args:
+        modes: one of MODES for all leaves, or a dict of them by the names of leaves. One mode
+            other than "error" joins every leaf of at least one dimension that way, in every
+            batch, even where all lengths are equal; tensors without dimensions are stacked. With
+            a dict, leaves that it does not name are stacked, or are an error where shapes differ.
+        padding_value: fills what lies behind the end of a padded sequence.
+        pad_to_multiple: the length of a padded batch is rounded up to a multiple of this.
+
+    Raises:
+        ValueError: an unknown mode, or pad_to_multiple < 1.
+
+    >>> RaggedOptions("pad").mode_of("['frames']", differs=False)
+    'pad'
+    >>> RaggedOptions("pad").mode_of("['label']", differs=False, dimensions=0)
+    >>> RaggedOptions({"frames": "jagged"}).mode_of("['frames']", differs=False)
+    'jagged'
+    >>> RaggedOptions({"frames": "jagged"}).mode_of("['mask']", differs=True)
+    'error'
     """
 
     modes: str | Mapping[str, str] = "error"
     padding_value: float = 0.0
     pad_to_multiple: int = 1
-    known: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         positive_int("pad_to_multiple", self.pad_to_multiple)
-        given = [self.modes] if isinstance(self.modes, str) else list(self.modes.values())
-        for mode in given:
+        for mode in self._all_modes():
             if mode not in MODES:
                 raise ValueError(f"ragged={mode!r} is not known; there are: {', '.join(MODES)}")
 
+    def _all_modes(self) -> list[str]:
+        return [self.modes] if isinstance(self.modes, str) else list(self.modes.values())
+
     @property
     def copies(self) -> bool:
-        """Whether no result is a view of what it was made of."""
-        modes = [self.modes] if isinstance(self.modes, str) else self.modes.values()
-        return "list" not in modes
+        """Whether no result is a view of the memory that it was made from."""
+        return "list" not in self._all_modes()
 
-    def mode_of(self, name: str, differs: bool) -> str | None:
-        """What to do with a leaf of that name; None: nothing, it is like any other."""
+    def mode_of(self, name: str, differs: bool, dimensions: int = 1) -> str | None:
+        """How to join one leaf of all features of a batch; None to stack it.
+
+        Args:
+            name: the leaf's, as `leaf_names` gives it: "['frames']".
+            differs: whether its shape is not the same in all features.
+            dimensions: of the leaf in the first feature. Only 0 makes a difference.
+        """
         if not isinstance(self.modes, str):
             # A leaf of a plain dict may be named by its key.
             key = name[2:-2] if name.startswith("['") and name.count("[") == 1 else name
             mode = self.modes.get(name) or self.modes.get(key)
             return mode if mode is not None else "error" if differs else None
-        if self.modes == "error":
-            return "error" if differs else None
-        if differs:
-            self.known.add(name)
-        return self.modes if name in self.known else None
+        if self.modes == "error" or not dimensions:
+            return self.modes if differs else None
+        return self.modes
 
 
 def join_ragged(

@@ -31,12 +31,12 @@ class GPUCollator(BaseNode[Any]):
         batch_size: collate so many single features. Behind a GPUPrefetcher they are still
             gathered at once.
         drop_last: leave out a last batch that is smaller than batch_size.
-        ragged: what becomes of a tensor whose first dimension differs from feature to feature:
-            "error"; "pad", a Padded of values [B, T, ...], lengths and mask; "jagged", a
-            torch.nested tensor; "list", a list of tensors. Or a dict of these by the names of
-            leaves, as errors name them, or by the keys of a feature that is a dict. Without names
-            a leaf is treated so once it has been seen to differ: name those that must be so from
-            the first batch on. Needs a GPUPrefetcher in front.
+        ragged: how to join tensors whose first dimension may differ from feature to feature:
+            "error", to raise; "pad", a Padded of values [B, T, ...], lengths and mask; "jagged",
+            a torch.nested tensor; "list", a list of tensors. One mode is for every leaf of at
+            least one dimension, in every batch, even where all lengths are equal. A dict of modes
+            is for the leaves that it names: as errors name them, or by the keys of a feature that
+            is a dict; other leaves are stacked. Needs a GPUPrefetcher right in front.
         padding_value: what is put behind shorter sequences.
         pad_to_multiple: round the length of a padded batch up to a multiple of this.
 
