@@ -21,6 +21,7 @@ from gpucache_pipes import (
     GPUPrefetcher,
     PathLister,
 )
+from gpucache_pipes.nodes.upstream import find_upstream, single_upstream, upstream_nodes
 from gpucache_pipes.testing import assert_same
 
 Files = Callable[..., list[str]]
@@ -448,3 +449,42 @@ def test_an_interrupt_while_an_element_is_requested_loses_nothing(
             break
         seen += [item] if batch_size is None else item.tolist()
     assert seen == list(range(10))
+
+
+class Joined:
+    """What `upstream_nodes` follows, without a pipeline."""
+
+    def __init__(self, source: Any = None, **source_nodes: Any) -> None:
+        self.source = source
+        if source_nodes:
+            self.source_nodes = source_nodes
+
+
+def test_upstream_nodes_come_nearest_first_and_once() -> None:
+    shared = Joined()
+    left, right = Joined(shared), Joined(Joined(shared))
+    mixed = Joined(a=left, b=right)
+    first = Joined(mixed)
+    assert list(upstream_nodes(first)) == [first, mixed, left, right, shared, right.source]
+    assert list(single_upstream(first)) == [first, mixed]
+    assert list(upstream_nodes(first, beyond=lambda node: node is first)) == [first, mixed]
+    shared.source = first  # a cycle
+    assert len(list(upstream_nodes(first))) == 6
+    assert list(single_upstream(right))[-1] is mixed
+
+
+def test_an_order_is_not_known_behind_a_node_that_mixes(store: GPUFeatureStore) -> None:
+    lister = PathLister(PATHS)
+    mapped = tn.Mapper(lister, Path)
+    assert find_upstream(mapped, "upcoming") == lister.upcoming
+    mixing = tn.MultiNodeWeightedSampler({"a": mapped}, {"a": 1.0})
+    assert find_upstream(mixing, "upcoming") is None
+    assert find_upstream(mixing, "source_nodes") == {"a": mapped}
+    assert find_upstream(PATHS, "upcoming") is None
+    # But pipelines behind it are shut down with the collator.
+    features = {name: GPUPrefetcher(PATHS, store) for name in "ab"}
+    node = GPUCollator(tn.MultiNodeWeightedSampler(features, {"a": 1.0, "b": 1.0}), batch_size=4)
+    next(node)
+    node.shutdown()
+    assert not any(map(list, (prefetcher._ahead for prefetcher in features.values())))
+    store.check()

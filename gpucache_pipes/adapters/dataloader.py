@@ -12,9 +12,10 @@ from torchdata.nodes import BaseNode
 
 from gpucache_pipes.adapters.iteration import Iteration, Progress
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
+from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.nodes.failures import Failures, OnError
 from gpucache_pipes.nodes.sharding import find_rank
-from gpucache_pipes.nodes.upstream import as_node, guarded
+from gpucache_pipes.nodes.upstream import as_node
 from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.units import positive_int
 

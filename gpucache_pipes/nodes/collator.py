@@ -10,9 +10,10 @@ from torch.utils.data import default_collate
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batches import FeatureBatch, RaggedOptions, first_device, to_device
+from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
-from gpucache_pipes.nodes.upstream import as_node, call
+from gpucache_pipes.nodes.upstream import as_node, upstream_nodes
 from gpucache_pipes.units import positive_int
 
 
@@ -142,15 +143,9 @@ class GPUCollator(BaseNode[Any]):
             prefetcher.shutdown()
 
     def _prefetchers(self) -> Iterator[GPUPrefetcher]:
-        """The nearest ones upstream: several, where a node samples from several sources."""
-        nodes: list[Any] = [self.source]
-        for node in nodes:
-            if isinstance(node, GPUPrefetcher):
-                yield node
-            else:
-                if getattr(node, "source", None) is not None:
-                    nodes.append(node.source)
-                nodes += getattr(node, "source_nodes", {}).values()
+        """The nearest ones upstream. There are several where a node mixes several sources."""
+        nodes = upstream_nodes(self.source, beyond=lambda node: not isinstance(node, GPUPrefetcher))
+        return (node for node in nodes if isinstance(node, GPUPrefetcher))
 
     def _prefetcher(self) -> GPUPrefetcher | None:
         return next(self._prefetchers(), None)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpucache_pipes.nodes.upstream import guarded
+from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.store import PendingBatch
 from gpucache_pipes.units import positive_int
 

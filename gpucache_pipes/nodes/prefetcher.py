@@ -10,11 +10,12 @@ from weakref import WeakValueDictionary
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batches import FeatureBatch, RaggedOptions
+from gpucache_pipes.nodes.callbacks import call, guarded
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.failures import Failures, OnError
 from gpucache_pipes.nodes.pending_element import PendingElement
 from gpucache_pipes.nodes.sharding import find_rank
-from gpucache_pipes.nodes.upstream import as_node, call, guarded
+from gpucache_pipes.nodes.upstream import as_node, find_upstream
 from gpucache_pipes.store import GPUFeatureStore, PendingBatch
 from gpucache_pipes.units import positive_int
 
@@ -378,13 +379,3 @@ class GPUPrefetcher(BaseNode[Any]):
         for head in ahead:
             if head.ticket is not None:
                 head.ticket.abandon()
-
-
-def find_upstream(node: Any, name: str) -> Any:
-    """The attribute of that name of `node`, or of the nearest `source` behind it, or None."""
-    while node is not None:
-        found = getattr(node, name, None)
-        if found is not None:
-            return found
-        node = getattr(node, "source", None)
-    return None
