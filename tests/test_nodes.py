@@ -1,6 +1,7 @@
 """GPUPrefetcher and GPUCollator: order, state, errors, and company."""
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from gpucache_pipes import (
     GPUPrefetcher,
     PathLister,
 )
+from gpucache_pipes.nodes.identity import SourceIdentity
 from gpucache_pipes.nodes.upstream import find_upstream, single_upstream, upstream_nodes
 from gpucache_pipes.testing import assert_same
 
@@ -488,3 +490,72 @@ def test_an_order_is_not_known_behind_a_node_that_mixes(store: GPUFeatureStore) 
     node.shutdown()
     assert not any(map(list, (prefetcher._ahead for prefetcher in features.values())))
     store.check()
+
+
+class Referable:
+    """May be referred to weakly."""
+
+
+@pytest.mark.parametrize("make", [Referable, list, lambda: PathLister(PATHS)])
+def test_identities_of_one_source_are_equal(make: Callable[[], Any]) -> None:
+    source, other = make(), make()
+    first, second = SourceIdentity(source), SourceIdentity(source)
+    assert first == second and hash(first) == hash(second) and {first: 1}[second] == 1
+    assert first != SourceIdentity(other) and first != id(source) and first != source
+    assert type(source).__name__ in repr(first)
+
+
+def test_identities_outlive_their_source_and_do_not_hold_it() -> None:
+    source = Referable()
+    gone = weakref.ref(source)
+    first, second = SourceIdentity(source), SourceIdentity(source)
+    del source
+    assert gone() is None
+    assert first == first and first == second and repr(first) == "SourceIdentity(collected)"
+    held = [1]
+    assert SourceIdentity(held) != first
+
+
+def test_a_new_source_with_the_id_of_an_old_one_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpucache_pipes.nodes.identity.id", lambda source: 7, raising=False)
+    old = Referable()
+    before = SourceIdentity(old)
+    del old
+    new = Referable()
+    after = SourceIdentity(new)
+    assert hash(before) == hash(after) and before != after and after != before
+    lists = [SourceIdentity(["a"]), SourceIdentity(["a"])]
+    assert hash(lists[0]) == hash(after) and len({*lists, before, after}) == 4
+
+
+def test_a_new_pipeline_over_the_same_source_is_the_same_to_the_policy(
+    store: GPUFeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners = []
+    begin_epoch = store.begin_epoch
+    monkeypatch.setattr(store, "begin_epoch", lambda owner: owners.append(owner))
+    batches = [PATHS[:3], PATHS[3:6]]
+    for source in (batches, batches, list(batches)):
+        list(GPUPrefetcher(source, store))
+    begin_epoch(owners[0])
+    assert owners[0] == owners[1] != owners[2]
+
+
+def test_a_pipeline_takes_back_what_another_one_over_its_source_is_filed_under() -> None:
+    """The source is collected together with the second pipeline, and before the store hears it."""
+    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__) as store:
+        retracted: list[Any] = []
+        lister = PathLister(PATHS, batch_size=5)
+        first = GPUPrefetcher(lister, store)
+        list(first)
+        second = GPUPrefetcher(lister, store)
+        next(second)
+        filed = first._owner
+        store.retract = retracted.append  # type: ignore[method-assign]
+        gone = weakref.ref(lister)
+        del first, second, lister
+        gc.collect()
+        assert gone() is None
+        assert retracted[-1] == filed and retracted[-1] is not filed

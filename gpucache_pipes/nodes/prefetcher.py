@@ -13,6 +13,7 @@ from gpucache_pipes.batches import FeatureBatch, RaggedOptions
 from gpucache_pipes.nodes.callbacks import call, guarded
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.failures import Failures, OnError
+from gpucache_pipes.nodes.identity import SourceIdentity
 from gpucache_pipes.nodes.pending_element import PendingElement
 from gpucache_pipes.nodes.sharding import find_rank
 from gpucache_pipes.nodes.upstream import as_node, find_upstream
@@ -25,7 +26,8 @@ _LAST_GOOD = "last_good"
 SERVED = "served"
 """In a state: False while nothing of its epoch could be loaded."""
 
-_latest: "WeakValueDictionary[tuple[int, int], GPUPrefetcher]" = WeakValueDictionary()
+_Key = tuple[SourceIdentity, SourceIdentity]
+_latest: "WeakValueDictionary[_Key, GPUPrefetcher]" = WeakValueDictionary()
 """Of the pipelines over one source and store, the one that has begun last."""
 
 
@@ -98,8 +100,8 @@ class GPUPrefetcher(BaseNode[Any]):
         self._state: dict[str, Any] = {}
         # Names this pipeline to the policy; the same for all over one source, since some make
         # a new pipeline in each epoch.
-        self._owner = ("pipeline over", id(source))
-        self._key = (id(store), id(source))
+        self._owner = SourceIdentity(source)
+        self._key = (SourceIdentity(store), self._owner)
         # What comes, where a lister knows it.
         self._upcoming = find_upstream(self.source, "upcoming")
         self._stream = ConsumerStream(store)
