@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torchdata.nodes import BaseNode
 from gpucache_pipes.adapters.iteration import Iteration, Progress
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
 from gpucache_pipes.nodes.callbacks import guarded
-from gpucache_pipes.nodes.failures import Failures, OnError
+from gpucache_pipes.nodes.options import CollateOptions, OnError, PrefetchOptions
 from gpucache_pipes.nodes.sharding import find_rank
 from gpucache_pipes.nodes.upstream import as_node
 from gpucache_pipes.store import GPUFeatureStore
@@ -90,23 +91,24 @@ class GPUCachedPathDataLoader:
         given = {name: value for name, value in options.items() if value is not None}
         if store is not None and given:
             raise ValueError(f"set {', '.join(sorted(given))} on the store that is given")
-        self._prefetch_batches = positive_int("prefetch_batches", prefetch_batches)
         as_node(loader)  # or a TypeError
         self._loader = loader
         # An iterator has one pass, and a second one is an error.
         self._source = as_node(loader) if isinstance(loader, Iterator) else loader
-        self._collate_options: dict[str, Any] = {
-            "collate_fn": collate_fn,
-            "ragged": ragged,
-            "padding_value": padding_value,
-            "pad_to_multiple": pad_to_multiple,
-        }
-        Failures(on_error, max_failures)  # wrong options: now, and not while training
-        GPUCollator((), **self._collate_options)
-        self._error_options: dict[str, Any] = {"on_error": on_error, "max_failures": max_failures}
+        self._collate_options = CollateOptions(
+            collate_fn=collate_fn,
+            ragged=ragged,
+            padding_value=padding_value,
+            pad_to_multiple=pad_to_multiple,
+        )
+        self._prefetch_options = PrefetchOptions(
+            depth=positive_int("prefetch_batches", prefetch_batches),
+            on_error=on_error,
+            max_failures=max_failures,
+        )
         self._path_extractor = path_extractor
         self._build_batch_fn = build_batch_fn
-        self._progress = Progress(loader, on_error != "raise")
+        self._progress = Progress(loader, self._prefetch_options.tolerant)
         if self._progress.has_state:
             self.state_dict = self._progress.state_dict
             self.load_state_dict = self._progress.load_state_dict
@@ -116,14 +118,11 @@ class GPUCachedPathDataLoader:
 
     def __iter__(self) -> Iterator[Any]:
         # Nodes of its own for each iteration: two at once do not disturb each other.
-        features = GPUPrefetcher(
-            self._source,
-            self.store,
-            depth=self._prefetch_batches,
-            path_fn=self._paths_of,
-            **self._error_options,
-        )
-        batches = GPUCollator(features, **self._collate_options)
+        # The path_fn not before: a method of this object in it would be a reference cycle, and the
+        # store's memory would be freed by the garbage collector only.
+        options = replace(self._prefetch_options, path_fn=self._paths_of)
+        features = GPUPrefetcher(self._source, self.store, **vars(options))
+        batches = GPUCollator(features, **vars(self._collate_options))
         return Iteration(batches, features, self._progress, self._join)
 
     def _join(self, gpu_batch: Any, original: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.data import IterDataPipe
 
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
-from gpucache_pipes.nodes.failures import OnError
+from gpucache_pipes.nodes.options import CollateOptions, OnError, PrefetchOptions, require_store
 from gpucache_pipes.store import GPUFeatureStore
 
 
@@ -26,18 +26,12 @@ class GPUPrefetchIterDataPipe(IterDataPipe[Any]):
         super().__init__()
         self.source_datapipe = source_datapipe
         self.store = store
-        self._options: dict[str, Any] = {
-            "depth": depth,
-            "path_fn": path_fn,
-            "join_fn": join_fn,
-            "on_error": on_error,
-            "max_failures": max_failures,
-        }
-        GPUPrefetcher((), store, **self._options)  # wrong options: now, and not while training
+        require_store(store)
+        self._options = PrefetchOptions(depth, path_fn, join_fn, on_error, max_failures)
 
     def new_node(self) -> GPUPrefetcher:
         """The node that does it, over the source."""
-        return GPUPrefetcher(self.source_datapipe, self.store, **self._options)
+        return GPUPrefetcher(self.source_datapipe, self.store, **vars(self._options))
 
     def __iter__(self) -> Iterator[Any]:
         node = self.new_node()
@@ -63,19 +57,13 @@ class GPUCollateIterDataPipe(IterDataPipe[Any]):
     ) -> None:
         super().__init__()
         self.source_datapipe = source_datapipe
-        self._options: dict[str, Any] = {
-            "collate_fn": collate_fn,
-            "batch_size": batch_size,
-            "drop_last": drop_last,
-            **ragged_options,
-        }
-        GPUCollator((), **self._options)
+        self._options = CollateOptions(collate_fn, batch_size, drop_last, **ragged_options)
 
     def __iter__(self) -> Iterator[Any]:
         source: Any = self.source_datapipe
         if isinstance(source, GPUPrefetchIterDataPipe):
             source = source.new_node()  # which can gather many single features at once
-        node = GPUCollator(source, **self._options)
+        node = GPUCollator(source, **vars(self._options))
         try:
             yield from node
         finally:
@@ -83,10 +71,10 @@ class GPUCollateIterDataPipe(IterDataPipe[Any]):
 
     def __len__(self) -> int:
         count = len(self.source_datapipe)
-        size: int | None = self._options["batch_size"]
+        size = self._options.batch_size
         if size is None:
             return count
-        return count // size if self._options["drop_last"] else -(-count // size)
+        return count // size if self._options.drop_last else -(-count // size)
 
 
 def _register(name: str, pipe: type[IterDataPipe[Any]]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from torchdata.nodes import BaseNode, IterableWrapper, Loader
 
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
-from gpucache_pipes.nodes.prefetcher import SERVED
+from gpucache_pipes.nodes.failures import SERVED
 
 _OURS = ("node", "finished")
 """What a state over a node has beside that of a GPUPrefetcher."""

@@ -9,12 +9,12 @@ import torch
 from torch.utils.data import default_collate
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.batches import FeatureBatch, RaggedOptions, first_device, to_device
+from gpucache_pipes.batches import FeatureBatch, first_device, to_device
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
+from gpucache_pipes.nodes.options import CollateOptions
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
 from gpucache_pipes.nodes.upstream import as_node, upstream_nodes
-from gpucache_pipes.units import positive_int
 
 
 class GPUCollator(BaseNode[Any]):
@@ -58,13 +58,10 @@ class GPUCollator(BaseNode[Any]):
         pad_to_multiple: int = 1,
     ) -> None:
         super().__init__()
-        if collate_fn is not None and ragged != "error":
-            raise ValueError("ragged= is for the default collation; the collate_fn does it all")
-        self.ragged = RaggedOptions(ragged, padding_value, pad_to_multiple)
-        if batch_size is not None:
-            positive_int("batch_size", batch_size)
-        elif drop_last:
-            raise ValueError("drop_last=True needs a batch_size")
+        options = CollateOptions(
+            collate_fn, batch_size, drop_last, ragged, padding_value, pad_to_multiple
+        )
+        self.ragged = options.ragged_options()
         self.source = as_node(source)
         self.collate_fn = collate_fn
         self.batch_size = batch_size
@@ -103,7 +100,7 @@ class GPUCollator(BaseNode[Any]):
         features: list[Any] = []
         for feature in source:
             if isinstance(feature, FeatureBatch):
-                raise TypeError("the source yields batches already: leave batch_size away")
+                raise TypeError("the source yields batches already: omit batch_size")
             features.append(feature)
             if len(features) == count:
                 break
