@@ -1,4 +1,4 @@
-"""Batches of files of like size: all files, still shuffled, and little padding."""
+"""Batches of files of similar size: all files, still shuffled, and little padding."""
 
 from collections.abc import Callable
 from itertools import chain, pairwise

@@ -301,8 +301,8 @@ def test_the_same_names_in_other_directories(tmp_path: Path, files: str) -> None
     lister("a", "b", "c", "d").reset(before.state_dict())
 
 
-def test_what_is_no_state() -> None:
-    with pytest.raises(ValueError, match="no state of a PathLister"):
+def test_what_is_not_a_state() -> None:
+    with pytest.raises(ValueError, match="not a state of a PathLister"):
         PathLister(NAMES).reset({})
 
 
