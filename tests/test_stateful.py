@@ -190,7 +190,7 @@ def test_an_iterator_has_one_pass(paths: list[str]) -> None:
             GPUCachedPathDataLoader(wrong, device="cpu")
     with (
         GPUCachedPathDataLoader([paths], device="cpu", path_extractor=str) as cached,
-        pytest.raises(TypeError, match="path_extractor must give a list"),
+        pytest.raises(TypeError, match="path_extractor must return a list"),
     ):
         list(cached)
 
@@ -220,7 +220,9 @@ def test_a_loader_without_a_state_has_none(paths: list[str]) -> None:
             cached.state_dict()
     with GPUCachedPathDataLoader(lister(paths), device="cpu") as cached:
         assert isinstance(cached, tn.Stateful)
-        with pytest.raises(ValueError, match="no state of a GPUCachedPathDataLoader over a node"):
+        with pytest.raises(
+            ValueError, match="not a state of a GPUCachedPathDataLoader over a node"
+        ):
             cached.load_state_dict(lister(paths).state_dict())
 
 
@@ -253,7 +255,7 @@ def test_an_error_does_not_end_the_pass(paths: list[str]) -> None:
 def test_two_at_once_over_one_node_are_an_error(paths: list[str], make: Any) -> None:
     with (
         GPUCachedPathDataLoader(make(paths), device="cpu") as cached,
-        pytest.raises(RuntimeError, match="iterated anew"),
+        pytest.raises(RuntimeError, match="a later iteration over this node"),
     ):
         list(zip(cached, cached, strict=True))
 
@@ -265,7 +267,7 @@ def test_a_node_is_iterated_by_one_at_a_time(paths: list[str]) -> None:
         second = iter(cached)
         next(first)  # nothing has begun yet
         next(second)
-        with pytest.raises(RuntimeError, match="iterated anew"):
+        with pytest.raises(RuntimeError, match="a later iteration over this node"):
             next(first)
         del first
         assert len(list(second)) == 6

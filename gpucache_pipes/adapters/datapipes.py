@@ -1,4 +1,4 @@
-"""`.gpu_prefetch()` and `.gpu_collate()` for IterDataPipes; importing this registers them."""
+"""`.gpu_prefetch()` and `.gpu_collate()` of IterDataPipes. Importing this module registers them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +11,17 @@ from gpucache_pipes.store import GPUFeatureStore
 
 
 class GPUPrefetchIterDataPipe(IterDataPipe[Any]):
-    """`source.gpu_prefetch(store, depth=2, ...)`: paths become features, as GPUPrefetcher."""
+    """`source.gpu_prefetch(store, depth=2, ...)`: a GPUPrefetcher over a DataPipe.
+
+    Each iteration makes a new node, and shuts it down when the iterator is closed or collected.
+
+    Args:
+        source_datapipe: yields paths, sequences of paths, or with path_fn anything else.
+        store, depth, path_fn, join_fn, on_error, max_failures: as in GPUPrefetcher.
+
+    Raises:
+        ValueError, TypeError: for wrong arguments, as GPUPrefetcher.
+    """
 
     def __init__(
         self,
@@ -30,7 +40,7 @@ class GPUPrefetchIterDataPipe(IterDataPipe[Any]):
         self._options = PrefetchOptions(depth, path_fn, join_fn, on_error, max_failures)
 
     def new_node(self) -> GPUPrefetcher:
-        """The node that does it, over the source."""
+        """A new GPUPrefetcher over the source."""
         return GPUPrefetcher(self.source_datapipe, self.store, **vars(self._options))
 
     def __iter__(self) -> Iterator[Any]:
@@ -45,7 +55,18 @@ class GPUPrefetchIterDataPipe(IterDataPipe[Any]):
 
 
 class GPUCollateIterDataPipe(IterDataPipe[Any]):
-    """`source.gpu_collate(...)`: features become batches, as GPUCollator."""
+    """`source.gpu_collate(...)`: a GPUCollator over a DataPipe.
+
+    Directly behind `gpu_prefetch`, `batch_size` single features are gathered at once.
+
+    Args:
+        source_datapipe: yields FeatureBatches or sequences of features; with batch_size, features.
+        collate_fn, batch_size, drop_last: as in GPUCollator.
+        **ragged_options: its ragged, padding_value and pad_to_multiple.
+
+    Raises:
+        ValueError, TypeError: for wrong arguments, as GPUCollator.
+    """
 
     def __init__(
         self,
@@ -62,7 +83,7 @@ class GPUCollateIterDataPipe(IterDataPipe[Any]):
     def __iter__(self) -> Iterator[Any]:
         source: Any = self.source_datapipe
         if isinstance(source, GPUPrefetchIterDataPipe):
-            source = source.new_node()  # which can gather many single features at once
+            source = source.new_node()  # GPUCollator gathers at once from a node
         node = GPUCollator(source, **vars(self._options))
         try:
             yield from node
@@ -78,7 +99,7 @@ class GPUCollateIterDataPipe(IterDataPipe[Any]):
 
 
 def _register(name: str, pipe: type[IterDataPipe[Any]]) -> None:
-    # A module that is loaded again brings new classes of the same names.
+    # A reloaded module registers its new classes under the same names.
     IterDataPipe.functions.pop(name, None)
     IterDataPipe.register_datapipe_as_function(name, pipe)
 

@@ -1,4 +1,9 @@
-"""Leaves whose first dimension differs from feature to feature: padded, jagged, or as lists."""
+"""Joins leaves whose first dimension may differ: padded, jagged, or as lists.
+
+Two ways lead to the same bits. On the host each sequence is copied by one memmove, several times
+as fast as by an index. On devices one gather by an index of elements joins all sequences, so that
+the number of operations does not depend on the number of features.
+"""
 
 import ctypes
 import math
@@ -13,8 +18,10 @@ from gpucache_pipes.files import Leaf
 from gpucache_pipes.units import positive_int
 
 MODES = ("error", "pad", "jagged", "list")
+"""How a leaf of all features is joined; see GPUCollator."""
 
 _UNITS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
+"""Dtypes by which bytes are moved, the widest first."""
 
 
 class Padded(NamedTuple):
@@ -104,10 +111,20 @@ def join_ragged(
     leaves: Sequence[Leaf],
     options: RaggedOptions,
 ) -> Any:
-    """One leaf of all features, each at its start in `block` (uint8), and aligned to its rows.
+    """Join one leaf of all features.
 
-    The leaves differ in their first dimension only. Takes a number of device operations that
-    does not depend on the number of features, but for "list".
+    Args:
+        mode: "pad", "jagged" or "list".
+        block: uint8, holds the leaf of each feature.
+        starts: where it begins in the block, in bytes: a multiple of the bytes of a row.
+        leaves: of each feature; they differ in their first dimension only.
+        options: padding_value and pad_to_multiple.
+
+    Returns:
+        A Padded, or a torch.nested tensor, in new memory; or for "list" views of the block.
+
+    Raises:
+        RuntimeError: for a padding_value that the dtype does not have.
     """
     lengths = [leaf.shape[0] for leaf in leaves]
     if mode == "list":
@@ -120,7 +137,7 @@ def join_ragged(
 
 
 def stack_scattered(block: torch.Tensor, starts: Sequence[int], leaf: Leaf) -> torch.Tensor:
-    """[B, *shape] of a leaf that has one shape, but another place in each feature."""
+    """[B, *shape] of a leaf that begins at `starts` (bytes) in `block` (uint8), in new memory."""
     units, size, count = _units_of(block, leaf.nbytes)
     [base] = _upload([[start // size for start in starts]], block.device)
     index = torch.arange(count, device=block.device) + base.unsqueeze(1)
@@ -128,7 +145,7 @@ def stack_scattered(block: torch.Tensor, starts: Sequence[int], leaf: Leaf) -> t
 
 
 def _units_of(block: torch.Tensor, nbytes: int) -> tuple[torch.Tensor, int, int]:
-    """The block in the widest elements that divide so many bytes; their size and number."""
+    """`block` in the widest elements that divide `nbytes`, their size, and their number in it."""
     unit = next(dtype for dtype in _UNITS if nbytes % dtype.itemsize == 0)
     whole = len(block) // unit.itemsize * unit.itemsize
     return block[:whole].view(unit), unit.itemsize, nbytes // unit.itemsize
@@ -163,7 +180,7 @@ def _pad(
         values = torch.empty(shape, dtype=leaf.dtype, device=block.device)
     else:
         index = torch.arange(count, device=block.device) + base
-        # Beyond its end each sequence reads what is not its own, which is written over.
+        # Behind its end, each sequence reads bytes that are not its own. They are filled below.
         index.clamp_(max=len(units) - 1)
         values = units[index].view(leaf.dtype).view(shape)
     _fill(values, options.padding_value, ~mask)
@@ -171,10 +188,10 @@ def _pad(
 
 
 def _fill(values: torch.Tensor, value: float, where: torch.Tensor | None = None) -> None:
-    """Fill `values`, or those where [B, T] `where` is True.
+    """Fill `values` [B, T, *rest] with `value`, only where `where` [B, T] is True if it is given.
 
-    By their bits, since many dtypes have no such operation, and which of them do depends on the
-    device. Raises RuntimeError for a value that the dtype does not have.
+    This writes the bits of the value as integers: many dtypes have no fill operation, and which
+    ones have depends on the device. Raises RuntimeError for a value that the dtype does not have.
     """
     bits = _BITS.get(values.dtype.itemsize)
     if bits is not None:
@@ -201,7 +218,7 @@ def _bits_of(value: float, dtype: torch.dtype, bits: torch.dtype) -> int:
 
 
 def _is_on_host(block: torch.Tensor) -> bool:
-    """Whether its bytes may be copied by their addresses: a simulated device has none."""
+    """Whether bytes may be copied by address. Tensors of a simulated device have no addresses."""
     return block.device.type == "cpu" and type(block) is torch.Tensor
 
 
@@ -213,14 +230,20 @@ def _copy(
     row_bytes: int,
     longest: int | None = None,
 ) -> None:
-    """Sequences, each at its start in `block`, to every `longest` rows of `target`, or end to end.
+    """Copy sequences of `lengths` rows on the host, by address and without bounds checks.
 
-    On the host a copy for each is several times as fast as one by an index of their elements.
+    Args:
+        block: uint8, holds the sequences.
+        starts: where each begins in the block, in bytes.
+        lengths: of each, in rows.
+        target: where they go.
+        row_bytes: bytes per row.
+        longest: rows from one sequence to the next in the target; None to copy them end to end.
     """
-    source, place = block.data_ptr(), target.data_ptr()
+    source, address = block.data_ptr(), target.data_ptr()
     for start, length in zip(starts, lengths, strict=True):
-        ctypes.memmove(place, source + start, length * row_bytes)
-        place += (length if longest is None else longest) * row_bytes
+        ctypes.memmove(address, source + start, length * row_bytes)
+        address += (length if longest is None else longest) * row_bytes
 
 
 def _make_jagged(
@@ -250,6 +273,7 @@ def _make_jagged(
 
 
 def _upload(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """int64 [rows, columns] on the device; from pinned memory, so that the host does not wait."""
     table = torch.tensor(rows, dtype=torch.int64)
     if device.type == "cpu":
         return table

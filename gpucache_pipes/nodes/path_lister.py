@@ -24,8 +24,9 @@ class PathLister(BaseNode[Any]):
 
         PathLister("features/", batch_size=256, shuffle=True, seed=0)
 
-    Each reset begins the next epoch. The order of an epoch follows from (seed, epoch) alone, so a
-    state is a few numbers, and the store's policy can be told the order in advance.
+    Each reset begins the next epoch, or the current one again if nothing was yielded of it. Over
+    the same files, the order of an epoch follows from (seed, epoch): a state is a few numbers, and
+    the order can be announced to the store's policy.
 
     Args:
         source: a directory, a glob such as "data/**/*.pt", or a sequence of paths: a list of
@@ -38,10 +39,10 @@ class PathLister(BaseNode[Any]):
         shuffle: a new order in each epoch: that of torch.utils.data.DistributedSampler with the
             same seed and one replica.
         seed: any whole number.
-        sampler: yields positions in the sorted list of files, or lists of positions, each a
-            batch. What it draws from torch's random numbers follows from (seed, epoch);
-            `sampler.set_epoch(epoch)` is called where it exists. It may be iterated more than
-            once per epoch, to announce the order.
+        sampler: yields positions in the list of files, or lists of positions, each a batch. What
+            it draws from torch's random numbers follows from (seed, epoch);
+            `sampler.set_epoch(epoch)` is called where it exists. It may be iterated more than once
+            per epoch, to announce the order.
         num_shards, shard_index: yield only part `shard_index` of `num_shards`. By default those
             of the ranks of an initialised torch.distributed, or that torchrun announces, looked up
             when an epoch begins. A sampler or a stream counts as sharded already. All parts have
