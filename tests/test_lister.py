@@ -237,7 +237,7 @@ def test_samplers(make_sampler: Callable[[], Any], steps: int) -> None:
         lister.reset()
         ahead = list(lister.upcoming())
         orders.append(list(lister))
-        assert ahead[: len(orders[-1])] == orders[-1]  # what is announced is what comes
+        assert ahead[: len(orders[-1])] == orders[-1]  # the announced order is the order
         assert len(orders[-1]) == len(lister)
     if not isinstance(lister.sampler, list):
         assert len({tuple(order) for order in orders}) > 1

@@ -1,4 +1,4 @@
-"""GPUPrefetcher and GPUCollator: order, state, errors, and company."""
+"""GPUPrefetcher and GPUCollator: order, states, errors, and nodes of torchdata around them."""
 
 import gc
 import weakref
@@ -33,7 +33,7 @@ PATHS = list(FEATURES)
 
 @pytest.fixture(autouse=True)
 def collect_in_the_main_thread() -> Iterator[None]:
-    """torchdata's Prefetcher, when it is collected, joins its threads: no such thread may do it."""
+    """torchdata's Prefetcher joins its threads when it is collected: not to be in one of these."""
     gc.disable()
     yield
     gc.collect()
@@ -43,12 +43,12 @@ def collect_in_the_main_thread() -> Iterator[None]:
 @pytest.fixture(params=BACKENDS)
 def store(request: pytest.FixtureRequest) -> GPUFeatureStore:
     device = device_for(request.param)
-    # Room for half of the files: evictions happen all the time.
+    # The cache has room for half of the files, so that evictions happen all the time.
     return GPUFeatureStore(device, load_fn=FEATURES.__getitem__, max_cache_items=5)
 
 
 def numbers(item: Any) -> Any:
-    """What an element is about, in plain numbers."""
+    """The labels or numbers of an element, as plain numbers."""
     if isinstance(item, torch.Tensor):
         return item.flatten().tolist()
     if isinstance(item, str):
@@ -100,7 +100,7 @@ MAKERS: dict[str, Callable[[GPUFeatureStore], tn.BaseNode[Any]]] = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_torchdata_contract(name: str, store: GPUFeatureStore) -> None:
-    """Saved before the start, in the middle and at the end; restored; and the next epoch."""
+    """States from the start, the middle and the end resume exactly; then the next epoch follows."""
     make = MAKERS[name]
 
     def run(node: tn.BaseNode[Any], count: int | None = None) -> list[Any]:
@@ -296,8 +296,8 @@ def test_an_interrupt_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         next(node)
         with monkeypatch.context() as patch:
 
-            def interrupted(tickets: Any, ragged: Any = None) -> Any:
-                store.cancel(tickets)
+            def interrupted(batches: Any, ragged: Any = None) -> Any:
+                store.cancel(batches)
                 raise KeyboardInterrupt
 
             patch.setattr(store, "collect", interrupted)
@@ -315,7 +315,7 @@ def test_nothing_is_held_for_a_pipeline_that_is_gone(store: GPUFeatureStore) -> 
     node.reset()
     next(node)
     del node
-    store.get_batch(PATHS)  # what was being loaded has come
+    store.get_batch(PATHS)  # waits for pending reads
     gc.collect()
     store.check()
     assert not store._cache.pins.numbers()
@@ -330,7 +330,7 @@ def test_train_and_validation_share_a_store() -> None:
         for _ in range(6):
             assert sorted(n for b in train for n in b["n"].tolist()) == list(range(7))
             assert [n for b in validate for n in b["n"].tolist()] == [7, 8, 9]
-        # Ten files, eight places: each later epoch can serve eight of ten.
+        # A cache of eight of ten files can serve eight requests of each later epoch.
         assert store.stats().hits >= 5 * (8 - 1)
 
 
@@ -340,7 +340,7 @@ def test_half_a_cache_serves_half_of_the_requests(shuffle: bool, known: bool) ->
     features = {f"/g/{n:03d}.pt": sample(n) for n in range(100)}
     with GPUFeatureStore("cpu", load_fn=features.__getitem__, max_cache_items=50) as store:
         lister = PathLister(list(features), batch_size=5, shuffle=shuffle)
-        # Behind a generator, nothing is known of what comes.
+        # Behind a generator, no order is announced.
         source = lister if known else _Anew(lister)
         loader = tn.Loader(GPUPrefetcher(source, store, depth=1))
         for _ in loader:
@@ -350,7 +350,7 @@ def test_half_a_cache_serves_half_of_the_requests(shuffle: bool, known: bool) ->
             for _ in loader:
                 pass
         hits = store.stats().hits - start.hits
-        assert hits >= 5 * (50 - 10)  # less what is in flight
+        assert hits >= 5 * (50 - 10)  # less the pending ones
         assert hits <= 5 * 50 + 10
 
 
@@ -364,7 +364,7 @@ class _Anew:
 
 
 def test_shutting_down_takes_no_lock(store: GPUFeatureStore) -> None:
-    """It happens in finalizers, which the collector may run inside the lock."""
+    """Finalizers call it, and the garbage collector may run these while the lock is held."""
     node = GPUPrefetcher(PathLister(PATHS), store)
     next(node)
     with store._desk.lock:

@@ -20,7 +20,7 @@ class SourceIdentity:
     follows from CPython, where an object has one weak reference without a callback, which all
     callers of `weakref.ref` share for as long as any of them holds it. Elsewhere identities of a
     dead object would equal themselves only, and such an announcement would stay until the policy
-    sees that it does not come true.
+    notices that it is wrong.
 
     Hashing and comparing call nothing of the source, take no lock, and may happen in any thread
     and in finalizers.

@@ -93,8 +93,8 @@ def _agree_on(error: Exception | None, group: Any) -> Exception:
 _groups: list[Callable[[], Any]] = [lambda: None, lambda: None]
 """Weak references to the default process group, and to the group on the host made for it.
 
-Weak, because torch joins the threads of a group when the last reference to it goes. If that is
-only when the interpreter ends, the process may abort."""
+Weak, because torch joins the threads of a group with the last reference to it. If that is only
+when the interpreter ends, the process may abort."""
 
 
 def _host_group() -> Any:

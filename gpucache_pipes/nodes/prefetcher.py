@@ -128,7 +128,7 @@ class GPUPrefetcher(BaseNode[Any]):
         # Names this pipeline to the policy; the same for all pipelines over one source.
         self._owner = SourceIdentity(source)
         self._key = (SourceIdentity(store), self._owner)
-        # Returns the paths to come, where a lister upstream knows them.
+        # Returns the paths that will be drawn, where a lister upstream knows them.
         self._upcoming = find_upstream(self.source, "upcoming")
         # The states of our listers are new dicts, which change no more.
         self._ahead = Lookahead(
@@ -149,8 +149,8 @@ class GPUPrefetcher(BaseNode[Any]):
         self.failures.begin_epoch(ranks, initial_state)
         self.store.begin_epoch(self._owner)
         if self._upcoming is not None:
-            # A path_fn may turn these paths into others. Then the announcement does not come
-            # true, which the policy notices.
+            # A path_fn may turn these paths into others. Then the announcement is wrong, which
+            # the policy notices.
             self.store.announce(self._owner, self._upcoming)
 
     def next(self) -> Any:

@@ -1,4 +1,4 @@
-"""Resuming a PathLister: whether a state fits its files, and where the epoch goes on."""
+"""Resuming a PathLister: whether a state fits its files, and from which position to continue."""
 
 import logging
 import os

@@ -43,11 +43,11 @@ class Shards:
             raise ValueError(f"shard_index={self.index} must be from 0 to {self.count - 1}")
 
     def size(self, files: int) -> int:
-        """Length of each part of so many files, as in torch.utils.data.DistributedSampler."""
+        """Length of each part of `files` files, as in torch.utils.data.DistributedSampler."""
         return files // self.count if self.drop else math.ceil(files / self.count)
 
     def pool(self, files: int) -> Sequence[int]:
-        """The positions from which an epoch over so many files is drawn.
+        """The positions from which an epoch over `files` files is drawn.
 
         All of them; for a static part its own, with those that it repeats.
         """

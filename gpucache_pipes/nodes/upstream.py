@@ -67,7 +67,7 @@ def upstream_nodes(node: Any, beyond: Callable[[Any], bool] = lambda node: True)
 
 
 def single_upstream(node: Any) -> Iterator[Any]:
-    """The nodes of `upstream_nodes` whose elements come to `node` in their own order.
+    """The nodes of `upstream_nodes` whose elements reach `node` in their own order.
 
     It ends at a node that mixes several sources: in which order that draws from them is its own
     affair, so that what a source knows of its order says nothing about the order here.
