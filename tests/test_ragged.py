@@ -209,7 +209,7 @@ def kinds_of(batch: Any) -> Any:
     if isinstance(batch, dict):
         return {name: kinds_of(part) for name, part in batch.items()}
     if isinstance(batch, list):
-        return [list, *{kinds_of(part) for part in batch}]
+        return [list, *sorted({repr(kinds_of(part)) for part in batch})]
     if isinstance(batch, torch.Tensor):  # also a simulated one
         return "jagged" if batch.is_nested else "tensor"
     return type(batch)
@@ -266,6 +266,43 @@ def test_the_type_of_a_batch_is_the_same_in_any_order(
     assert all(kinds == seen[0] for kinds in seen)
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 4), min_size=2, max_size=5),
+    st.sampled_from(["pad", "jagged", "list"]),
+    st.booleans(),
+    st.integers(1, 3),
+    st.sampled_from([None, 16]),
+)
+def test_types_are_the_same_where_dtypes_and_keys_differ(
+    lengths: list[int], mode: str, named: bool, multiple: int, page_bytes: int | None
+) -> None:
+    """As where on_error gives a feature that is not quite like those in files."""
+
+    def feature(number: int, length: int, odd: bool) -> Any:
+        x = torch.full((length, 2), float(number)).to(torch.float64 if odd else torch.float32)
+        parts = {"x": x, "label": torch.tensor(number), "rest": [str(number), torch.ones(2)]}
+        return dict(reversed(parts.items())) if odd else parts
+
+    alike = [feature(at, length, False) for at, length in enumerate(lengths)]
+    unlike = [feature(at, length, bool(at % 2)) for at, length in enumerate(lengths)]
+    ragged: Any = {"x": mode} if named else mode
+    options: dict[str, Any] = {"ragged": ragged, "padding_value": 7, "pad_to_multiple": multiple}
+    one, other = (collated(features, page_bytes, **options) for features in (alike, unlike))
+    assert kinds_of(one) == kinds_of(other)
+    assert one["label"].tolist() == other["label"].tolist() and one["rest"][0] == other["rest"][0]
+    if mode == "pad":
+        assert other["x"].values.dtype == torch.float64
+        for mine, theirs in zip(one["x"], other["x"], strict=True):
+            assert mine.tolist() == theirs.tolist()
+    elif mode == "jagged":
+        assert other["x"].values().dtype == torch.float64
+        assert one["x"].values().tolist() == other["x"].values().tolist()
+        assert one["x"].offsets().tolist() == other["x"].offsets().tolist()
+    else:
+        assert [part.tolist() for part in one["x"]] == [part.tolist() for part in other["x"]]
+
+
 @pytest.mark.parametrize("mode", ["pad", "jagged", "list"])
 def test_a_resumed_run_gives_the_types_of_an_uninterrupted_one(mode: str) -> None:
     # The batches before the interruption have two lengths, those behind it have one.
@@ -307,6 +344,11 @@ def test_errors_name_the_leaf_and_the_way_out() -> None:
     other = [{"x": torch.ones(2, 3)}, {"x": torch.ones(4, 5)}]
     with pytest.raises(RuntimeError, match=r"pad \['x'\]: shape \[2, 3\]"):
         collated(other, ragged="pad")
+    unlike = [{"x": torch.ones(2, 3)}, {"x": torch.ones(4, 5).double()}]
+    with pytest.raises(RuntimeError, match=r"pad \['x'\]: shapes \[2, 3\], \[4, 5\]"):
+        collated(unlike, ragged="pad")
+    with pytest.raises(RuntimeError, match="cannot collate the features of"):
+        collated(unlike, ragged={"y": "pad"})
     with pytest.raises(RuntimeError, match=r"pad \['x'\]: shape \[\]"):
         collated([{"x": torch.tensor(1.0)}] * 2, ragged={"x": "pad"})
     for wrong in ("padded", {"x": "stack"}):

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import default_collate
 
 from gpucache_pipes.batches.ragged import RaggedOptions, join_ragged, stack_scattered
+from gpucache_pipes.batches.unlike import collate_unlike
 from gpucache_pipes.cache import LAYOUT_SHIFT, Cache, Entry
 from gpucache_pipes.device import Backend
 from gpucache_pipes.files import (
@@ -115,7 +116,7 @@ class FeatureBatch(Sequence[Any]):
             columns = self._columns
         else:
             if any(other.kind is not layout.kind for other in self._layouts):
-                return to_device(default_collate(list(self)), self.device)
+                return to_device(collate_unlike(list(self), ragged), self.device)
             names = leaf_names(layout.tree)
             columns = [self._column(at, name, ragged) for at, name in enumerate(names)]
         values = list(zip(*self._values, strict=True))

@@ -166,7 +166,7 @@ def _pad(
     longest = -(-max(lengths) // multiple) * multiple
     if _is_on_host(block):
         values = torch.empty((len(starts), longest, *leaf.shape[1:]), dtype=leaf.dtype)
-        _fill(values, options.padding_value)
+        fill(values, options.padding_value)
         _copy(block, starts, lengths, values, _row_bytes(leaf), longest)
         table = torch.tensor(lengths)
         return Padded(values, table, torch.arange(longest) < table.unsqueeze(1))
@@ -183,11 +183,11 @@ def _pad(
         # Behind its end, each sequence reads bytes that are not its own. They are filled below.
         index.clamp_(max=len(units) - 1)
         values = units[index].view(leaf.dtype).view(shape)
-    _fill(values, options.padding_value, ~mask)
+    fill(values, options.padding_value, ~mask)
     return Padded(values, table[1], mask)
 
 
-def _fill(values: torch.Tensor, value: float, where: torch.Tensor | None = None) -> None:
+def fill(values: torch.Tensor, value: float, where: torch.Tensor | None = None) -> None:
     """Fill `values` [B, T, *rest] with `value`, only where `where` [B, T] is True if it is given.
 
     This writes the bits of the value as integers: many dtypes have no fill operation, and which
