@@ -1,6 +1,9 @@
 """GPUPrefetcher and GPUCollator: order, states, errors, and nodes of torchdata around them."""
 
 import gc
+import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +27,7 @@ from gpucache_pipes import (
 )
 from gpucache_pipes.nodes.identity import SourceIdentity
 from gpucache_pipes.nodes.upstream import find_upstream, single_upstream, upstream_nodes
+from gpucache_pipes.store import PendingBatch
 from gpucache_pipes.testing import assert_same
 
 Files = Callable[..., list[str]]
@@ -291,18 +295,36 @@ def test_errors_of_the_source_and_of_path_fn_come_in_their_turn(store: GPUFeatur
 
 
 def test_an_interrupt_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__) as store:
+    """A real one, while `next()` waits for a file that is being read."""
+    gate = Gate(FEATURES)
+    with GPUFeatureStore("cpu", load_fn=gate) as store:
         node = GPUPrefetcher(PATHS, store)
-        next(node)
+        gate.open(PATHS[0])
+        assert numbers(next(node)) == [0]
+        interrupted = node._ahead[0]
+        collecting = threading.Event()
+        collect = store.collect
+
+        def announced(*arguments: Any) -> Any:
+            collecting.set()
+            return collect(*arguments)
+
+        def interrupt() -> None:
+            assert collecting.wait(60)
+            time.sleep(0.05)  # until it waits; an earlier interrupt must lose nothing, either
+            signal.pthread_kill(main, signal.SIGINT)
+
+        main = threading.main_thread().ident
+        assert main is not None
+        thread = threading.Thread(target=interrupt)
+        thread.start()
         with monkeypatch.context() as patch:
-
-            def interrupted(batches: Any, ragged: Any = None) -> Any:
-                store.cancel(batches)
-                raise KeyboardInterrupt
-
-            patch.setattr(store, "collect", interrupted)
+            patch.setattr(store, "collect", announced)
             with pytest.raises(KeyboardInterrupt):
                 next(node)
+        thread.join()
+        assert node._ahead[0] is interrupted
+        gate.open(*PATHS)
         assert [numbers(item) for item in node] == [[n] for n in range(1, 10)]
 
 
@@ -559,3 +581,21 @@ def test_a_pipeline_takes_back_what_another_one_over_its_source_is_filed_under()
         gc.collect()
         assert gone() is None
         assert retracted[-1] == filed and retracted[-1] is not filed
+
+
+def test_a_state_covers_all_elements_of_a_batch_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal handler sees it that asks for the state while elements are taken out."""
+    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__) as store:
+        node = GPUPrefetcher(PathLister(PATHS), store)
+        before = node.state_dict()
+        seen = []
+        cancel = PendingBatch.cancel
+
+        def seen_and_cancelled(batch: PendingBatch) -> None:
+            seen.append(node.state_dict())
+            cancel(batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PendingBatch, "cancel", seen_and_cancelled)
+            node.take(3)
+        assert seen == [before] * 3 and node.state_dict()["source"]["position"] == 3
