@@ -20,7 +20,10 @@ from gpucache_pipes.store import GPUFeatureStore
 
 _Key = tuple[SourceIdentity, SourceIdentity]
 _latest: "WeakValueDictionary[_Key, GPUPrefetcher]" = WeakValueDictionary()
-"""By store and source, the pipeline over them that was reset last."""
+"""By store and source, the pipeline over them that was reset last.
+
+Finalizers read it in any thread, while other threads reset pipelines. This relies on single
+operations of a dict being safe under the GIL, also where keys have an `__eq__` in Python."""
 
 
 class GPUPrefetcher(BaseNode[Any]):
@@ -43,14 +46,19 @@ class GPUPrefetcher(BaseNode[Any]):
     keep and to write into. Reader threads of the store read the other files meanwhile. The source,
     `path_fn`, `join_fn` and `on_error` are called in the thread that calls `next()`.
 
-    **Streams.** `next()` issues the gather on a stream and does not wait for the device. That is
-    the stream current in the calling thread, if this thread also reset the node: work that it
-    issues afterwards on the same stream finds the features complete. If another thread calls
-    `next()`, as a torchdata Prefetcher downstream does, it is the stream that was current in the
-    resetting thread at the reset. That thread is taken for the one that trains; threads of
-    torchdata know nothing of streams. A ParallelMapper downstream calls the user's function in
-    threads of its own: what this function issues runs on the streams of these threads, and is not
-    ordered behind the gather.
+    **Streams.** `next()` issues the gather on one stream of the device, and returns without waiting
+    for it. What the consumer issues on this stream afterwards finds the features complete; work on
+    another stream has to wait for this one, as for any tensor of torch. Which stream it is:
+
+    - If the thread that calls `next()` has also reset the node, the stream that is current there.
+    - If it is another thread, such as that of a torchdata Prefetcher downstream, the stream that
+      was current in the resetting thread at the reset. The resetting thread is taken for the one
+      that trains. The calling thread's own stream would be the wrong one: threads of torchdata
+      set none, and the training thread does not wait for theirs.
+
+    A ParallelMapper downstream calls the user's function in threads of its own. What the function
+    issues runs on the current streams of these threads, which are not ordered behind the gather
+    unless they are the same stream.
 
     **Failed files.** With `on_error="raise"`, the error of a file is raised by the `next()` whose
     element needs it, and not earlier; the following `next()` goes on with the following element.
@@ -66,14 +74,18 @@ class GPUPrefetcher(BaseNode[Any]):
       place, and a second time in its turn; at the end of an epoch, the last one before it is
       yielded once more. If there is neither, the error of the file is raised.
     - An epoch of which nothing can be loaded is an error, and not an epoch without batches.
-    - MemoryError and torch's errors for lack of device memory are always raised.
+    - A lack of host or device memory is always raised, as a MemoryError.
 
-    **States.** `state_dict()` is the source's state behind the last element that the consumer has
-    got: a run that resumes behind k elements gets elements k + 1, k + 2, ... at any depth, and
-    requests that were pending are made again. It may be called between any two `next()`, also by
-    a signal handler. Its keys: "source", the state of the source; with `on_error`, "served":
-    False until the epoch has yielded an element; and under several ranks "last_good", the element
-    (paths, not features) that may have to be yielded once more.
+    **States.** `state_dict()` holds the source's state behind the last element that the consumer
+    has got, not behind the last one drawn: a run that resumes behind k elements gets elements
+    k + 1, k + 2, ... whatever its depth, and pending requests are made again. A signal handler may
+    call it within `next()`: the state covers the element that is being gathered, or not yet, and
+    nothing between. Its keys:
+
+    - "source": the state of the source.
+    - "served": only with `on_error`, and only until the epoch has yielded an element: False.
+    - "last_good": only with `on_error` and several ranks: the last element, as the source yields
+      it and without features, that may have to be yielded once more.
 
     **Threads.** One thread at a time may call `next()` and `reset()`. `shutdown()` may be called
     from any thread and takes no lock.
