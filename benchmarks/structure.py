@@ -76,7 +76,11 @@ class Walk:
 
     def describe(self, what: str, detailed: bool) -> None:
         """Print the figures, and with `detailed` each pair of modules."""
-        print(f"{what}: {self.moves.total()} moves between {len(self.modules)} modules")
+        entered = len({name.split(".")[1] for name in self.modules})
+        print(
+            f"{what}: {self.moves.total()} moves between {len(self.modules)} modules "
+            f"of {entered} rooms"
+        )
         if detailed:
             for (start, end), count in self.moves.most_common():
                 print(f"  {count:4}  {start} -> {end}".replace(f"{PACKAGE}.", ""))

@@ -1,4 +1,4 @@
-"""Faces of the nodes for what people already have."""
+"""Adapters: the nodes behind the interfaces of DataLoader, IterDataPipe, Dataset and Lightning."""
 
 from gpucache_pipes.adapters.dataloader import GPUCachedPathDataLoader
 from gpucache_pipes.adapters.datasets import FeatureFileDataset, FeaturePathDataset

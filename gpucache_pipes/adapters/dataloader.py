@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -12,9 +13,10 @@ from torchdata.nodes import BaseNode
 
 from gpucache_pipes.adapters.iteration import Iteration, Progress
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
-from gpucache_pipes.nodes.failures import Failures, OnError
+from gpucache_pipes.nodes.callbacks import guarded
+from gpucache_pipes.nodes.options import CollateOptions, OnError, PrefetchOptions
 from gpucache_pipes.nodes.sharding import find_rank
-from gpucache_pipes.nodes.upstream import as_node, guarded
+from gpucache_pipes.nodes.upstream import as_node
 from gpucache_pipes.store import GPUFeatureStore
 from gpucache_pipes.units import positive_int
 
@@ -26,38 +28,46 @@ class GPUCachedPathDataLoader:
         for batch in GPUCachedPathDataLoader(loader, max_cache_bytes="8GiB"):
             ...
 
-    Everything but iteration is the wrapped loader's: its attributes, its length. Worker
-    processes of the loader handle paths only, and never see the device.
+    Each iteration is a pipeline of its own, GPUPrefetcher -> GPUCollator, and begins at its first
+    `next()`. All other attributes are the wrapped loader's, its length included. Worker processes
+    of the loader handle paths only; they never use the device.
 
-    Where the loader has `state_dict` and `load_state_dict`, as torchdata's StatefulDataLoader or a
-    node, this has them, too. A state is one of the wrapped loader, behind the last batch that was
-    consumed: what is on its way is neither lost nor served twice, and a state that was taken
-    without this class resumes with it. (That of a node is {"node": its state, "finished":
-    whether the epoch came to its end}.) As with StatefulDataLoader it is that of the latest
-    iteration.
+    It has `state_dict` and `load_state_dict` if the loader has both, as torchdata's
+    StatefulDataLoader and nodes do. A state is the wrapped loader's own, behind the last batch
+    that the consumer got: batches that were prefetched are not counted, so none is lost or yielded
+    twice, and a state that was taken without this class can be resumed with it. As with
+    StatefulDataLoader it is the state of the latest iteration. The state over a node is {"node":
+    its state, "finished": whether its epoch has ended}, with what GPUPrefetcher adds for on_error.
 
     Args:
-        loader: a DataLoader, or any iterable that can be iterated anew for each epoch. A node, such
-            as a PathLister with a batch_size, tells its order in advance, and is iterated by one
-            at a time.
-        device, max_cache_bytes, max_cache_items, **store_options: of the GPUFeatureStore that
-            is made; not together with `store`.
-        prefetch_batches: batches that are on their way while one is used, at least 1.
-        collate_fn: list of features -> batch; the default is GPUCollator's.
-        path_extractor: batch of the loader -> its paths, where the batch is more than paths.
-            Then the default result is the tuple (gpu_batch, original_batch).
-        build_batch_fn: (gpu_batch, original_batch, paths) -> what to yield.
-        store: a store to share; else one is made, and closed with this loader.
+        loader: a DataLoader, or any iterable that can be iterated again for each epoch. A node,
+            such as a PathLister with a batch_size, announces its order to the store's policy, and
+            has one position: beginning a new iteration ends the one before.
+        device, max_cache_bytes, max_cache_items, **store_options: as in GPUFeatureStore, of which
+            one is made. Not together with `store`.
+        prefetch_batches: batches that are requested ahead of the consumer, at least 1.
+        collate_fn: list of features -> batch, as in GPUCollator.
+        path_extractor: batch of the loader -> sequence of its paths, for a batch that is more than
+            its paths. Then (gpu_batch, original_batch) is yielded.
+        build_batch_fn: (gpu_batch, original_batch, paths) -> what to yield instead.
+        store: a store to share. Without it, one is made, which `close` closes.
         ragged, padding_value, pad_to_multiple: as in GPUCollator.
-        on_error, max_failures: as in GPUPrefetcher. With path_extractor a batch of which a file
-            fails is skipped as a whole.
+        on_error, max_failures: as in GPUPrefetcher; max_failures counts each iteration anew. With
+            path_extractor, a batch is skipped as a whole if one of its files fails.
+
+    Attributes:
+        store: the one that is used.
 
     Raises:
-        ValueError: prefetch_batches < 1, or store options beside a store.
-        TypeError: while iterating, for a batch that is one str or holds no paths.
+        ValueError: prefetch_batches < 1, store options together with a store, or what GPUCollator,
+            GPUPrefetcher and GPUFeatureStore refuse.
+        TypeError: for a loader that is not iterable; while iterating, for a batch that is not a
+            sequence of paths.
+        RuntimeError: while iterating, if a later iteration over the same node has begun, and for
+            a second iteration over an iterator.
     """
 
-    # Set where the loader has them: who looks for a state must not find one that cannot be.
+    # Set on instances whose loader has them: frameworks look whether the attributes exist.
     state_dict: Callable[[], dict[str, Any]]
     load_state_dict: Callable[[dict[str, Any]], None]
 
@@ -88,24 +98,25 @@ class GPUCachedPathDataLoader:
         }
         given = {name: value for name, value in options.items() if value is not None}
         if store is not None and given:
-            raise ValueError(f"set {', '.join(sorted(given))} on the store that is given")
-        self._prefetch_batches = positive_int("prefetch_batches", prefetch_batches)
-        as_node(loader)  # or a TypeError
+            raise ValueError(f"with store=, set {', '.join(sorted(given))} on that store")
+        as_node(loader)  # raises TypeError for what is not iterable
         self._loader = loader
-        # An iterator has one pass, and a second one is an error.
+        # The node over an iterator is made once: its second epoch is an error.
         self._source = as_node(loader) if isinstance(loader, Iterator) else loader
-        self._collate_options: dict[str, Any] = {
-            "collate_fn": collate_fn,
-            "ragged": ragged,
-            "padding_value": padding_value,
-            "pad_to_multiple": pad_to_multiple,
-        }
-        Failures(on_error, max_failures)  # wrong options: now, and not while training
-        GPUCollator((), **self._collate_options)
-        self._error_options: dict[str, Any] = {"on_error": on_error, "max_failures": max_failures}
+        self._collate_options = CollateOptions(
+            collate_fn=collate_fn,
+            ragged=ragged,
+            padding_value=padding_value,
+            pad_to_multiple=pad_to_multiple,
+        )
+        self._prefetch_options = PrefetchOptions(
+            depth=positive_int("prefetch_batches", prefetch_batches),
+            on_error=on_error,
+            max_failures=max_failures,
+        )
         self._path_extractor = path_extractor
         self._build_batch_fn = build_batch_fn
-        self._progress = Progress(loader, on_error != "raise")
+        self._progress = Progress(loader, self._prefetch_options.tolerant)
         if self._progress.has_state:
             self.state_dict = self._progress.state_dict
             self.load_state_dict = self._progress.load_state_dict
@@ -114,15 +125,12 @@ class GPUCachedPathDataLoader:
         self.store = GPUFeatureStore(**given) if store is None else store
 
     def __iter__(self) -> Iterator[Any]:
-        # Nodes of its own for each iteration: two at once do not disturb each other.
-        features = GPUPrefetcher(
-            self._source,
-            self.store,
-            depth=self._prefetch_batches,
-            path_fn=self._paths_of,
-            **self._error_options,
-        )
-        batches = GPUCollator(features, **self._collate_options)
+        """A new iteration, which does not disturb others, except over one node."""
+        # The path_fn not before: a method of this object in it would be a reference cycle, and the
+        # store's memory would be freed by the garbage collector only.
+        options = replace(self._prefetch_options, path_fn=self._paths_of)
+        features = GPUPrefetcher(self._source, self.store, **vars(options))
+        batches = GPUCollator(features, **vars(self._collate_options))
         return Iteration(batches, features, self._progress, self._join)
 
     def _join(self, gpu_batch: Any, original: Any) -> Any:
@@ -139,10 +147,10 @@ class GPUCachedPathDataLoader:
             or not all(isinstance(path, (str, os.PathLike)) for path in paths)
         ):
             if self._path_extractor is not None:
-                raise TypeError(f"path_extractor must give a list of paths, not {paths!r:.200}")
+                raise TypeError(f"path_extractor must return a list of paths, not {paths!r:.200}")
             raise TypeError(
                 f"the loader must yield batches of paths, not {paths!r:.200}; give it a "
-                "batch_size, or say by path_extractor where in a batch the paths are"
+                "batch_size, or a path_extractor that returns the paths of a batch"
             )
         return paths
 
@@ -150,14 +158,14 @@ class GPUCachedPathDataLoader:
         return len(self._loader)  # type: ignore[arg-type]
 
     def __bool__(self) -> bool:
-        """True, also over a loader that has no length."""
+        """True, also for a loader without a length and for one of length 0."""
         return True
 
     @property
     def sampler(self) -> Any:
-        """The loader's; for a node that has set_epoch the node itself.
+        """The loader's, or the loader itself if it is a node that has `set_epoch`.
 
-        Frameworks look here for `set_epoch(epoch)`, which Lightning calls before each epoch.
+        Frameworks look for `set_epoch(epoch)` here; Lightning calls it before each epoch.
         """
         if isinstance(self._loader, BaseNode) and hasattr(self._loader, "set_epoch"):
             return self._loader
@@ -169,14 +177,14 @@ class GPUCachedPathDataLoader:
         return None if isinstance(self._loader, BaseNode) else self.__getattr__("batch_sampler")
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # not set yet, while copying or after a failed __init__
+        if name.startswith("_"):  # not set yet: while copying, or after a failed __init__
             raise AttributeError(name)
         if name in ("state_dict", "load_state_dict"):
             raise AttributeError(f"a {type(self._loader).__name__} has no {name}")
         return getattr(self._loader, name)
 
     def close(self) -> None:
-        """Close the store, if it was made here."""
+        """Close the store, if this object has made it."""
         if self._owns_store:
             self.store.close()
 
@@ -193,7 +201,10 @@ class GPUCachedPathDataLoader:
 
 
 def _warn_of_ranks_that_read_the_same(loader: Any) -> None:
-    """Nobody can put a DistributedSampler into a DataLoader that is wrapped, as Lightning does."""
+    """Warn if each rank seems to read all files.
+
+    Lightning puts a DistributedSampler into a DataLoader, but not into one that is wrapped.
+    """
     ranks, _ = find_rank()
     batches = getattr(loader, "batch_sampler", None)
     if (
@@ -201,7 +212,7 @@ def _warn_of_ranks_that_read_the_same(loader: Any) -> None:
         and isinstance(loader, DataLoader)
         and isinstance(batches, BatchSampler)
         and isinstance(batches.sampler, (RandomSampler, SequentialSampler))
-        # and not something of the user's own that may know its rank
+        # A class of the user's may take the part of its rank by itself.
         and all(type(s).__module__.startswith("torch") for s in (batches, batches.sampler))
     ):
         warnings.warn(

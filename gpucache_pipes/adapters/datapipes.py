@@ -1,4 +1,4 @@
-"""`.gpu_prefetch()` and `.gpu_collate()` for IterDataPipes; importing this registers them."""
+"""`.gpu_prefetch()` and `.gpu_collate()` of IterDataPipes. Importing this module registers them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,12 +6,22 @@ from typing import Any
 from torch.utils.data import IterDataPipe
 
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
-from gpucache_pipes.nodes.failures import OnError
+from gpucache_pipes.nodes.options import CollateOptions, OnError, PrefetchOptions, require_store
 from gpucache_pipes.store import GPUFeatureStore
 
 
 class GPUPrefetchIterDataPipe(IterDataPipe[Any]):
-    """`source.gpu_prefetch(store, depth=2, ...)`: paths become features, as GPUPrefetcher."""
+    """`source.gpu_prefetch(store, depth=2, ...)`: a GPUPrefetcher over a DataPipe.
+
+    Each iteration makes a new node, and shuts it down when the iterator is closed or collected.
+
+    Args:
+        source_datapipe: yields paths, sequences of paths, or with path_fn anything else.
+        store, depth, path_fn, join_fn, on_error, max_failures: as in GPUPrefetcher.
+
+    Raises:
+        ValueError, TypeError: for wrong arguments, as GPUPrefetcher.
+    """
 
     def __init__(
         self,
@@ -26,18 +36,12 @@ class GPUPrefetchIterDataPipe(IterDataPipe[Any]):
         super().__init__()
         self.source_datapipe = source_datapipe
         self.store = store
-        self._options: dict[str, Any] = {
-            "depth": depth,
-            "path_fn": path_fn,
-            "join_fn": join_fn,
-            "on_error": on_error,
-            "max_failures": max_failures,
-        }
-        GPUPrefetcher((), store, **self._options)  # wrong options: now, and not while training
+        require_store(store)
+        self._options = PrefetchOptions(depth, path_fn, join_fn, on_error, max_failures)
 
     def new_node(self) -> GPUPrefetcher:
-        """The node that does it, over the source."""
-        return GPUPrefetcher(self.source_datapipe, self.store, **self._options)
+        """A new GPUPrefetcher over the source."""
+        return GPUPrefetcher(self.source_datapipe, self.store, **vars(self._options))
 
     def __iter__(self) -> Iterator[Any]:
         node = self.new_node()
@@ -51,7 +55,18 @@ class GPUPrefetchIterDataPipe(IterDataPipe[Any]):
 
 
 class GPUCollateIterDataPipe(IterDataPipe[Any]):
-    """`source.gpu_collate(...)`: features become batches, as GPUCollator."""
+    """`source.gpu_collate(...)`: a GPUCollator over a DataPipe.
+
+    Directly behind `gpu_prefetch`, `batch_size` single features are gathered at once.
+
+    Args:
+        source_datapipe: yields FeatureBatches or sequences of features; with batch_size, features.
+        collate_fn, batch_size, drop_last: as in GPUCollator.
+        **ragged_options: its ragged, padding_value and pad_to_multiple.
+
+    Raises:
+        ValueError, TypeError: for wrong arguments, as GPUCollator.
+    """
 
     def __init__(
         self,
@@ -63,19 +78,13 @@ class GPUCollateIterDataPipe(IterDataPipe[Any]):
     ) -> None:
         super().__init__()
         self.source_datapipe = source_datapipe
-        self._options: dict[str, Any] = {
-            "collate_fn": collate_fn,
-            "batch_size": batch_size,
-            "drop_last": drop_last,
-            **ragged_options,
-        }
-        GPUCollator((), **self._options)
+        self._options = CollateOptions(collate_fn, batch_size, drop_last, **ragged_options)
 
     def __iter__(self) -> Iterator[Any]:
         source: Any = self.source_datapipe
         if isinstance(source, GPUPrefetchIterDataPipe):
-            source = source.new_node()  # which can gather many single features at once
-        node = GPUCollator(source, **self._options)
+            source = source.new_node()  # GPUCollator gathers at once from a node
+        node = GPUCollator(source, **vars(self._options))
         try:
             yield from node
         finally:
@@ -83,14 +92,14 @@ class GPUCollateIterDataPipe(IterDataPipe[Any]):
 
     def __len__(self) -> int:
         count = len(self.source_datapipe)
-        size: int | None = self._options["batch_size"]
+        size = self._options.batch_size
         if size is None:
             return count
-        return count // size if self._options["drop_last"] else -(-count // size)
+        return count // size if self._options.drop_last else -(-count // size)
 
 
 def _register(name: str, pipe: type[IterDataPipe[Any]]) -> None:
-    # A module that is loaded again brings new classes of the same names.
+    # A reloaded module registers its new classes under the same names.
     IterDataPipe.functions.pop(name, None)
     IterDataPipe.register_datapipe_as_function(name, pipe)
 

@@ -1,4 +1,4 @@
-"""Map-style datasets: the features themselves, or their paths."""
+"""Map-style datasets: of features, or of their paths."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from gpucache_pipes.files import FileOpener, OpenFeature, build, load_error, own
+from gpucache_pipes.files import FileOpener, OpenFeature, build, copy_value, load_error
 from gpucache_pipes.files.listing import GivenPaths, find_files
 
 
 class _Listed:
-    """What datasets over a list of paths have in common."""
+    """A dataset over a list of paths."""
 
     _given: GivenPaths
 
     @property
     def paths(self) -> Sequence[str]:
-        """All of them, as they were given; relative ones become absolute after a chdir."""
+        """All paths, as given. Relative ones become absolute when the current directory changes."""
         return self._given.now()
 
     @paths.setter
@@ -30,17 +30,17 @@ class _Listed:
 
 
 class FeaturePathDataset(_Listed, Dataset[str]):
-    """The paths of feature files, by index: what a GPUCachedPathDataLoader wants to be fed with.
+    """The paths of feature files, by index, for a DataLoader in a GPUCachedPathDataLoader.
 
         loader = DataLoader(FeaturePathDataset("features/"), batch_size=256, shuffle=True)
 
     Args:
         files: a directory, a glob, or a sequence of paths. A directory is listed once, here.
         pattern: which names in a directory are features.
-        recursive: look into subdirectories too.
+        recursive: look into subdirectories as well.
 
     Attributes:
-        paths: all of them; those of a directory or a glob are sorted.
+        paths: of all files; those of a directory or a glob are sorted.
 
     Raises:
         FileNotFoundError: no files; names directory and pattern.
@@ -59,25 +59,26 @@ class FeaturePathDataset(_Listed, Dataset[str]):
         return self.paths[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[str]:
-        """The paths of a batch: DataLoader asks for them at once."""
+        """The paths of a batch; DataLoader calls this once per batch."""
         return list(map(self.paths.__getitem__, indices))
 
 
-Sequence.register(FeaturePathDataset)  # of paths: PathLister takes it for a list
+# A PathLister takes sequences of paths for lists of files, and other iterables for streams.
+Sequence.register(FeaturePathDataset)
 
 
 class FeatureFileDataset(_Listed, Dataset[Any]):
-    """The features in files, read when they are asked for, on the CPU: plain torch, no cache.
+    """The features in files, read to the CPU by `dataset[i]`: plain torch, without a cache.
 
         loader = DataLoader(FeatureFileDataset("features/"), batch_size=256, num_workers=4)
 
     Args:
         files: a directory, a glob, or a sequence of paths. A directory is listed once, here.
-        loader: path -> feature. By default files are read as a GPUFeatureStore reads them: what
-            comes out is what `torch.load(path, weights_only=True)` gives, many times as fast for
-            small files.
+        loader: path -> feature. By default, files are read as a GPUFeatureStore reads them: the
+            result is that of `torch.load(path, weights_only=True)`, many times as fast for small
+            files.
         pattern: which names in a directory are features.
-        recursive: look into subdirectories too.
+        recursive: look into subdirectories as well.
 
     Attributes:
         paths: as in FeaturePathDataset.
@@ -103,13 +104,19 @@ class FeatureFileDataset(_Listed, Dataset[Any]):
 
 
 class FeatureFile:
-    """Reads features to the CPU. May be pickled: what it remembers of files stays behind."""
+    """Reads features to the CPU. It can be pickled, without what it has learnt about files."""
 
     def __init__(self) -> None:
         self._opener = FileOpener(weights_only=True)
 
     def __call__(self, path: str) -> Any:
-        """The feature, each tensor with memory of its own. Raises FeatureLoadError."""
+        """The feature, each of its tensors with memory of its own.
+
+        Raises:
+            FeatureLoadError: for a file that cannot be read as a feature.
+            FileNotFoundError: for a missing file.
+            MemoryError: for a lack of memory.
+        """
         try:
             opened = self._opener.open(path)
             try:
@@ -124,8 +131,8 @@ class FeatureFile:
 
 
 def _read(opened: OpenFeature) -> Any:
-    # A buffer for each leaf, and what lies between two leaves is thrown away: who keeps the label
-    # of each sample must not keep its frames alive.
+    # One buffer per leaf: a program that keeps the label of each sample must not keep its frames
+    # alive as well. Alignment gaps between leaves are read into buffers that are dropped.
     tensors: list[torch.Tensor] = []
     buffers: list[memoryview] = []
     end = 0
@@ -141,4 +148,4 @@ def _read(opened: OpenFeature) -> Any:
         end = leaf.offset + leaf.nbytes
     opened.read_into(buffers)
     values = opened.values
-    return build(opened.layout.tree, tensors.__getitem__, lambda number: own(values[number]))
+    return build(opened.layout.tree, tensors.__getitem__, lambda number: copy_value(values[number]))

@@ -1,7 +1,7 @@
-"""GPUCacheCallback: what a cache does, in the log of a Lightning Trainer.
+"""GPUCacheCallback: logs the statistics of a store through a Lightning Trainer.
 
-Loaders need nothing of this: a LightningDataModule may return a GPUCachedPathDataLoader or a
-torchdata Loader as it is.
+Loaders work without it: a LightningDataModule may return a GPUCachedPathDataLoader or a torchdata
+Loader as it is.
 """
 
 import warnings
@@ -25,25 +25,25 @@ else:
 
 
 class GPUCacheCallback(pl.Callback):
-    """Logs after each epoch what `store` has done in it.
+    """Logs, at the end of each epoch, statistics of `store` over this epoch.
 
         Trainer(callbacks=[GPUCacheCallback(store)], use_distributed_sampler=False)
         Trainer(callbacks=[GPUCacheCallback(lambda: datamodule.store)], ...)
 
-    Logged through the Trainer's logger, for an epoch of training together with the validation in
-    it, and for validate and test by themselves:
+    An epoch of training includes the validation within it; `Trainer.validate` and `Trainer.test`
+    are logged by themselves. The metrics:
 
-    - `<prefix>/hit_rate`: share of the features requested that were on the device, 0 to 1;
+    - `<prefix>/hit_rate`: share of requested features that were on the device, 0 to 1;
     - `<prefix>/cached_bytes`: bytes of features on the device at the end of the epoch;
-    - `<prefix>/wait_seconds`: time that the training thread waited for files;
+    - `<prefix>/wait_seconds`: time that consumers waited for files;
     - `<prefix>/bytes_read`: bytes read from storage.
 
-    Under several ranks these are the means over all ranks.
+    With several ranks they are means over all ranks.
 
     Args:
-        store: the store that the loaders share, or a function that gives it, where it is only made
-            once the Trainer has chosen the device of this process.
-        prefix: what the names of the metrics begin with.
+        store: the store that the loaders share; or a function that returns it, if it is made only
+            after the Trainer has chosen the device of this process.
+        prefix: the names of the metrics begin with it.
     """
 
     def __init__(
@@ -55,54 +55,55 @@ class GPUCacheCallback(pl.Callback):
         self._before: StoreStats | None = None
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        """Say so if the Trainer is to replace samplers, which it cannot do in our loaders."""
+        """Warn of options of the Trainer that replace samplers, which has no effect here."""
         if getattr(trainer, "overfit_batches", 0):
             warnings.warn(
-                "Trainer(overfit_batches=...) cannot turn off shuffling in our loaders: give one "
-                "over PathLister(..., shuffle=False), with limit_train_batches=...",
+                "Trainer(overfit_batches=...) cannot turn off shuffling in a "
+                "GPUCachedPathDataLoader or in nodes: use PathLister(..., shuffle=False) and "
+                "limit_train_batches=...",
                 stacklevel=2,
             )
         connector = getattr(trainer, "_accelerator_connector", None)
         if trainer.world_size > 1 and getattr(connector, "use_distributed_sampler", False):
             warnings.warn(
                 "Trainer(use_distributed_sampler=True) has no effect on a GPUCachedPathDataLoader "
-                "or on nodes: set it to False, and let PathLister or a DistributedSampler of yours "
+                "or on nodes: set it to False, and let a PathLister or your own DistributedSampler "
                 "give each rank its part",
                 stacklevel=2,
             )
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """See lightning.pytorch.Callback."""
-        self._before = self._stats()  # resumed in the middle of an epoch, that one does not start
+        """Begin to count; an epoch that is resumed has no start of its own."""
+        self._before = self._stats()
 
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """See lightning.pytorch.Callback."""
+        """Begin to count."""
         self._before = self._stats()
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """See lightning.pytorch.Callback."""
+        """Log the epoch of training."""
         self._log(pl_module)
 
     def on_validation_epoch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule"
     ) -> None:
-        """See lightning.pytorch.Callback."""
+        """Begin to count, in `Trainer.validate`."""
         if trainer.state.fn == "validate":
             self._before = self._stats()
 
     def on_validation_epoch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule"
     ) -> None:
-        """See lightning.pytorch.Callback."""
+        """Log `Trainer.validate`; validation within an epoch of training is logged with that."""
         if trainer.state.fn == "validate":
             self._log(pl_module)
 
     def on_test_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """See lightning.pytorch.Callback."""
+        """Begin to count."""
         self._before = self._stats()
 
     def on_test_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """See lightning.pytorch.Callback."""
+        """Log `Trainer.test`."""
         self._log(pl_module)
 
     def _log(self, module: Any) -> None:

@@ -9,7 +9,8 @@ from torch.utils.data import default_collate
 
 from gpucache_pipes.batches.ragged import RaggedOptions, join_ragged, stack_scattered
 from gpucache_pipes.batches.transfer import to_device
-from gpucache_pipes.files import Layout, Leaf, Tree, build, leaf_names, own
+from gpucache_pipes.batches.unlike import collate_unlike
+from gpucache_pipes.files import Layout, Leaf, Tree, build, copy_value, leaf_names
 
 
 class FeatureBatch(Sequence[Any]):
@@ -54,7 +55,7 @@ class FeatureBatch(Sequence[Any]):
         layout = self._layouts[number if len(self._layouts) > 1 else 0]
         values = self._values[number] if self._values else ()
         leaves = self._leaves_of(number, layout)
-        return build(layout.tree, leaves.__getitem__, lambda n: own(values[n]))
+        return build(layout.tree, leaves.__getitem__, lambda n: copy_value(values[n]))
 
     @abstractmethod
     def _leaves_of(self, number: int, layout: Layout) -> Sequence[torch.Tensor]:
@@ -100,7 +101,7 @@ class FeatureBatch(Sequence[Any]):
     def _collate(self, ragged: RaggedOptions) -> Any:
         layout = self._layouts[0]
         if any(other.kind is not layout.kind for other in self._layouts):
-            return to_device(default_collate(list(self)), self.device)
+            return to_device(collate_unlike(list(self), ragged), self.device)
         names = leaf_names(layout.tree)
         return self._collate_columns([self._column(at, n, ragged) for at, n in enumerate(names)])
 
@@ -113,7 +114,7 @@ class FeatureBatch(Sequence[Any]):
         leaves = [layout.leaves[at] for layout in self._layouts]
         first = leaves[0]
         differs = any(leaf.shape != first.shape for leaf in leaves)
-        mode = ragged.mode_of(name, differs) if name else None
+        mode = ragged.mode_of(name, differs, len(first.shape)) if name else None
         if mode is None or (mode == "error" and not differs):
             return self._stack(at, leaves)
         for number, leaf in enumerate(leaves):
@@ -236,7 +237,7 @@ def _collate_tree(
     if isinstance(tree, int):
         if tree >= 0:
             return columns[tree]
-        column = [own(value) for value in values[~tree]]
+        column = [copy_value(value) for value in values[~tree]]
         samples: Any = column if as_list else tuple(column)
         return to_device(default_collate(samples), device)
     kind, keys, _, children = tree

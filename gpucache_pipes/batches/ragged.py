@@ -1,9 +1,14 @@
-"""Leaves whose first dimension differs from feature to feature: padded, jagged, or as lists."""
+"""Joins leaves whose first dimension may differ: padded, jagged, or as lists.
+
+Two ways lead to the same bits. On the host each sequence is copied by one memmove, several times
+as fast as by an index. On devices one gather by an index of elements joins all sequences, so that
+the number of operations does not depend on the number of features.
+"""
 
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -13,18 +18,21 @@ from gpucache_pipes.files import Leaf
 from gpucache_pipes.units import positive_int
 
 MODES = ("error", "pad", "jagged", "list")
+"""How a leaf of all features is joined; see GPUCollator."""
 
 _UNITS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
+"""Dtypes by which bytes are moved, the widest first."""
 
 
 class Padded(NamedTuple):
     """Sequences of different lengths as one tensor.
 
     Attributes:
-        values: [B, T, *rest], T the largest length, rounded up; beyond its length each sequence
-            is filled with the padding value.
+        values: [B, T, *rest]. T is the largest length, rounded up to pad_to_multiple. Behind its
+            end, each sequence is filled with the padding value.
         lengths: int64 [B].
-        mask: bool [B, T], True where a value is.
+        mask: bool [B, T], True where `values` holds an element of a sequence, False where it
+            holds padding.
     """
 
     values: torch.Tensor
@@ -32,44 +40,68 @@ class Padded(NamedTuple):
     mask: torch.Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class RaggedOptions:
-    """What to do with which leaves; see GPUCollator.
+    """How to join leaves whose first dimension may differ from feature to feature.
 
-    Attributes:
-        known: leaves that were seen to be ragged, and are treated so from then on.
+    The type of a collated batch follows from these options alone, never from the shapes in this
+    batch or in earlier ones: a run that is interrupted and resumed gives the same types as one
+    that is not.
+
+    Args:
+        modes: one of MODES for all leaves, or a dict of them by the names of leaves. One mode
+            other than "error" joins every leaf of at least one dimension that way, in every
+            batch, even where all lengths are equal; tensors without dimensions are stacked. With
+            a dict, leaves that it does not name are stacked, or are an error where shapes differ.
+        padding_value: fills what lies behind the end of a padded sequence.
+        pad_to_multiple: the length of a padded batch is rounded up to a multiple of this.
+
+    Raises:
+        ValueError: an unknown mode, or pad_to_multiple < 1.
+
+    >>> RaggedOptions("pad").mode_of("['frames']", differs=False)
+    'pad'
+    >>> RaggedOptions("pad").mode_of("['label']", differs=False, dimensions=0)
+    >>> RaggedOptions({"frames": "jagged"}).mode_of("['frames']", differs=False)
+    'jagged'
+    >>> RaggedOptions({"frames": "jagged"}).mode_of("['mask']", differs=True)
+    'error'
     """
 
     modes: str | Mapping[str, str] = "error"
     padding_value: float = 0.0
     pad_to_multiple: int = 1
-    known: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         positive_int("pad_to_multiple", self.pad_to_multiple)
-        given = [self.modes] if isinstance(self.modes, str) else list(self.modes.values())
-        for mode in given:
+        for mode in self._all_modes():
             if mode not in MODES:
                 raise ValueError(f"ragged={mode!r} is not known; there are: {', '.join(MODES)}")
 
+    def _all_modes(self) -> list[str]:
+        return [self.modes] if isinstance(self.modes, str) else list(self.modes.values())
+
     @property
     def copies(self) -> bool:
-        """Whether no result is a view of what it was made of."""
-        modes = [self.modes] if isinstance(self.modes, str) else self.modes.values()
-        return "list" not in modes
+        """Whether no result is a view of the memory that it was made from."""
+        return "list" not in self._all_modes()
 
-    def mode_of(self, name: str, differs: bool) -> str | None:
-        """What to do with a leaf of that name; None: nothing, it is like any other."""
+    def mode_of(self, name: str, differs: bool, dimensions: int = 1) -> str | None:
+        """How to join one leaf of all features of a batch; None to stack it.
+
+        Args:
+            name: the leaf's, as `leaf_names` gives it: "['frames']".
+            differs: whether its shape is not the same in all features.
+            dimensions: of the leaf in the first feature. Only 0 makes a difference.
+        """
         if not isinstance(self.modes, str):
             # A leaf of a plain dict may be named by its key.
             key = name[2:-2] if name.startswith("['") and name.count("[") == 1 else name
             mode = self.modes.get(name) or self.modes.get(key)
             return mode if mode is not None else "error" if differs else None
-        if self.modes == "error":
-            return "error" if differs else None
-        if differs:
-            self.known.add(name)
-        return self.modes if name in self.known else None
+        if self.modes == "error" or not dimensions:
+            return self.modes if differs else None
+        return self.modes
 
 
 def join_ragged(
@@ -79,10 +111,20 @@ def join_ragged(
     leaves: Sequence[Leaf],
     options: RaggedOptions,
 ) -> Any:
-    """One leaf of all features, each at its start in `block` (uint8), and aligned to its rows.
+    """Join one leaf of all features.
 
-    The leaves differ in their first dimension only. Takes a number of device operations that
-    does not depend on the number of features, but for "list".
+    Args:
+        mode: "pad", "jagged" or "list".
+        block: uint8, holds the leaf of each feature.
+        starts: where it begins in the block, in bytes: a multiple of the bytes of a row.
+        leaves: of each feature; they differ in their first dimension only.
+        options: padding_value and pad_to_multiple.
+
+    Returns:
+        A Padded, or a torch.nested tensor, in new memory; or for "list" views of the block.
+
+    Raises:
+        RuntimeError: for a padding_value that the dtype does not have.
     """
     lengths = [leaf.shape[0] for leaf in leaves]
     if mode == "list":
@@ -95,7 +137,7 @@ def join_ragged(
 
 
 def stack_scattered(block: torch.Tensor, starts: Sequence[int], leaf: Leaf) -> torch.Tensor:
-    """[B, *shape] of a leaf that has one shape, but another place in each feature."""
+    """[B, *shape] of a leaf that begins at `starts` (bytes) in `block` (uint8), in new memory."""
     units, size, count = _units_of(block, leaf.nbytes)
     [base] = _upload([[start // size for start in starts]], block.device)
     index = torch.arange(count, device=block.device) + base.unsqueeze(1)
@@ -103,7 +145,7 @@ def stack_scattered(block: torch.Tensor, starts: Sequence[int], leaf: Leaf) -> t
 
 
 def _units_of(block: torch.Tensor, nbytes: int) -> tuple[torch.Tensor, int, int]:
-    """The block in the widest elements that divide so many bytes; their size and number."""
+    """`block` in the widest elements that divide `nbytes`, their size, and their number in it."""
     unit = next(dtype for dtype in _UNITS if nbytes % dtype.itemsize == 0)
     whole = len(block) // unit.itemsize * unit.itemsize
     return block[:whole].view(unit), unit.itemsize, nbytes // unit.itemsize
@@ -124,7 +166,7 @@ def _pad(
     longest = -(-max(lengths) // multiple) * multiple
     if _is_on_host(block):
         values = torch.empty((len(starts), longest, *leaf.shape[1:]), dtype=leaf.dtype)
-        _fill(values, options.padding_value)
+        fill(values, options.padding_value)
         _copy(block, starts, lengths, values, _row_bytes(leaf), longest)
         table = torch.tensor(lengths)
         return Padded(values, table, torch.arange(longest) < table.unsqueeze(1))
@@ -138,18 +180,18 @@ def _pad(
         values = torch.empty(shape, dtype=leaf.dtype, device=block.device)
     else:
         index = torch.arange(count, device=block.device) + base
-        # Beyond its end each sequence reads what is not its own, which is written over.
+        # Behind its end, each sequence reads bytes that are not its own. They are filled below.
         index.clamp_(max=len(units) - 1)
         values = units[index].view(leaf.dtype).view(shape)
-    _fill(values, options.padding_value, ~mask)
+    fill(values, options.padding_value, ~mask)
     return Padded(values, table[1], mask)
 
 
-def _fill(values: torch.Tensor, value: float, where: torch.Tensor | None = None) -> None:
-    """Fill `values`, or those where [B, T] `where` is True.
+def fill(values: torch.Tensor, value: float, where: torch.Tensor | None = None) -> None:
+    """Fill `values` [B, T, *rest] with `value`, only where `where` [B, T] is True if it is given.
 
-    By their bits, since many dtypes have no such operation, and which of them do depends on the
-    device. Raises RuntimeError for a value that the dtype does not have.
+    This writes the bits of the value as integers: many dtypes have no fill operation, and which
+    ones have depends on the device. Raises RuntimeError for a value that the dtype does not have.
     """
     bits = _BITS.get(values.dtype.itemsize)
     if bits is not None:
@@ -176,7 +218,7 @@ def _bits_of(value: float, dtype: torch.dtype, bits: torch.dtype) -> int:
 
 
 def _is_on_host(block: torch.Tensor) -> bool:
-    """Whether its bytes may be copied by their addresses: a simulated device has none."""
+    """Whether bytes may be copied by address. Tensors of a simulated device have no addresses."""
     return block.device.type == "cpu" and type(block) is torch.Tensor
 
 
@@ -188,14 +230,20 @@ def _copy(
     row_bytes: int,
     longest: int | None = None,
 ) -> None:
-    """Sequences, each at its start in `block`, to every `longest` rows of `target`, or end to end.
+    """Copy sequences of `lengths` rows on the host, by address and without bounds checks.
 
-    On the host a copy for each is several times as fast as one by an index of their elements.
+    Args:
+        block: uint8, holds the sequences.
+        starts: where each begins in the block, in bytes.
+        lengths: of each, in rows.
+        target: where they go.
+        row_bytes: bytes per row.
+        longest: rows from one sequence to the next in the target; None to copy them end to end.
     """
-    source, place = block.data_ptr(), target.data_ptr()
+    source, address = block.data_ptr(), target.data_ptr()
     for start, length in zip(starts, lengths, strict=True):
-        ctypes.memmove(place, source + start, length * row_bytes)
-        place += (length if longest is None else longest) * row_bytes
+        ctypes.memmove(address, source + start, length * row_bytes)
+        address += (length if longest is None else longest) * row_bytes
 
 
 def _make_jagged(
@@ -225,6 +273,7 @@ def _make_jagged(
 
 
 def _upload(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """int64 [rows, columns] on the device; from pinned memory, so that the host does not wait."""
     table = torch.tensor(rows, dtype=torch.int64)
     if device.type == "cpu":
         return table

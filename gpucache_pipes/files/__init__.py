@@ -9,9 +9,9 @@ from gpucache_pipes.files.layout import (
     Leaf,
     Tree,
     build,
+    copy_value,
     flatten,
     leaf_names,
-    own,
 )
 from gpucache_pipes.files.local import LocalFiles
 from gpucache_pipes.files.path_table import PathLike, PathTable
@@ -31,8 +31,8 @@ __all__ = [
     "Source",
     "Tree",
     "build",
+    "copy_value",
     "flatten",
     "leaf_names",
     "load_error",
-    "own",
 ]

@@ -236,7 +236,7 @@ class _Visitor:
         if kind is list or kind is tuple or (isinstance(item, tuple) and hasattr(kind, "_fields")):
             return Branch(kind, None, (), self.visit_all(enumerate(item), location))
         _require_plain(item, kind, location)
-        self.values.append(own(item))
+        self.values.append(copy_value(item))
         return ~(len(self.values) - 1)
 
     def visit_all(self, items: Iterable[tuple[Any, Any]], location: Location) -> tuple[Tree, ...]:
@@ -278,7 +278,7 @@ def _require_plain(item: Any, kind: type, location: Location) -> None:
 _IMMUTABLE = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.Size))
 
 
-def own(value: Any) -> Any:
+def copy_value(value: Any) -> Any:
     """Return a plain value that shares nothing mutable with `value`."""
     return value if type(value) in _IMMUTABLE else copy.deepcopy(value)
 

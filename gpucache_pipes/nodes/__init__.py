@@ -1,4 +1,4 @@
-"""Nodes of a torchdata pipeline: PathLister -> GPUPrefetcher -> GPUCollator."""
+"""Nodes of a torchdata pipeline: PathLister -> GPUPrefetcher -> GPUCollator (-> Lockstep)."""
 
 from gpucache_pipes.nodes.collator import GPUCollator
 from gpucache_pipes.nodes.lockstep import Lockstep

@@ -1,4 +1,4 @@
-"""Batches of files of like size, so that padding them to one length costs little."""
+"""Buckets: batches of files of similar size, so that padding them to one length costs little."""
 
 import logging
 import os
@@ -11,37 +11,51 @@ import torch
 _log = logging.getLogger("gpucache_pipes")
 
 _MOST_BATCHES = 50
-"""Batches in a window. More make lengths in a batch more alike, and leave less to chance."""
+"""Batches in a window. More make the lengths in a batch more similar, and the batches of different
+epochs too."""
 
 
 class Buckets:
-    """Groups the order of an epoch into batches of like size.
+    """Groups the order of an epoch into batches of files of similar size.
 
-    Shuffled, it is cut into windows of up to 50 batches and at least two of them; the files of
-    each are sorted by size and cut into batches, and all batches are shuffled again. So any two
-    files may meet, but within a batch lengths are alike. What is too little for a batch stays at
-    the end, and is as much a matter of chance as it was.
+    A shuffled order is cut into windows of up to 50 batches, at least two windows where there are
+    two batches. The files of each window are sorted by size and cut into batches, and then all
+    batches are shuffled. So any two files may meet in a batch, while the lengths in it are
+    similar. The remainder that is too small for a batch stays at the end of the order, and is as
+    random as it was. An order that is not shuffled is sorted by size as a whole.
 
-    Not shuffled, all files come in the order of their sizes.
+    Args:
+        sizes: of the files: any numbers, such as bytes or lengths.
+        batch_size: files per batch.
 
     Attributes:
-        checksum: of all sizes.
+        checksum: of all sizes; with other sizes, batches are others.
+
+    >>> Buckets([30, 10, 20, 40], batch_size=2).group(range(4), None)
+    [1, 2, 0, 3]
     """
 
     def __init__(self, sizes: Sequence[float], batch_size: int) -> None:
         held = array("d", sizes)
         self._sizes = torch.frombuffer(held, dtype=torch.float64)
         self._batch_size = batch_size
-        # With other sizes, batches are others.
         self.checksum = zlib.crc32(held)
 
     @classmethod
     def of(
         cls, paths: Sequence[str], by: str | Callable[[str], float], batch_size: int
     ) -> "Buckets":
-        """By "file_size", or by a function of the path.
+        """Buckets by the sizes of files.
 
-        A file that cannot be looked at counts as empty, which is logged; its batch will say more.
+        Args:
+            paths: of all files.
+            by: "file_size", or a function path -> number. A file whose size cannot be read counts
+                as empty, which is logged; the request of its batch will raise the error.
+            batch_size: files per batch.
+
+        Raises:
+            ValueError: any other `by`.
+            TypeError: if the function returns something that is not a number.
         """
         if by == "file_size":
             return cls(_file_sizes(paths), batch_size)
@@ -60,7 +74,12 @@ class Buckets:
         return f"batch_size={self._batch_size}"
 
     def group(self, order: Sequence[int], random: torch.Generator | None) -> list[int]:
-        """The same positions; every `batch_size` of them are a batch."""
+        """The same positions in a new order, in which every `batch_size` of them are a batch.
+
+        Args:
+            order: positions in the list of files.
+            random: shuffles the batches; None if the order is not shuffled.
+        """
         positions = torch.tensor(order)
         if random is None:
             return self._by_size(positions).tolist()

@@ -1,4 +1,4 @@
-"""GPUCollator: features in, tensors [B, ...] out."""
+"""GPUCollator: features in, batches of device tensors [B, ...] out."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,40 +9,49 @@ import torch
 from torch.utils.data import default_collate
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.batches import FeatureBatch, RaggedOptions, first_device, to_device
+from gpucache_pipes.batches import FeatureBatch, first_device, to_device
+from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
+from gpucache_pipes.nodes.options import CollateOptions
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
-from gpucache_pipes.nodes.upstream import as_node, call
-from gpucache_pipes.units import positive_int
+from gpucache_pipes.nodes.upstream import as_node, upstream_nodes
 
 
 class GPUCollator(BaseNode[Any]):
-    """Makes a batch of each FeatureBatch, or of every `batch_size` features.
+    """Collates each FeatureBatch, or every `batch_size` single features.
 
-    Without collate_fn the batch is what `torch.utils.data.default_collate` gives, on the
-    device: tensors [B, *shape], contiguous; numbers become device tensors [B]; strings stay
-    lists. In a tuple (FeatureBatch, element), as a GPUPrefetcher with path_fn gives it, the
-    FeatureBatch is collated and the rest left as it is.
+    Without collate_fn, a batch is what `torch.utils.data.default_collate` makes of the features,
+    on the device of the store: tensors are stacked to [B, *shape] and contiguous, numbers become
+    tensors [B], strings stay lists. In a tuple (FeatureBatch, element), as a GPUPrefetcher with
+    path_fn yields it, the FeatureBatch is collated and the rest stays as it is. Batches are the
+    consumer's: the cache shares no memory with them.
+
+    Device operations are issued on the stream that GPUPrefetcher describes.
 
     Args:
-        source: a node or iterable of FeatureBatches, of sequences of features, or, with
+        source: a node or iterable of FeatureBatches or other sequences of features; with
             batch_size, of single features.
-        collate_fn: list of features -> batch.
-        batch_size: collate so many single features. Behind a GPUPrefetcher they are still
-            gathered at once.
-        drop_last: leave out a last batch that is smaller than batch_size.
-        ragged: what becomes of a tensor whose first dimension differs from feature to feature:
-            "error"; "pad", a Padded of values [B, T, ...], lengths and mask; "jagged", a
-            torch.nested tensor; "list", a list of tensors. Or a dict of these by the names of
-            leaves, as errors name them, or by the keys of a feature that is a dict. Without names
-            a leaf is treated so once it has been seen to differ: name those that must be so from
-            the first batch on. Needs a GPUPrefetcher in front.
-        padding_value: what is put behind shorter sequences.
-        pad_to_multiple: round the length of a padded batch up to a multiple of this.
+        collate_fn: list of features -> batch. It replaces the default collation, is called in the
+            thread that calls `next()`, and must not return None.
+        batch_size: number of single features per batch, at least 1. Directly behind a
+            GPUPrefetcher, these are gathered at once.
+        drop_last: omit the last batch if it has fewer than batch_size features.
+        ragged: how to join tensors whose first dimension may differ from feature to feature:
+            "error", to raise; "pad", a Padded of values [B, T, ...], lengths and mask; "jagged",
+            a torch.nested tensor; "list", a list of tensors. One mode is for every leaf of at
+            least one dimension, in every batch, even where all lengths are equal. A dict of modes
+            is for the leaves that it names: as errors name them, or by the keys of a feature that
+            is a dict; other leaves are stacked. So the types of a batch follow from this option,
+            and not from the lengths in it. Needs a GPUPrefetcher directly upstream.
+        padding_value: fills padded sequences behind their end.
+        pad_to_multiple: round the length T of a padded batch up to a multiple of this.
 
     Raises:
-        RuntimeError: in `next()`, if shapes differ; names the leaf, the shapes and the files.
-        ValueError: a mode that is not known, or ragged together with a collate_fn.
+        ValueError: an unknown mode; ragged together with a collate_fn; drop_last without a
+            batch_size; batch_size or pad_to_multiple below 1.
+        RuntimeError: in `next()`, if shapes differ that `ragged` does not allow to; names the
+            leaf, the shapes and the files.
+        TypeError: in `next()`, for elements that are no sequences of features, such as paths.
     """
 
     def __init__(
@@ -57,13 +66,10 @@ class GPUCollator(BaseNode[Any]):
         pad_to_multiple: int = 1,
     ) -> None:
         super().__init__()
-        if collate_fn is not None and ragged != "error":
-            raise ValueError("ragged= is for the default collation; the collate_fn does it all")
-        self.ragged = RaggedOptions(ragged, padding_value, pad_to_multiple)
-        if batch_size is not None:
-            positive_int("batch_size", batch_size)
-        elif drop_last:
-            raise ValueError("drop_last=True needs a batch_size")
+        options = CollateOptions(
+            collate_fn, batch_size, drop_last, ragged, padding_value, pad_to_multiple
+        )
+        self.ragged = options.ragged_options()
         self.source = as_node(source)
         self.collate_fn = collate_fn
         self.batch_size = batch_size
@@ -71,18 +77,18 @@ class GPUCollator(BaseNode[Any]):
         self._stream: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """See BaseNode."""
+        """Reset the source: begin the next epoch, or go on where a state was taken."""
         super().reset(initial_state)
         prefetcher = self._prefetcher()
         self._stream = nullcontext if prefetcher is None else ConsumerStream(prefetcher.store)
         self.source.reset(None if initial_state is None else initial_state["source"])
 
     def get_state(self) -> dict[str, Any]:
-        """See BaseNode."""
+        """{"source": the state of the source}."""
         return {"source": self.source.state_dict()}
 
     def next(self) -> Any:
-        """See BaseNode."""
+        """The next batch; see the class."""
         with self._stream():
             if self.batch_size is None:
                 source = self.source
@@ -95,20 +101,27 @@ class GPUCollator(BaseNode[Any]):
                 raise StopIteration
             return self._collate(features)
 
+    def shutdown(self) -> None:
+        """Shut down the GPUPrefetchers upstream. The node can be reset and used again."""
+        for prefetcher in self._prefetchers():
+            prefetcher.shutdown()
+
     def _take(self, count: int) -> Sequence[Any]:
+        """The next `count` features, fewer at the end of the epoch."""
         source = self.source
         if isinstance(source, GPUPrefetcher):
             return source.take(count)
         features: list[Any] = []
         for feature in source:
             if isinstance(feature, FeatureBatch):
-                raise TypeError("the source yields batches already: leave batch_size away")
+                raise TypeError("the source yields batches already: omit batch_size")
             features.append(feature)
             if len(features) == count:
                 break
         return features
 
     def _collate(self, element: Any) -> Any:
+        """The batch that an element of the source, or a list of features, becomes."""
         if isinstance(element, FeatureBatch):
             return element.collate(self.ragged) if self.collate_fn is None else self._call(element)
         if isinstance(element, tuple) and any(isinstance(part, FeatureBatch) for part in element):
@@ -129,34 +142,23 @@ class GPUCollator(BaseNode[Any]):
         if self.collate_fn is not None:
             return self._call(element)
         if self.ragged.modes != "error":
-            raise TypeError("ragged= needs a GPUPrefetcher right in front of the GPUCollator")
+            raise TypeError("ragged= needs a GPUPrefetcher directly in front of the GPUCollator")
         return to_device(default_collate(list(element)), self._device(element))
 
     def _call(self, features: Sequence[Any]) -> Any:
         assert self.collate_fn is not None
         return call(self.collate_fn, "collate_fn", list(features))
 
-    def shutdown(self) -> None:
-        """Let the nodes in front let go of what is on its way, if they can."""
-        for prefetcher in self._prefetchers():
-            prefetcher.shutdown()
-
     def _prefetchers(self) -> Iterator[GPUPrefetcher]:
-        """The nearest ones upstream: several, where a node samples from several sources."""
-        nodes: list[Any] = [self.source]
-        for node in nodes:
-            if isinstance(node, GPUPrefetcher):
-                yield node
-            else:
-                if getattr(node, "source", None) is not None:
-                    nodes.append(node.source)
-                nodes += getattr(node, "source_nodes", {}).values()
+        """The nearest ones upstream. There are several where a node mixes several sources."""
+        nodes = upstream_nodes(self.source, beyond=lambda node: not isinstance(node, GPUPrefetcher))
+        return (node for node in nodes if isinstance(node, GPUPrefetcher))
 
     def _prefetcher(self) -> GPUPrefetcher | None:
         return next(self._prefetchers(), None)
 
     def _device(self, features: Any) -> torch.device:
-        """Where the store upstream keeps features; if there is none, where these are."""
+        """The device of the store upstream. Without one, that of the features."""
         prefetcher = self._prefetcher()
         if prefetcher is not None:
             return prefetcher.store.device

@@ -1,4 +1,4 @@
-"""On which stream the results of a pipeline come, whichever thread asks for them."""
+"""ConsumerStream: on which stream a pipeline issues its results."""
 
 import contextlib
 import threading
@@ -8,11 +8,18 @@ from gpucache_pipes.store import GPUFeatureStore
 
 
 class ConsumerStream:
-    """Where the thread that resets a pipeline is: it is the one that trains.
+    """Remembers the thread and the stream in which a pipeline was reset: those that train.
 
-    Called in `next()`, it gives the context to work in. In the same thread that is whatever stream
-    is current there. In another one, such as that of a torchdata Prefetcher behind the node, which
-    knows nothing of streams, it is the stream that was current at the reset.
+    Calling it in `next()` returns the context in which to issue device operations:
+
+    - in the thread of the reset, an empty one: the operations go to whichever stream is current
+      there, so that a consumer may change streams between two batches;
+    - in any other thread, such as that of a torchdata Prefetcher downstream, one that makes the
+      stream current that was current at the reset. Such threads have streams of their own, or
+      the default one, and the consumer does not wait for either.
+
+    Args:
+        store: on whose device the streams are.
     """
 
     def __init__(self, store: GPUFeatureStore) -> None:
@@ -20,7 +27,7 @@ class ConsumerStream:
         self._enter = store.bind_stream()
 
     def __call__(self) -> contextlib.AbstractContextManager[Any]:
-        """The context."""
+        """The context for the calling thread."""
         return _HERE if threading.current_thread() is self._thread else self._enter()
 
 

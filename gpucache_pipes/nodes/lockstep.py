@@ -1,4 +1,4 @@
-"""Lockstep: what happens to one rank happens to all."""
+"""Lockstep: an error or the end of the epoch on one rank is one on all ranks."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -15,27 +15,28 @@ _ELEMENT, _END, _ERROR = 0, 1, 2
 
 
 class Lockstep(BaseNode[Any]):
-    """Passes elements on, at the same time on all ranks of torch.distributed.
+    """Passes elements on, at the same step on all ranks of torch.distributed.
 
         batches = Lockstep(GPUCollator(GPUPrefetcher(paths, store)))
 
-    A rank that raises, or has no more batches, while the others wait for it in a collective
-    operation leaves them waiting: for ever, if it catches the error, else until its process has
-    ended. So here the ranks agree in each `next()`, by one all_reduce of a number on the host:
+    A rank that raises, or that runs out of batches first, leaves the other ranks waiting in their
+    next collective operation: until its process has ended, or for ever if it catches the error.
+    So the ranks agree in each `next()`, by one all_reduce of a number on the host:
 
     - if a rank has an error, all raise: that rank its own, the others a RankError with its text.
-      The elements of that step are left out on all ranks, and all may go on with the next;
-    - if a rank has no more elements, the epoch ends for all.
+      The elements of this step are dropped on all ranks, and all may go on with the next step;
+    - if a rank has no more elements, the epoch ends on all ranks.
 
-    All ranks must iterate. A GPUCachedPathDataLoader may be the source:
-    `torchdata.nodes.Loader(Lockstep(loader))`. Where torch.distributed is not initialised, elements
-    are passed on.
+    All ranks must call `next()` equally often. The source may be a GPUCachedPathDataLoader:
+    `torchdata.nodes.Loader(Lockstep(loader))`. Where torch.distributed is not initialised, or has
+    one rank, elements are passed on as they are.
 
     Args:
         source: a node or an iterable, usually the last one of a pipeline.
 
     Raises:
-        RankError: in `next()`, if another rank had an error.
+        RankError: in `next()`, if another rank had an error and this one had none.
+        Exception: in `next()`, what the source of this rank raises.
     """
 
     def __init__(self, source: BaseNode[Any] | Iterable[Any]) -> None:
@@ -43,16 +44,16 @@ class Lockstep(BaseNode[Any]):
         self.source = as_node(source)
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """See BaseNode."""
+        """Reset the source. This is no collective operation."""
         super().reset(initial_state)
         self.source.reset(None if initial_state is None else initial_state["source"])
 
     def get_state(self) -> dict[str, Any]:
-        """See BaseNode."""
+        """{"source": the state of the source}, which is that of this rank."""
         return {"source": self.source.state_dict()}
 
     def next(self) -> Any:
-        """See BaseNode."""
+        """The next element. A collective operation of all ranks."""
         group = _host_group()
         if group is None:
             return next(self.source)
@@ -73,12 +74,14 @@ class Lockstep(BaseNode[Any]):
         try:
             raise error
         finally:
-            # An error holds the frame that it comes from, and this one would hold the error and
-            # with it the group: a circle, which lives until the garbage collector runs.
+            # An error holds the frame that raised it. With these variables the frame would hold
+            # the error and the group: a reference cycle, which keeps the group alive until the
+            # garbage collector runs.
             del error, group
 
 
 def _agree_on(error: Exception | None, group: Any) -> Exception:
+    """What this rank raises. A collective operation, of all ranks if one has an error."""
     texts: list[str | None] = [None] * dist.get_world_size()
     text = None if error is None else f"{type(error).__name__}: {error}"
     dist.all_gather_object(texts, text, group=group)
@@ -88,20 +91,21 @@ def _agree_on(error: Exception | None, group: Any) -> Exception:
 
 
 _groups: list[Callable[[], Any]] = [lambda: None, lambda: None]
-"""All ranks, and the group of ours that has them. By weak references: torch ends the threads of a
-group with the last reference to it, and where that comes with the end of the interpreter, the
-process may abort."""
+"""Weak references to the default process group, and to the group on the host made for it.
+
+Weak, because torch joins the threads of a group with the last reference to it. If that is only
+when the interpreter ends, the process may abort."""
 
 
 def _host_group() -> Any:
-    """All ranks, on the host: no device has to be waited for. None if there is one only.
+    """A group of all ranks on the host, where an all_reduce waits for no device.
 
-    Making it is a collective operation, and done once in a process.
+    None if there is one rank only. Making the group is a collective operation, done once for each
+    default process group; torch holds it until destroy_process_group.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
     if _groups[0]() is not dist.group.WORLD:
-        # torch holds it until destroy_process_group.
         group = dist.new_group(backend="gloo")
         _groups[:] = [weakref.ref(dist.group.WORLD), weakref.ref(group)]
     return _groups[1]()

@@ -1,4 +1,4 @@
-"""In which order an epoch goes through the files."""
+"""The order of an epoch: drawn from a seed, or by a sampler of the user's."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,9 +10,20 @@ from gpucache_pipes.nodes.sharding import Shards
 
 
 class DrawnOrder:
-    """All files or one part of them, as they are listed, or in a new order in each epoch.
+    """All files or one part of them: as they are listed, or shuffled anew in each epoch.
 
-    Shuffled orders are those of torch.utils.data.DistributedSampler: from seed + epoch.
+    Shuffled orders are those of torch.utils.data.DistributedSampler, drawn from seed + epoch.
+
+    Args:
+        files: number of files.
+        shuffle: whether to shuffle.
+        seed: any whole number.
+        shards: the part to take.
+        buckets: how to group files of similar size into batches; None not to.
+
+    >>> order = DrawnOrder(6, True, 0, Shards(), None)
+    >>> order.draw(0) == order.draw(0), sorted(order.draw(1)), str(order)
+    (True, [0, 1, 2, 3, 4, 5], 'shuffle=True, seed=0')
     """
 
     def __init__(
@@ -25,7 +36,7 @@ class DrawnOrder:
         self._buckets = buckets
 
     def draw(self, epoch: int) -> Sequence[int]:
-        """Positions in the list of files."""
+        """The positions in the list of files, in the order of this epoch."""
         pool = self._shards.pool(self._files)
         random = None
         if self._shuffle:
@@ -36,10 +47,11 @@ class DrawnOrder:
         return order if self._buckets is None else self._buckets.group(order, random)
 
     def __len__(self) -> int:
+        """Files in an epoch."""
         return self._shards.size(self._files)
 
     def __str__(self) -> str:
-        """What a state must have in common with the lister that resumes it."""
+        """What must be the same in a state and in the lister that resumes it."""
         words = f"shuffle={self._shuffle}, seed={self._seed}"
         if self._shards.static:
             words += ', shard="static"'
@@ -47,28 +59,36 @@ class DrawnOrder:
 
 
 class SampledOrder:
-    """What a sampler yields: positions, or lists of them that are batches.
+    """What a sampler yields: positions, or lists of positions that are batches.
 
-    What it draws from torch's random numbers is determined by seed + epoch, and nobody else's
-    random numbers are moved by it.
+    What the sampler draws from torch's random numbers follows from seed + epoch. The random
+    numbers of the rest of the program are not affected.
+
+    Args:
+        sampler: a torch Sampler or BatchSampler, or any iterable of the same elements.
+        seed: any whole number.
     """
 
     def __init__(self, sampler: Iterable[Any], seed: int) -> None:
         self._sampler: Any = sampler
         self._seed = seed
-        # A generator of the sampler's own: its seed stays part of the order, and is remembered
-        # because seeding it for an epoch changes what it says of itself.
         self._inner: Any = getattr(sampler, "sampler", sampler)  # of a BatchSampler
+        # A generator that the user gave the sampler: its seed is part of the order. It is read
+        # once, since seeding the generator for an epoch changes its `initial_seed()`.
         self._generator: torch.Generator | None = getattr(self._inner, "generator", None)
         self._generator_seed = self._generator.initial_seed() if self._generator else 0
 
     def draw(self, epoch: int) -> Sequence[Any]:
-        """Positions in the list of files, or lists of them."""
+        """The positions in the list of files, or lists of them, in the order of this epoch.
+
+        Calls `set_epoch(epoch)` of the sampler, and of the one within a BatchSampler, where they
+        have it.
+        """
         for sampler in {id(s): s for s in (self._sampler, self._inner)}.values():
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
-        # The CPU's generator only, which is the one that samplers draw from: torch.manual_seed
-        # would seed the devices as well.
+        # The generator of the CPU is the one that samplers draw from. torch.manual_seed would seed
+        # those of the devices as well.
         before = torch.default_generator.get_state()
         torch.default_generator.manual_seed((self._seed + epoch) % 2**63)
         if self._generator is not None:
@@ -82,9 +102,11 @@ class SampledOrder:
             torch.default_generator.set_state(before)
 
     def __len__(self) -> int:
+        """What the sampler says. Raises TypeError if it has no length."""
         return len(self._sampler)
 
     def __str__(self) -> str:
+        """What must be the same in a state and in the lister that resumes it."""
         return f"sampler={type(self._sampler).__name__}, seed={self._seed}"
 
 

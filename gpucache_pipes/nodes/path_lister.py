@@ -1,4 +1,4 @@
-"""PathLister: the order of an epoch."""
+"""PathLister: lists files, and yields their paths in the order of an epoch."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +10,7 @@ from torchdata.nodes import BaseNode
 from gpucache_pipes.files.listing import GivenPaths, find_files
 from gpucache_pipes.nodes.buckets import Buckets
 from gpucache_pipes.nodes.order import DrawnOrder, SampledOrder
-from gpucache_pipes.nodes.resuming import fingerprint, place
+from gpucache_pipes.nodes.resuming import fingerprint, resumed_position
 from gpucache_pipes.nodes.sharding import Shards, find_rank
 from gpucache_pipes.nodes.upstream import as_node
 from gpucache_pipes.store import Upcoming
@@ -24,36 +24,43 @@ class PathLister(BaseNode[Any]):
 
         PathLister("features/", batch_size=256, shuffle=True, seed=0)
 
+    Each reset begins the next epoch, or the current one again if nothing was yielded of it. Over
+    the same files, the order of an epoch follows from (seed, epoch): a state is a few numbers, and
+    the order can be announced to the store's policy.
+
     Args:
-        source: a directory, a glob such as "data/**/*.pt", or a sequence of paths: then it is
-            listed once, here. Or any other iterable, IterDataPipe or node that yields paths:
-            then it is read through once in each epoch.
+        source: a directory, a glob such as "data/**/*.pt", or a sequence of paths: a list of
+            files, made once, in the constructor. Or a stream: any other iterable, IterDataPipe or
+            node that yields paths, iterated once per epoch in its own order.
         pattern: which names in a directory are features.
-        recursive: look into subdirectories too.
-        batch_size: yield lists of so many paths; None yields paths.
-        drop_last: leave out a last batch that is smaller.
-        shuffle: a new order in each epoch, from (seed, epoch): the one that
-            torch.utils.data.DistributedSampler has for one replica.
+        recursive: look into subdirectories as well.
+        batch_size: yield lists of this many paths, at least 1; None yields single paths.
+        drop_last: omit the last batch if it is smaller.
+        shuffle: a new order in each epoch: that of torch.utils.data.DistributedSampler with the
+            same seed and one replica.
         seed: any whole number.
-        sampler: yields the positions to take from the sorted files in each epoch, or lists of
-            positions, each a batch. What it draws from torch's random numbers is determined by
-            (seed, epoch); `sampler.set_epoch(epoch)` is called where it exists. It may be
-            iterated more often than once an epoch, to know what comes.
-        num_shards, shard_index: list only this part of so many. By default the ranks of an
-            initialised torch.distributed, or those that torchrun announces. A sampler or a stream
-            counts as sharded already. All parts have the same length: files are repeated, or left
-            out with drop_last.
-        shard: "epoch", another part of the files in each epoch, as
-            torch.utils.data.DistributedSampler does it; or "static", always the same files, in
-            another order, so that the caches of all ranks add up.
-        bucket_by: put files of like size into a batch, so that padding them is cheap:
-            "file_size", or a function of the path that gives a number. Batches are still shuffled.
-        if_files_changed: what to do with a state over other files: "raise", or "continue" at the
-            same place of the same epoch. Some files then come twice in that epoch, or not at all.
+        sampler: yields positions in the list of files, or lists of positions, each a batch. What
+            it draws from torch's random numbers follows from (seed, epoch);
+            `sampler.set_epoch(epoch)` is called where it exists. It may be iterated more than once
+            per epoch, to announce the order.
+        num_shards, shard_index: yield only part `shard_index` of `num_shards`. By default those
+            of the ranks of an initialised torch.distributed, or that torchrun announces, looked up
+            when an epoch begins. A sampler or a stream counts as sharded already. All parts have
+            the same length: some files are repeated or, with drop_last, left out.
+        shard: "epoch", another part of the files in each epoch, divided as by DistributedSampler;
+            or "static", the same files in each epoch, so that the ranks' caches add up.
+        bucket_by: put files of similar size into a batch, so that padding them costs little: by
+            "file_size", or by a function path -> number. Batches are still shuffled.
+        if_files_changed: how to resume a state over other files: "raise", or "continue" at the
+            same position of the same epoch, where some files are then read twice or not at all.
+
+    Attributes:
+        shards: the part that is yielded.
 
     Raises:
         FileNotFoundError: no files; names directory and pattern.
-        ValueError: arguments that contradict each other.
+        ValueError: arguments that are wrong or contradict each other.
+        TypeError: a source that is not iterable; in `next()`, one that yields anything but paths.
     """
 
     def __init__(
@@ -85,9 +92,9 @@ class PathLister(BaseNode[Any]):
         if shuffle and sampler is not None:
             raise ValueError("shuffle=True and a sampler both set the order; give one of them")
         if isinstance(sampler, Iterator):
-            raise ValueError("the sampler is an iterator, which can be read through only once")
+            raise ValueError("the sampler is an iterator, which can be read only once")
         if bucket_by is not None and batch_size is None:
-            raise ValueError("bucket_by makes batches of files of like size: give a batch_size")
+            raise ValueError("bucket_by makes batches of files of similar size: give a batch_size")
         if bucket_by is not None and sampler is not None:
             raise ValueError("bucket_by and a sampler both set the order; give one of them")
         if if_files_changed not in ("raise", "continue"):
@@ -115,14 +122,15 @@ class PathLister(BaseNode[Any]):
         self._buckets = None
         if bucket_by is not None and batch_size is not None:
             self._buckets = Buckets.of(self._paths, bucket_by, batch_size)
-        # Which rank this is may become known later than there is a lister.
+        # The rank may become known only after the lister was made.
         self._rank_unknown = num_shards is None and sampler is None and self._stream is None
         self._shard = shard
         self.shards = self._choose_shards(num_shards, shard_index, shard)
         self._drawing = self._new_order()
         self._fingerprint: int | None = None
-        # The epoch under way, its order, how many paths of it have gone out, and for a batch
-        # sampler the same in elements.
+        # The current epoch, the one that set_epoch has named for the next reset, how many paths
+        # of the current one were yielded (for a sampler of batches, how many batches), and its
+        # order, None before the first reset.
         self._epoch = 0
         self._next_epoch: int | None = None
         self._position = 0
@@ -136,8 +144,8 @@ class PathLister(BaseNode[Any]):
         if self.sampler is not None or self._stream is not None:
             if num_shards is not None:
                 raise ValueError(
-                    "a sampler or a stream of paths counts as sharded already: leave num_shards "
-                    "away, and give each rank its part"
+                    "a sampler or a stream of paths counts as sharded already: omit num_shards, "
+                    "and give each rank its part"
                 )
             return Shards()
         if num_shards is None or shard_index is None:
@@ -156,7 +164,7 @@ class PathLister(BaseNode[Any]):
         return DrawnOrder(files, self.shuffle, self.seed, self.shards, self._buckets)
 
     def _find_rank_again(self) -> None:
-        """As when torch.distributed is initialised after this was made."""
+        """Follow a torch.distributed that was initialised after the lister was made."""
         if self._rank_unknown and find_rank() != (self.shards.count, self.shards.index):
             self.shards = self._choose_shards(None, None, self._shard)
             self._drawing = self._new_order()
@@ -167,31 +175,36 @@ class PathLister(BaseNode[Any]):
 
     @property
     def paths(self) -> Sequence[str]:
-        """All files, sorted. Raises TypeError if the source is a stream.
+        """All files, as given; those of a directory or a glob sorted.
 
-        As they were given; relative ones become absolute when the current directory changes, so
-        that they go on meaning what they meant.
+        Relative paths become absolute when the current directory changes, so that they go on
+        naming the same files. Raises TypeError if the source is a stream.
         """
         if self._stream is not None:
             raise TypeError("the paths of a stream are not known in advance")
         return self._paths
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next reset begin this epoch; without it each reset begins the next one.
+        """Let the next reset begin this epoch; the first is 0. Else each reset begins the next one.
 
-        A reset from a state goes on where that was taken; unless this names a later epoch, or
-        another one and the state is from the very end of its own.
+        A reset from a state goes on in the epoch of the state, unless this names a later epoch,
+        or any other one and the state is from the end of its own: a framework that resumes where
+        it ended an epoch names the one with which it goes on.
         """
         self._next_epoch = epoch
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """See BaseNode: begins the next epoch, or goes on where a state was taken."""
+        """Begin the next epoch, or go on where a state was taken.
+
+        Raises:
+            ValueError: for a state of something else, or over other files; see the class.
+        """
         super().reset(initial_state)
         self._find_rank_again()
         following, self._next_epoch = self._next_epoch, None
         if initial_state is not None:
             if "epoch" not in initial_state:
-                raise ValueError("this is no state of a PathLister")
+                raise ValueError("this is not a state of a PathLister")
             self._epoch, self._position = initial_state["epoch"], initial_state["position"]
         elif following is not None:
             self._epoch, self._position = following, 0
@@ -202,19 +215,18 @@ class PathLister(BaseNode[Any]):
             return
         if initial_state is not None:
             per_rank = self.shards.static or self._buckets is not None
-            self._position = place(
+            self._position = resumed_position(
                 initial_state, self._identity(), self._end, per_rank, self.if_files_changed
             )
         self._order = self._drawing.draw(self._epoch)
         if initial_state is not None and following is not None:
-            # A framework that resumes where it ended an epoch says which one it goes on with.
             ended = not self._flat(self._order, self._position)
             if following > self._epoch or (ended and following != self._epoch):
                 self._epoch, self._position = following, 0
                 self._order = self._drawing.draw(self._epoch)
 
     def next(self) -> Any:
-        """See BaseNode."""
+        """The next path, or the next batch as a new list."""
         count = self.batch_size or 1
         if self._stream is not None:
             batch = [_path(item) for item in islice(self._stream, count)]
@@ -227,7 +239,7 @@ class PathLister(BaseNode[Any]):
         return batch[0] if self.batch_size is None else batch
 
     def _pick(self, order: Sequence[Any]) -> list[Any]:
-        """The paths at these positions, or the batches of paths that a batch sampler means."""
+        """The paths at these positions, or the batches of them, where a sampler yields batches."""
         path = self._paths.__getitem__
         if self.sampler is not None:
             return self._pick_sampled(order)
@@ -239,7 +251,7 @@ class PathLister(BaseNode[Any]):
             if not order or isinstance(order[0], int):
                 return list(map(path, order))
             if self.batch_size is not None:
-                raise ValueError("the sampler yields batches already: leave batch_size away")
+                raise ValueError("the sampler yields batches already: omit batch_size")
             return [list(map(path, batch)) for batch in order]
         except IndexError as error:
             raise IndexError(
@@ -247,7 +259,10 @@ class PathLister(BaseNode[Any]):
             ) from error
 
     def get_state(self) -> dict[str, Any]:
-        """See BaseNode: a few numbers, however many files there are."""
+        """Epoch, position, and what identifies the list: a few numbers, for any number of files.
+
+        Over a stream, epoch, position, and the state of the stream.
+        """
         state: dict[str, Any] = {"epoch": self._epoch, "position": self._position}
         if self._stream is not None:
             state["source"] = self._stream.state_dict()
@@ -256,10 +271,10 @@ class PathLister(BaseNode[Any]):
         return state
 
     def upcoming(self) -> Upcoming:
-        """The paths still to come in this epoch, and all of the next one's, in order.
+        """The paths that are left of this epoch, and all of the next one, in order.
 
-        Before the first reset those of two epochs. Empty where the order is not known: for a
-        stream. Takes about 0.1 us a file; the paths themselves are not copied.
+        Before the first reset, those of the first two epochs. Empty for a stream, whose order is
+        not known. Takes about 0.1 us per file, and shares the list of paths.
         """
         if self._stream is not None:
             return Upcoming((), (), 0)
@@ -276,7 +291,7 @@ class PathLister(BaseNode[Any]):
         return Upcoming(self._paths, [*rest, *after], len(rest))
 
     def _flat(self, order: Sequence[Any], start: int = 0) -> Sequence[int]:
-        """The positions from there on, without those that are dropped at the end."""
+        """The positions of files from element `start` on, without those that drop_last omits."""
         end = len(order)
         if self.drop_last and self.batch_size is not None:
             end -= end % self.batch_size
@@ -285,12 +300,13 @@ class PathLister(BaseNode[Any]):
             return rest
         if rest and not isinstance(rest[0], int):
             rest = list(chain.from_iterable(rest))
-        # Positions as sequences have them; one that is none is an error when it is its turn.
+        # Positions may be negative, as in sequences. One that is out of range is an error in the
+        # `next()` that reaches it.
         count = len(self._paths)
         return [i % count for i in rest if -count <= i < count]
 
     def __len__(self) -> int:
-        """Elements in an epoch. Raises TypeError if the source is a stream."""
+        """Elements that an epoch yields. Raises TypeError if the source is a stream."""
         if self._stream is not None:
             raise TypeError("how many paths a stream has is not known in advance")
         self._find_rank_again()
@@ -300,14 +316,14 @@ class PathLister(BaseNode[Any]):
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
     def _end(self, shards: int) -> int:
-        """How many files a rank has of an epoch on so many."""
+        """Where an epoch ends for a rank, as a position, with this number of shards."""
         if self.sampler is not None:
             return len(self._drawing)
         size = Shards(shards, 0, self.shards.static, self.drop_last).size(len(self._paths))
         return size - size % self.batch_size if self.drop_last and self.batch_size else size
 
     def _identity(self) -> dict[str, Any]:
-        """What a state says of the lister that it was taken from."""
+        """The part of a state by which a lister recognises its own order and files."""
         if self._fingerprint is None:
             sizes = 0 if self._buckets is None else self._buckets.checksum
             given = () if self._given is None else self._given.given

@@ -1,4 +1,4 @@
-"""What a GPUPrefetcher has drawn and not given out."""
+"""PendingElement: what a GPUPrefetcher has drawn from its source and not given out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,29 +7,41 @@ from gpucache_pipes.store import PendingBatch
 
 
 class PendingElement:
-    """An element that was drawn from the source and is not consumed yet."""
+    """One element of the source, from the moment it is drawn until the consumer gets it.
+
+    Only the thread that iterates over the prefetcher writes its attributes.
+
+    Attributes:
+        value: what the source yielded; with on_error, what is left of it, or what replaces it.
+        paths: the files that it needs.
+        single: whether it is one path, so that it becomes a feature and not a FeatureBatch.
+        divisible: whether it is a sequence of paths and nothing else, so that some of them may be
+            left out.
+        batch: the request of its files; None before that.
+        resolved: the request whose failed features have all been replaced or left out. If it is
+            not `batch`, that is still to be done.
+        error: what drawing or requesting it raised; the consumer gets it in its turn.
+        state: the source's state behind it; None if the source failed to yield it, or if an
+            interrupt came first. Then the state of the element before it stays in force.
+    """
 
     __slots__ = (
+        "batch",
         "divisible",
-        "element",
         "error",
         "paths",
-        "settled",
+        "resolved",
         "single",
         "state",
-        "ticket",
-    )  # fmt: skip
+        "value",
+    )
 
-    def __init__(self, element: Any) -> None:
-        self.element = element
+    def __init__(self, value: Any) -> None:
+        self.value = value
         self.paths: Sequence[Any] = ()
         self.single = False
-        # It is its paths and nothing else, so that some of them may be left out.
         self.divisible = False
-        self.ticket: PendingBatch | None = None
-        # The ticket of which it is known what to do about what failed.
-        self.settled: PendingBatch | None = None
-        # What drawing or requesting it raised; the consumer gets it in its turn.
+        self.batch: PendingBatch | None = None
+        self.resolved: PendingBatch | None = None
         self.error: Exception | None = None
-        # The source's state behind it, None if the source failed to give the element.
         self.state: dict[str, Any] | None = None

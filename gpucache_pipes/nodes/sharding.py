@@ -1,4 +1,4 @@
-"""Which files of an epoch belong to this rank."""
+"""Shards: which files of an epoch belong to this rank."""
 
 import math
 import os
@@ -12,13 +12,24 @@ from gpucache_pipes.units import positive_int
 
 @dataclass(frozen=True)
 class Shards:
-    """One part of several, each as large as the others.
+    """One of `count` parts of equal length of a list of files.
 
-    Attributes:
-        count: number of parts; 1 is no sharding.
-        index: which of them this is.
-        static: whether it is made of the same files in each epoch.
-        drop: leave files out to make the parts equal, rather than repeat some.
+    Args:
+        count: number of parts; 1 for no sharding.
+        index: which of them this one is, from 0.
+        static: whether the part has the same files in each epoch. Else each epoch is shuffled
+            as a whole and then divided.
+        drop: make the parts equal by leaving files out; else by repeating some.
+
+    Raises:
+        ValueError: count < 1, or an index that is not below it.
+
+    >>> Shards(count=3, index=0).share(range(7))
+    [0, 3, 6]
+    >>> Shards(count=3, index=1).share(range(7))  # 0 and 1 make the parts equal
+    [1, 4, 0]
+    >>> Shards(count=3, index=1, drop=True).share(range(7))
+    range(1, 6, 3)
     """
 
     count: int = 1
@@ -32,18 +43,25 @@ class Shards:
             raise ValueError(f"shard_index={self.index} must be from 0 to {self.count - 1}")
 
     def size(self, files: int) -> int:
-        """Files in a part: as torch.utils.data.DistributedSampler counts them."""
+        """Length of each part of `files` files, as in torch.utils.data.DistributedSampler."""
         return files // self.count if self.drop else math.ceil(files / self.count)
 
     def pool(self, files: int) -> Sequence[int]:
-        """The files that an epoch is drawn from; what a static part repeats is its own, too."""
+        """The positions from which an epoch over `files` files is drawn.
+
+        All of them; for a static part its own, with those that it repeats.
+        """
         if not self.static:
             return range(files)
         mine = list(range(self.index, files, self.count))[: self.size(files)]
         return mine + [self.index % files] * (self.size(files) - len(mine))
 
     def share(self, order: Sequence[int]) -> Sequence[int]:
-        """The part of an epoch whose pool is in this order: DistributedSampler's."""
+        """The files of this part in an epoch whose pool is in the given order.
+
+        As torch.utils.data.DistributedSampler divides it: every `count`-th position from `index`
+        on, the order being continued from its beginning where it is too short.
+        """
         if self.static or self.count == 1:
             return order
         total = self.size(len(order)) * self.count
@@ -53,7 +71,10 @@ class Shards:
 
 
 def find_rank() -> tuple[int, int]:
-    """(number of ranks, this one): of torch.distributed, or as torchrun has announced them."""
+    """(number of ranks, this rank): of torch.distributed, else as torchrun announces them.
+
+    (1, 0) if there is neither.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size(), torch.distributed.get_rank()
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -1,4 +1,4 @@
-"""Nodes over what users give, and calls of what users wrote."""
+"""The nodes upstream of a node: how sources become nodes, and how nodes are found."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +8,12 @@ from torchdata.nodes import BaseNode, IterableWrapper
 
 
 def as_node(source: BaseNode[Any] | Iterable[Any]) -> BaseNode[Any]:
-    """`source`, if it is a node, or a node that reads it through once in each epoch."""
+    """`source` itself if it is a node, else a node that iterates over it once per epoch.
+
+    Raises:
+        TypeError: for a path, since iterating over a str yields characters, and for an object
+            that is not iterable.
+    """
     if isinstance(source, BaseNode):
         return source
     if isinstance(source, (str, bytes, os.PathLike)):
@@ -19,7 +24,7 @@ def as_node(source: BaseNode[Any] | Iterable[Any]) -> BaseNode[Any]:
 
 
 class _OnePass(IterableWrapper[Any]):
-    """An iterator: there is one pass, and a second one would be an epoch that is empty."""
+    """A node over an iterator. A second epoch is an error; it would be silently empty."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         super().__init__(iterator)
@@ -28,8 +33,8 @@ class _OnePass(IterableWrapper[Any]):
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         if self._read:
             raise RuntimeError(
-                "the source is an iterator, which can be read through only once; give a list, "
-                "or an iterable that begins anew"
+                "the source is an iterator, which can be read only once; give a list, or another "
+                "iterable that can be iterated again for each epoch"
             )
         super().reset(initial_state)
 
@@ -38,17 +43,39 @@ class _OnePass(IterableWrapper[Any]):
         return super().next()
 
 
-def guarded(function: Callable[..., Any], name: str, *arguments: Any) -> Any:
-    """`function(*arguments)`; its StopIteration would end the epoch in silence."""
-    try:
-        return function(*arguments)
-    except StopIteration as error:
-        raise RuntimeError(f"{name} raised StopIteration, which would end the epoch") from error
+def upstream_nodes(node: Any, beyond: Callable[[Any], bool] = lambda node: True) -> Iterator[Any]:
+    """`node` and all nodes upstream of it, nearest first, each once even where they form a cycle.
+
+    By the attributes that nodes of torchdata have: `source`, and `source_nodes`, a dict, in nodes
+    that mix several sources.
+
+    Args:
+        node: where to begin; any object.
+        beyond: whether to look upstream of this node.
+    """
+    nodes, seen = [node], {id(node)}
+    for found in nodes:  # which grows meanwhile
+        yield found
+        if not beyond(found):
+            continue
+        source = getattr(found, "source", None)
+        sources = [] if source is None else [source]
+        for source in [*sources, *getattr(found, "source_nodes", {}).values()]:
+            if id(source) not in seen:
+                seen.add(id(source))
+                nodes.append(source)
 
 
-def call(function: Callable[..., Any], name: str, *arguments: Any) -> Any:
-    """The same where the result is what a pipeline carries: None would end the epoch, too."""
-    result = guarded(function, name, *arguments)
-    if result is None:
-        raise TypeError(f"{name} returned None, which a torchdata pipeline cannot carry")
-    return result
+def single_upstream(node: Any) -> Iterator[Any]:
+    """The nodes of `upstream_nodes` whose elements reach `node` in their own order.
+
+    It ends at a node that mixes several sources: in which order that draws from them is its own
+    affair, so that what a source knows of its order says nothing about the order here.
+    """
+    return upstream_nodes(node, beyond=lambda found: not hasattr(found, "source_nodes"))
+
+
+def find_upstream(node: Any, name: str) -> Any:
+    """The attribute `name` of the nearest node of `single_upstream(node)` that has it, or None."""
+    found = (getattr(source, name, None) for source in single_upstream(node))
+    return next((value for value in found if value is not None), None)

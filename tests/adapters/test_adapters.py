@@ -1,7 +1,9 @@
 """DataLoader and IterDataPipe, for real."""
 
+import gc
 import importlib
 import threading
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -201,3 +203,32 @@ def test_functions_as_arguments_reach_the_nodes(make_files: Files) -> None:
         lists = IterableWrapper([paths]).gpu_prefetch(store)
         assert list(lists.gpu_collate(collate_fn=len)) == [2]
         assert isinstance(next(iter(lists))[0]["label"], torch.Tensor)
+
+
+def test_a_loader_that_is_dropped_gives_its_store_back(make_files: Files) -> None:
+    """At once, and not when the garbage collector runs."""
+    gc.collect()
+    gc.disable()
+    try:
+        batches = GPUCachedPathDataLoader([make_files(2)], device="cpu")
+        assert labels(batches) == [[0, 1]]
+        gone = weakref.ref(batches), weakref.ref(batches.store)
+        del batches
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_options_are_checked_without_touching_anything(make_files: Files) -> None:
+    """Wrong ones are an error when a pipeline is made, and not in the middle of a run."""
+    pipe = IterableWrapper([make_files(2)])
+    with GPUFeatureStore("cpu") as store:
+        for options in ({"join_fn": max}, {"on_error": "ignore"}, {"max_failures": 1}):
+            with pytest.raises(ValueError, match=next(iter(options))):
+                pipe.gpu_prefetch(store, **options)
+        with pytest.raises(TypeError, match="must be a GPUFeatureStore, not str"):
+            pipe.gpu_prefetch("store")
+        with pytest.raises(TypeError, match="no_such_option"):
+            pipe.gpu_prefetch(store).gpu_collate(no_such_option=1)
+        with pytest.raises(ValueError, match="ragged='cut'"):
+            pipe.gpu_prefetch(store).gpu_collate(ragged="cut")

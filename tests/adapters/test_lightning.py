@@ -8,11 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from gpucache_pipes import (
@@ -21,6 +18,14 @@ from gpucache_pipes import (
     GPUFeatureStore,
     PathLister,
 )
+
+pytest.importorskip(
+    "lightning.pytorch", reason="needs Lightning: pip install 'gpucache-pipes[lightning]'"
+)
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
 from gpucache_pipes.adapters.lightning import GPUCacheCallback
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own
 
 
 class Recorder(pl.LightningModule):
-    """Learns next to nothing, and writes down what it was given."""
+    """Trains a linear layer, and records the batches that it gets."""
 
     def __init__(self, stop_after: int | None = None) -> None:
         super().__init__()
@@ -122,7 +127,7 @@ def test_fit_validate_and_test_over_one_store(make_files: Files, tmp_path: Path)
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(12))
     assert model.seen["validate"][-2:] == [[12, 13, 14], [15, 16, 17]]
     assert model.seen["test"] == [[15, 16, 17], [18, 19, 20]]
-    # What was on the device already was not moved again: these are the same tensors.
+    # Lightning did not move the tensors, which are on the device already.
     assert len(model.given) == len(data.yielded)
     assert all(a is b for a, b in zip(model.given, data.yielded, strict=True))
     [log] = Path(logger.log_dir).glob("metrics.csv")
@@ -187,7 +192,7 @@ def test_two_ranks_have_a_part_each_and_are_told_about_samplers(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--no-python"),
-            *(sys.executable, "-c", TWO_RANKS, str(ROOT / "tests"), str(tmp_path)),
+            *(sys.executable, "-c", TWO_RANKS, str(Path(__file__).parent), str(tmp_path)),
             *make_files(21),
         ],
         capture_output=True,
@@ -226,7 +231,7 @@ sys.path.insert(0, sys.argv[1])
 from test_lightning import *
 paths = sys.argv[3:]
 store = GPUFeatureStore("cpu")
-# Before anybody knows that there are ranks.
+# Before it is known that there are ranks.
 loader = GPUCachedPathDataLoader(PathLister(paths, batch_size=3, shuffle=True), store=store)
 model = Recorder()
 runner = trainer(Path(sys.argv[2]), max_epochs=1, devices=2, strategy="ddp",
@@ -245,7 +250,7 @@ def test_a_lister_that_is_made_before_the_ranks_are_known(
     script = tmp_path / "early.py"  # which Lightning starts once more
     script.write_text(EARLY)
     run = subprocess.run(
-        [sys.executable, script, str(ROOT / "tests"), str(tmp_path), *make_files(12)],
+        [sys.executable, script, str(Path(__file__).parent), str(tmp_path), *make_files(12)],
         capture_output=True,
         text=True,
         timeout=200,

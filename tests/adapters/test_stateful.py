@@ -1,4 +1,4 @@
-"""States of GPUCachedPathDataLoader: those of the loader, at the batch that was consumed."""
+"""States of GPUCachedPathDataLoader: those of the loader, behind the last consumed batch."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ def test_resuming_is_exact_at_any_depth(
         seen = [labels(next(iterator)) for _ in range(steps)]
         state = whole.state_dict()
         if leave:
-            del iterator  # what was on its way goes, and the state stays what it was
+            del iterator  # its pending batches are dropped, and the state stays
             assert whole.state_dict() == state
             rest = None
         else:
@@ -79,12 +79,12 @@ def test_resuming_is_exact_at_any_depth(
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state or make is stateful
         got = [labels(batch) for batch in resumed]
-        between = make is stateful and epochs and not steps  # its own doing what it then does
+        between = make is stateful and epochs and not steps  # torchdata decides what that resumes
         assert rest is None or between or got == rest
         assert sorted(n for batch in (*seen, *got) for n in batch) == list(range(FILES))
         if make is lister:
             json.dumps(state)
-            # And from then on as if nothing had happened.
+            # The next epoch is that of the uninterrupted run, too.
             if rest is not None:
                 assert [labels(b) for b in resumed] == [labels(b) for b in whole]
 
@@ -99,7 +99,7 @@ def test_a_state_from_between_two_epochs_begins_the_next(paths: list[str], make:
         resumed = GPUCachedPathDataLoader(make(paths), store=store)
         resumed.load_state_dict(state)
         got = [labels(batch) for batch in resumed]
-        if make is stateful:  # whose own doing it is which epoch that is
+        if make is stateful:  # torchdata decides which epoch that is
             plain = stateful(paths)
             plain.load_state_dict(state)
             assert got == [[int(path[-5:-3]) for path in batch] for batch in plain]
@@ -117,7 +117,7 @@ def test_a_state_is_that_of_the_wrapped_loader(paths: list[str]) -> None:
         rest = [[int(path[-5:-3]) for path in batch] for batch in plain]
         assert rest == [labels(batch) for batch in iterator]
         assert len(seen) + len(rest) == 7
-        # And the other way round.
+        # A state of the plain loader resumes here.
         plain = stateful(paths)
         at = iter(plain)
         next(at)
@@ -147,7 +147,7 @@ def test_with_worker_processes(paths: list[str], context: str) -> None:
 
 
 class Stream(IterableDataset[str]):
-    """Whose state is no copy: a list that gets shorter."""
+    """A stream whose state is not a copy, but a list that becomes shorter."""
 
     def __init__(self, paths: list[str]) -> None:
         self.left = list(paths)
@@ -190,12 +190,12 @@ def test_an_iterator_has_one_pass(paths: list[str]) -> None:
             GPUCachedPathDataLoader(wrong, device="cpu")
     with (
         GPUCachedPathDataLoader([paths], device="cpu", path_extractor=str) as cached,
-        pytest.raises(TypeError, match="path_extractor must give a list"),
+        pytest.raises(TypeError, match="path_extractor must return a list"),
     ):
         list(cached)
 
 
-def test_a_pass_that_is_dropped_late_takes_nothing_from_the_next(paths: list[str]) -> None:
+def test_an_iteration_that_is_dropped_late_retracts_nothing_of_the_next(paths: list[str]) -> None:
     options: dict[str, Any] = {"device": "cpu", "max_cache_items": 10, "asynchronous": False}
     rates = []
     with GPUCachedPathDataLoader(lister(paths), **options) as cached:
@@ -206,7 +206,7 @@ def test_a_pass_that_is_dropped_late_takes_nothing_from_the_next(paths: list[str
             for _batch in first:
                 pass
             rates.append(cached.store.stats().since(before).hit_rate)
-            last = first  # the one from before goes only now
+            last = first  # the iteration before is dropped only now
         del last
     assert rates == [0] + [0.5] * 5
 
@@ -220,7 +220,9 @@ def test_a_loader_without_a_state_has_none(paths: list[str]) -> None:
             cached.state_dict()
     with GPUCachedPathDataLoader(lister(paths), device="cpu") as cached:
         assert isinstance(cached, tn.Stateful)
-        with pytest.raises(ValueError, match="no state of a GPUCachedPathDataLoader over a node"):
+        with pytest.raises(
+            ValueError, match="not a state of a GPUCachedPathDataLoader over a node"
+        ):
             cached.load_state_dict(lister(paths).state_dict())
 
 
@@ -241,7 +243,7 @@ def test_an_error_does_not_end_the_pass(paths: list[str]) -> None:
         assert len(list(iterator)) == 4 and list(iterator) == []
         cached.load_state_dict(state)
         assert labels(next(iter(cached))) == [6, 7, 8]
-        # A state that does not fit is an error each time, and not a pass from the start.
+        # A state that does not fit is an error each time; no iteration begins from the start.
         other = GPUCachedPathDataLoader(PathLister(paths[1:], batch_size=3), store=cached.store)
         other.load_state_dict(state)
         for _ in range(2):
@@ -253,7 +255,7 @@ def test_an_error_does_not_end_the_pass(paths: list[str]) -> None:
 def test_two_at_once_over_one_node_are_an_error(paths: list[str], make: Any) -> None:
     with (
         GPUCachedPathDataLoader(make(paths), device="cpu") as cached,
-        pytest.raises(RuntimeError, match="iterated anew"),
+        pytest.raises(RuntimeError, match="a later iteration over this node"),
     ):
         list(zip(cached, cached, strict=True))
 
@@ -265,7 +267,7 @@ def test_a_node_is_iterated_by_one_at_a_time(paths: list[str]) -> None:
         second = iter(cached)
         next(first)  # nothing has begun yet
         next(second)
-        with pytest.raises(RuntimeError, match="iterated anew"):
+        with pytest.raises(RuntimeError, match="a later iteration over this node"):
             next(first)
         del first
         assert len(list(second)) == 6

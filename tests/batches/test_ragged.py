@@ -204,14 +204,125 @@ def test_operations_do_not_grow_with_the_batch(mode: str) -> None:
     assert counts[1] <= counts[0] + 3 < 50
 
 
-def test_what_was_seen_to_be_ragged_stays_so() -> None:
+def kinds_of(batch: Any) -> Any:
+    """The types of the parts of a batch, and of what is in lists."""
+    if isinstance(batch, dict):
+        return {name: kinds_of(part) for name, part in batch.items()}
+    if isinstance(batch, list):
+        return [list, *sorted({repr(kinds_of(part)) for part in batch})]
+    if isinstance(batch, torch.Tensor):  # also a simulated one
+        return "jagged" if batch.is_nested else "tensor"
+    return type(batch)
+
+
+def test_types_follow_from_the_options_alone() -> None:
     load = Numbered([torch.ones(n) for n in (2, 2, 3, 2, 2)])
     with GPUFeatureStore("cpu", load_fn=load) as store:
         batches = [load.paths[:2], load.paths[1:3], load.paths[3:]]
         got = list(GPUCollator(GPUPrefetcher(batches, store), ragged="pad"))
-    assert [type(batch) for batch in got] == [torch.Tensor, Padded, Padded]
+    assert [type(batch) for batch in got] == [Padded, Padded, Padded]
     named = collated([{"x": torch.ones(2)}] * 2, ragged={"['x']": "pad"})
     assert isinstance(named["x"], Padded)
+
+
+@pytest.mark.parametrize("page_bytes", [None, 16])
+def test_one_mode_is_for_every_leaf_that_has_a_dimension(page_bytes: int | None) -> None:
+    features = [{"x": torch.ones(2, 3), "y": torch.tensor(n), "name": str(n)} for n in range(3)]
+    padded = collated(features, page_bytes, ragged="pad", pad_to_multiple=4)
+    assert padded["x"].values.shape == (3, 4, 3) and padded["x"].lengths.tolist() == [2, 2, 2]
+    jagged = collated(features, page_bytes, ragged="jagged")
+    assert jagged["x"].is_nested and jagged["x"].offsets().tolist() == [0, 2, 4, 6]
+    listed = collated(features, page_bytes, ragged="list")
+    assert [part.shape for part in listed["x"]] == [(2, 3)] * 3
+    for batch in (padded, jagged, listed):
+        assert kinds_of(batch["y"]) == "tensor"
+        assert batch["y"].tolist() == [0, 1, 2] and batch["name"] == ["0", "1", "2"]
+    # A single feature, too.
+    assert isinstance(collated(features[:1], page_bytes, ragged="pad")["x"], Padded)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 3), min_size=2, max_size=8),
+    st.integers(1, 4),
+    st.sampled_from(["pad", "jagged", "list", {"x": "pad", "y": "list"}]),
+    st.sampled_from([None, 16]),
+    st.data(),
+)
+def test_the_type_of_a_batch_is_the_same_in_any_order(
+    lengths: list[int], size: int, ragged: Any, page_bytes: int | None, data: st.DataObject
+) -> None:
+    load = Numbered(
+        [{"x": torch.ones(n, 2), "y": torch.ones(3), "label": torch.tensor(n)} for n in lengths]
+    )
+    options: dict[str, Any] = {"load_fn": load, "page_bytes": page_bytes, "asynchronous": False}
+    seen = []
+    with GPUFeatureStore(device_for(WHERE["kind"]), **options) as store:
+        for _ in range(3):
+            order = data.draw(st.permutations(load.paths))
+            batches = [order[at : at + size] for at in range(0, len(order), size)]
+            node = GPUCollator(GPUPrefetcher(batches, store), ragged=ragged)
+            seen += [kinds_of(batch) for batch in node]
+    assert all(kinds == seen[0] for kinds in seen)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 4), min_size=2, max_size=5),
+    st.sampled_from(["pad", "jagged", "list"]),
+    st.booleans(),
+    st.integers(1, 3),
+    st.sampled_from([None, 16]),
+)
+def test_types_are_the_same_where_dtypes_and_keys_differ(
+    lengths: list[int], mode: str, named: bool, multiple: int, page_bytes: int | None
+) -> None:
+    """As where on_error gives a feature that is not quite like those in files."""
+
+    def feature(number: int, length: int, odd: bool) -> Any:
+        x = torch.full((length, 2), float(number)).to(torch.float64 if odd else torch.float32)
+        parts = {"x": x, "label": torch.tensor(number), "rest": [str(number), torch.ones(2)]}
+        return dict(reversed(parts.items())) if odd else parts
+
+    alike = [feature(at, length, False) for at, length in enumerate(lengths)]
+    unlike = [feature(at, length, bool(at % 2)) for at, length in enumerate(lengths)]
+    ragged: Any = {"x": mode} if named else mode
+    options: dict[str, Any] = {"ragged": ragged, "padding_value": 7, "pad_to_multiple": multiple}
+    one, other = (collated(features, page_bytes, **options) for features in (alike, unlike))
+    assert kinds_of(one) == kinds_of(other)
+    assert one["label"].tolist() == other["label"].tolist() and one["rest"][0] == other["rest"][0]
+    if mode == "pad":
+        assert other["x"].values.dtype == torch.float64
+        for mine, theirs in zip(one["x"], other["x"], strict=True):
+            assert mine.tolist() == theirs.tolist()
+    elif mode == "jagged":
+        assert other["x"].values().dtype == torch.float64
+        assert one["x"].values().tolist() == other["x"].values().tolist()
+        assert one["x"].offsets().tolist() == other["x"].offsets().tolist()
+    else:
+        assert [part.tolist() for part in one["x"]] == [part.tolist() for part in other["x"]]
+
+
+@pytest.mark.parametrize("mode", ["pad", "jagged", "list"])
+def test_a_resumed_run_gives_the_types_of_an_uninterrupted_one(mode: str) -> None:
+    # The batches before the interruption have two lengths, those behind it have one.
+    load = Numbered([{"x": torch.ones(n)} for n in (1, 2, 2, 2, 2, 2, 2, 2)])
+    batches = [load.paths[at : at + 2] for at in range(0, 8, 2)]
+
+    def pipeline(store: GPUFeatureStore) -> GPUCollator:
+        return GPUCollator(GPUPrefetcher(batches, store), ragged=mode)
+
+    with GPUFeatureStore(device_for(WHERE["kind"]), load_fn=load) as store:
+        whole = pipeline(store)
+        states, kinds = [], []
+        for batch in whole:
+            kinds.append(kinds_of(batch))
+            states.append(whole.state_dict())
+        assert len(kinds) == 4
+        for done, state in enumerate(states, 1):
+            resumed = pipeline(store)
+            resumed.reset(state)
+            assert [kinds_of(batch) for batch in resumed] == kinds[done:]
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
@@ -233,6 +344,11 @@ def test_errors_name_the_leaf_and_the_way_out() -> None:
     other = [{"x": torch.ones(2, 3)}, {"x": torch.ones(4, 5)}]
     with pytest.raises(RuntimeError, match=r"pad \['x'\]: shape \[2, 3\]"):
         collated(other, ragged="pad")
+    unlike = [{"x": torch.ones(2, 3)}, {"x": torch.ones(4, 5).double()}]
+    with pytest.raises(RuntimeError, match=r"pad \['x'\]: shapes \[2, 3\], \[4, 5\]"):
+        collated(unlike, ragged="pad")
+    with pytest.raises(RuntimeError, match="cannot collate the features of"):
+        collated(unlike, ragged={"y": "pad"})
     with pytest.raises(RuntimeError, match=r"pad \['x'\]: shape \[\]"):
         collated([{"x": torch.tensor(1.0)}] * 2, ragged={"x": "pad"})
     for wrong in ("padded", {"x": "stack"}):

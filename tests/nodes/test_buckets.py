@@ -1,4 +1,4 @@
-"""Batches of files of like size: all files, still shuffled, and little padding."""
+"""Batches of files of similar size: all files, still shuffled, and little padding."""
 
 from collections.abc import Callable
 from itertools import chain, pairwise
@@ -69,7 +69,7 @@ def test_padding_is_small_and_epochs_differ() -> None:
     assert padding(epoch(plain)) > 0.6
     first, second = epoch(grouped), epoch(grouped)
     assert padding(first) < 0.15  # 0.13, most of it in the few longest
-    # Batches are others in each epoch, and do not come in the order of their lengths.
+    # Each epoch has other batches, and they are not in the order of their lengths.
     assert not {frozenset(batch) for batch in first} & {frozenset(batch) for batch in second}
     longest = [max(map(length_of, batch)) for batch in first]
     rising = sum(a < b for a, b in pairwise(longest)) / len(longest)

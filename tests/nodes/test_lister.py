@@ -237,7 +237,7 @@ def test_samplers(make_sampler: Callable[[], Any], steps: int) -> None:
         lister.reset()
         ahead = list(lister.upcoming())
         orders.append(list(lister))
-        assert ahead[: len(orders[-1])] == orders[-1]  # what is announced is what comes
+        assert ahead[: len(orders[-1])] == orders[-1]  # the announced order is the order
         assert len(orders[-1]) == len(lister)
     if not isinstance(lister.sampler, list):
         assert len({tuple(order) for order in orders}) > 1
@@ -301,8 +301,8 @@ def test_the_same_names_in_other_directories(tmp_path: Path, files: str) -> None
     lister("a", "b", "c", "d").reset(before.state_dict())
 
 
-def test_what_is_no_state() -> None:
-    with pytest.raises(ValueError, match="no state of a PathLister"):
+def test_what_is_not_a_state() -> None:
+    with pytest.raises(ValueError, match="not a state of a PathLister"):
         PathLister(NAMES).reset({})
 
 

@@ -1,6 +1,9 @@
-"""GPUPrefetcher and GPUCollator: order, state, errors, and company."""
+"""GPUPrefetcher and GPUCollator: order, states, errors, and nodes of torchdata around them."""
 
 import gc
+import signal
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,10 @@ from gpucache_pipes import (
     PathLister,
 )
 from gpucache_pipes.device import HostBackend
+from gpucache_pipes.nodes.identity import SourceIdentity
+from gpucache_pipes.nodes.upstream import find_upstream, single_upstream, upstream_nodes
+from gpucache_pipes.store import PendingBatch
+from gpucache_pipes.store.lock import StoreLock
 from gpucache_pipes.testing import assert_same
 
 Files = Callable[..., list[str]]
@@ -31,7 +38,7 @@ PATHS = list(FEATURES)
 
 @pytest.fixture(autouse=True)
 def collect_in_the_main_thread() -> Iterator[None]:
-    """torchdata's Prefetcher, when it is collected, joins its threads: no such thread may do it."""
+    """torchdata's Prefetcher joins its threads when it is collected: not to be in one of these."""
     gc.disable()
     yield
     gc.collect()
@@ -41,12 +48,12 @@ def collect_in_the_main_thread() -> Iterator[None]:
 @pytest.fixture(params=BACKENDS)
 def store(request: pytest.FixtureRequest) -> GPUFeatureStore:
     device = device_for(request.param)
-    # Room for half of the files: evictions happen all the time.
+    # The cache has room for half of the files, so that evictions happen all the time.
     return GPUFeatureStore(device, load_fn=FEATURES.__getitem__, max_cache_items=5)
 
 
 def numbers(item: Any) -> Any:
-    """What an element is about, in plain numbers."""
+    """The labels or numbers of an element, as plain numbers."""
     if isinstance(item, torch.Tensor):
         return item.flatten().tolist()
     if isinstance(item, str):
@@ -98,7 +105,7 @@ MAKERS: dict[str, Callable[[GPUFeatureStore], tn.BaseNode[Any]]] = {
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_torchdata_contract(name: str, store: GPUFeatureStore) -> None:
-    """Saved before the start, in the middle and at the end; restored; and the next epoch."""
+    """States from the start, the middle and the end resume exactly; then the next epoch follows."""
     make = MAKERS[name]
 
     def run(node: tn.BaseNode[Any], count: int | None = None) -> list[Any]:
@@ -210,9 +217,9 @@ def test_what_the_collator_makes(store: GPUFeatureStore) -> None:
     assert next(GPUCollator(batches(), collate_fn=lambda fs: [f["n"] for f in fs])) == [*range(5)]
     listed = GPUCollator([[{"n": 1}, {"n": 2}]])
     assert_same(next(listed), {"n": torch.tensor([1, 2])})
-    with pytest.raises(TypeError, match="leave batch_size away"):
+    with pytest.raises(TypeError, match="omit batch_size"):
         next(GPUCollator(batches(), batch_size=2))
-    with pytest.raises(TypeError, match="leave batch_size away"):
+    with pytest.raises(TypeError, match="omit batch_size"):
         next(GPUCollator(tn.Mapper(batches(), lambda x: x), batch_size=2))
     with pytest.raises(TypeError, match="not dict"):
         next(GPUCollator(GPUPrefetcher(PATHS, store)))
@@ -289,7 +296,38 @@ def test_errors_of_the_source_and_of_path_fn_come_in_their_turn(store: GPUFeatur
 
 
 def test_an_interrupt_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that comes in the gather: the batch has been used up, and must be requested again."""
+    """A real one, while `next()` waits for a file that is being read."""
+    gate = Gate(FEATURES)
+    waiting, plain_wait = threading.Event(), StoreLock.wait
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def noted(self: StoreLock, seconds: float | None = None) -> None:
+        waiting.set()
+        plain_wait(self, seconds)
+
+    def interrupt() -> None:
+        assert waiting.wait(60)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with GPUFeatureStore("cpu", load_fn=gate) as store:
+        node = GPUPrefetcher(PATHS, store)
+        gate.open(PATHS[0])
+        assert numbers(next(node)) == [0]
+        thread = threading.Thread(target=interrupt)
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreLock, "wait", noted)
+            thread.start()
+            with pytest.raises(KeyboardInterrupt):
+                next(node)
+        thread.join()
+        gate.open(*PATHS)
+        assert [numbers(item) for item in node] == [[n] for n in range(1, 10)]
+        assert store.stats().pending_batches == 0
+
+
+def test_an_interrupt_in_the_gather_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pending batch has been used up, and must be requested again."""
     backend: Any = HostBackend()
     with GPUFeatureStore(backend, load_fn=FEATURES.__getitem__) as store:
         node = GPUPrefetcher(PATHS, store)
@@ -316,7 +354,7 @@ def test_nothing_is_held_for_a_pipeline_that_is_gone(store: GPUFeatureStore) -> 
     node.reset()
     next(node)
     del node
-    store.get_batch(PATHS)  # what was being loaded has come
+    store.get_batch(PATHS)  # waits for pending reads
     gc.collect()
     store.check()
     assert store.stats().pending_batches == 0
@@ -331,7 +369,7 @@ def test_train_and_validation_share_a_store() -> None:
         for _ in range(6):
             assert sorted(n for b in train for n in b["n"].tolist()) == list(range(7))
             assert [n for b in validate for n in b["n"].tolist()] == [7, 8, 9]
-        # Ten files, eight places: each later epoch can serve eight of ten.
+        # A cache of eight of ten files can serve eight requests of each later epoch.
         assert store.stats().hits >= 5 * (8 - 1)
 
 
@@ -341,7 +379,7 @@ def test_half_a_cache_serves_half_of_the_requests(shuffle: bool, known: bool) ->
     features = {f"/g/{n:03d}.pt": sample(n) for n in range(100)}
     with GPUFeatureStore("cpu", load_fn=features.__getitem__, max_cache_items=50) as store:
         lister = PathLister(list(features), batch_size=5, shuffle=shuffle)
-        # Behind a generator, nothing is known of what comes.
+        # Behind a generator, no order is announced.
         source = lister if known else _Anew(lister)
         loader = tn.Loader(GPUPrefetcher(source, store, depth=1))
         for _ in loader:
@@ -351,7 +389,7 @@ def test_half_a_cache_serves_half_of_the_requests(shuffle: bool, known: bool) ->
             for _ in loader:
                 pass
         hits = store.stats().hits - start.hits
-        assert hits >= 5 * (50 - 10)  # less what is in flight
+        assert hits >= 5 * (50 - 10)  # less the pending ones
         assert hits <= 5 * 50 + 10
 
 
@@ -464,3 +502,129 @@ def test_an_interrupt_while_an_element_is_requested_loses_nothing(
             break
         seen += [item] if batch_size is None else item.tolist()
     assert seen == list(range(10))
+
+
+class Joined:
+    """What `upstream_nodes` follows, without a pipeline."""
+
+    def __init__(self, source: Any = None, **source_nodes: Any) -> None:
+        self.source = source
+        if source_nodes:
+            self.source_nodes = source_nodes
+
+
+def test_upstream_nodes_come_nearest_first_and_once() -> None:
+    shared = Joined()
+    left, right = Joined(shared), Joined(Joined(shared))
+    mixed = Joined(a=left, b=right)
+    first = Joined(mixed)
+    assert list(upstream_nodes(first)) == [first, mixed, left, right, shared, right.source]
+    assert list(single_upstream(first)) == [first, mixed]
+    assert list(upstream_nodes(first, beyond=lambda node: node is first)) == [first, mixed]
+    shared.source = first  # a cycle
+    assert len(list(upstream_nodes(first))) == 6
+    assert list(single_upstream(right))[-1] is mixed
+
+
+def test_an_order_is_not_known_behind_a_node_that_mixes(store: GPUFeatureStore) -> None:
+    lister = PathLister(PATHS)
+    mapped = tn.Mapper(lister, Path)
+    assert find_upstream(mapped, "upcoming") == lister.upcoming
+    mixing = tn.MultiNodeWeightedSampler({"a": mapped}, {"a": 1.0})
+    assert find_upstream(mixing, "upcoming") is None
+    assert find_upstream(mixing, "source_nodes") == {"a": mapped}
+    assert find_upstream(PATHS, "upcoming") is None
+    # But pipelines behind it are shut down with the collator.
+    features = {name: GPUPrefetcher(PATHS, store) for name in "ab"}
+    node = GPUCollator(tn.MultiNodeWeightedSampler(features, {"a": 1.0, "b": 1.0}), batch_size=4)
+    next(node)
+    node.shutdown()
+    assert store.stats().pending_batches == 0
+    store.check()
+
+
+class Referable:
+    """May be referred to weakly."""
+
+
+@pytest.mark.parametrize("make", [Referable, list, lambda: PathLister(PATHS)])
+def test_identities_of_one_source_are_equal(make: Callable[[], Any]) -> None:
+    source, other = make(), make()
+    first, second = SourceIdentity(source), SourceIdentity(source)
+    assert first == second and hash(first) == hash(second) and {first: 1}[second] == 1
+    assert first != SourceIdentity(other) and first != id(source) and first != source
+    assert type(source).__name__ in repr(first)
+
+
+def test_identities_outlive_their_source_and_do_not_hold_it() -> None:
+    source = Referable()
+    gone = weakref.ref(source)
+    first, second = SourceIdentity(source), SourceIdentity(source)
+    del source
+    assert gone() is None
+    assert first == first and first == second and repr(first) == "SourceIdentity(collected)"
+    held = [1]
+    assert SourceIdentity(held) != first
+
+
+def test_a_new_source_with_the_id_of_an_old_one_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpucache_pipes.nodes.identity.id", lambda source: 7, raising=False)
+    old = Referable()
+    before = SourceIdentity(old)
+    del old
+    new = Referable()
+    after = SourceIdentity(new)
+    assert hash(before) == hash(after) and before != after and after != before
+    lists = [SourceIdentity(["a"]), SourceIdentity(["a"])]
+    assert hash(lists[0]) == hash(after) and len({*lists, before, after}) == 4
+
+
+def test_a_new_pipeline_over_the_same_source_is_the_same_to_the_policy(
+    store: GPUFeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners = []
+    begin_epoch = store.begin_epoch
+    monkeypatch.setattr(store, "begin_epoch", lambda owner: owners.append(owner))
+    batches = [PATHS[:3], PATHS[3:6]]
+    for source in (batches, batches, list(batches)):
+        list(GPUPrefetcher(source, store))
+    begin_epoch(owners[0])
+    assert owners[0] == owners[1] != owners[2]
+
+
+def test_a_pipeline_takes_back_what_another_one_over_its_source_is_filed_under() -> None:
+    """The source is collected together with the second pipeline, and before the store hears it."""
+    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__) as store:
+        retracted: list[Any] = []
+        lister = PathLister(PATHS, batch_size=5)
+        first = GPUPrefetcher(lister, store)
+        list(first)
+        second = GPUPrefetcher(lister, store)
+        next(second)
+        filed = first._owner
+        store.retract = retracted.append  # type: ignore[method-assign]
+        gone = weakref.ref(lister)
+        del first, second, lister
+        gc.collect()
+        assert gone() is None
+        assert retracted[-1] == filed and retracted[-1] is not filed
+
+
+def test_a_state_covers_all_elements_of_a_batch_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal handler sees it that asks for the state while elements are taken out."""
+    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__) as store:
+        node = GPUPrefetcher(PathLister(PATHS), store)
+        before = node.state_dict()
+        seen = []
+        cancel = PendingBatch.cancel
+
+        def seen_and_cancelled(batch: PendingBatch) -> None:
+            seen.append(node.state_dict())
+            cancel(batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PendingBatch, "cancel", seen_and_cancelled)
+            node.take(3)
+        assert seen == [before] * 3 and node.state_dict()["source"]["position"] == 3

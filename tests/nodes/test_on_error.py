@@ -1,4 +1,4 @@
-"""GPUPrefetcher(on_error=): what is left out or replaced, and what is not."""
+"""GPUPrefetcher(on_error=): what is left out, replaced, or raised."""
 
 import logging
 from typing import Any
@@ -48,7 +48,7 @@ def labels(batches: Any) -> list[list[int]]:
 
 
 def listed(batches: Any) -> list[list[int]]:
-    """Those of FeatureBatches."""
+    """The labels in FeatureBatches."""
     return [[int(f["label"]) for f in batch] for batch in batches]
 
 
@@ -80,13 +80,13 @@ def test_skipping_is_as_if_the_files_were_not_there(
             got.append([int(f["label"]) for f in batch])
             states.append(node.state_dict())
         assert got == good
-        # Exact in the middle of it, too.
+        # States from the middle are exact, too.
         for at, state in enumerate(states[:-1]):
             again = PathLister(PATHS, batch_size=size, shuffle=True)
             resumed = GPUPrefetcher(again, store, depth=depth, on_error="skip")
             resumed.reset(state)
             assert listed(resumed) == good[at:]
-        # Single features fill up their batches.
+        # Batches of single features are filled up.
         singles = GPUPrefetcher(PathLister(PATHS), store, depth=depth, on_error="skip")
         flat = [n for n in range(FILES) if n not in bad]
         whole = [flat[at : at + size] for at in range(0, len(flat), size)]
@@ -161,7 +161,7 @@ def test_each_file_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
         assert store.stats().skipped == 6
 
 
-def test_a_file_that_is_mended_comes_back() -> None:
+def test_a_repaired_file_is_used_again() -> None:
     faulty = Faulty({1})
     with GPUFeatureStore("cpu", load_fn=faulty) as store:
         node = GPUPrefetcher(PathLister(PATHS[:3], batch_size=3), store, on_error="skip")
@@ -184,7 +184,7 @@ def test_too_many_failures() -> None:
         node = GPUPrefetcher(
             PathLister(PATHS, batch_size=6), store, on_error="skip", max_failures=2
         )
-        for _ in range(3):  # files are counted, and not how often they fail
+        for _ in range(3):  # counts files, not failures
             node.reset()
             assert listed(node) == [[0, 2, 3, 5], [6, 7, 8, 9, 10, 11]]
 
@@ -230,7 +230,7 @@ def test_of_an_element_with_more_than_paths_nothing_is_left_out() -> None:
         loader = GPUCachedPathDataLoader(rows, store=store, collate_fn=list, **options)
         got = [([int(f["label"]) for f in features], row["weights"]) for features, row in loader]
         assert got == [([0, 1, 2], [0, 1, 2]), ([6, 7, 8], [6, 7, 8])]
-        # Where the batch is its paths, the ones that are left stay with their features.
+        # Where the batch is its paths, the remaining ones belong to the remaining features.
         plain = GPUCachedPathDataLoader(
             [PATHS[3:6]],
             store=store,
@@ -250,7 +250,7 @@ def test_ranks_have_as_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         singles = GPUPrefetcher(PATHS, store, on_error="skip")
         got = [int(f["label"]) for f in singles]
         assert got == [0, 1, 2, 6, 6, 6, 6, 8, 8, 9, 10, 11]
-        # Substitutes are taken again.
+        # Replaced features are replaced again where an element is repeated.
         sub = {3: feature(103), 7: feature(107)}
         mixed = GPUPrefetcher(
             PathLister(PATHS, batch_size=3, num_shards=1, shard_index=0),
@@ -263,7 +263,7 @@ def test_ranks_have_as_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         # Also in place of the first one: a rank that raises leaves the others waiting.
         first = GPUPrefetcher([PATHS[3:6], PATHS[:2]], store, on_error="skip")
         assert listed(first) == [[0, 1], [0, 1]]
-        # With nothing to take instead, an error is better than waiting for ever.
+        # Without any other element it is an error: the other ranks must not wait for ever.
         nothing = GPUPrefetcher([PATHS[3:5], PATHS[5:6]], store, on_error="skip")
         with pytest.raises(FeatureLoadError, match="/f/0"):
             next(nothing)
@@ -278,7 +278,7 @@ def test_ranks_have_as_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_resume_with_the_same_batches(
     bad: set[int], size: int, depth: int, wrapped: bool
 ) -> None:
-    """Wherever a state is taken, also in front of batches of which nothing is left."""
+    """From any state, also one in front of batches of which nothing is left."""
     with (
         pytest.MonkeyPatch.context() as patch,
         GPUFeatureStore("cpu", load_fn=Faulty(bad)) as store,
@@ -317,7 +317,7 @@ def test_lack_of_memory_is_raised(on_error: Any) -> None:
         assert listed(node) == [[3]]
 
 
-def test_what_on_error_raises_comes_in_its_turn() -> None:
+def test_what_on_error_raises_is_raised_in_its_turn() -> None:
     def refuse(path: str, error: Exception) -> Any:
         raise LookupError(path) from error
 
@@ -336,21 +336,21 @@ def test_what_on_error_raises_comes_in_its_turn() -> None:
             next(odd)
 
 
-def test_a_ticket_knows_what_failed() -> None:
+def test_a_pending_batch_knows_what_failed() -> None:
     with GPUFeatureStore("cpu", load_fn=Faulty({1, 2})) as store:
-        ticket = store.request(PATHS[:4])
-        errors = ticket.wait()
+        pending = store.request(PATHS[:4])
+        errors = pending.wait()
         assert list(errors) == [1, 2] and isinstance(errors[1], FeatureLoadError)
         with pytest.raises(ValueError, match="has not failed"):
-            ticket.replace(0)
-        ticket.replace(1)
+            pending.replace(0)
+        pending.replace(1)
         with pytest.raises(FeatureLoadError, match="/f/02"):
-            store.collect([ticket])
-        ticket = store.request(PATHS[:4])
-        assert list(ticket.wait()) == [1, 2]
-        ticket.replace(1)
-        ticket.replace(2, feature(7))
-        assert listed([ticket.result()]) == [[0, 7, 3]]
+            store.collect([pending])
+        pending = store.request(PATHS[:4])
+        assert list(pending.wait()) == [1, 2]
+        pending.replace(1)
+        pending.replace(2, feature(7))
+        assert listed([pending.result()]) == [[0, 7, 3]]
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("calls", [1, 2, 3])
 @pytest.mark.parametrize("divisible", [True, False])
-def test_an_interrupt_while_on_error_is_asked(calls: int, divisible: bool) -> None:
+def test_an_interrupt_in_on_error(calls: int, divisible: bool) -> None:
     seen = []
 
     def ask(path: str, error: Exception) -> Any:
@@ -427,7 +427,7 @@ def test_odd_things_to_do_in_on_error() -> None:
         node = GPUPrefetcher([PATHS[:2]], store, on_error=lambda path, error: huge)
         with pytest.raises(MemoryError, match="the feature that replaces '/f/01' has"):
             next(node)
-        ticket = store.request(PATHS[:2])
-        ticket.wait()
+        pending = store.request(PATHS[:2])
+        pending.wait()
         with pytest.raises(IndexError, match="no feature -1 among 2"):
-            ticket.replace(-1)
+            pending.replace(-1)

@@ -172,7 +172,7 @@ def test_another_number_of_ranks_goes_on_where_the_others_were(
         lister.reset(old[0].state_dict())
     rest = [path for lister in new for path in lister]
     assert {*seen, *rest} == {*names(60)}
-    # Nothing is lost, and less than a step of all ranks comes again.
+    # No file is missed, and less than a step of all ranks is repeated.
     assert len(seen) + len(rest) - 60 < after
 
 

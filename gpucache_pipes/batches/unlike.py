@@ -1,0 +1,74 @@
+"""Collates features that are not alike: of different trees or dtypes, one by one."""
+
+from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+from gpucache_pipes.batches.ragged import Padded, RaggedOptions, fill
+
+
+def collate_unlike(features: Sequence[Any], options: RaggedOptions) -> Any:
+    """What `default_collate` makes of features of different trees or dtypes, ragged leaves joined.
+
+    A file, or a feature that on_error gives, may have a leaf in another dtype or its keys in
+    another order. The types of the batch are nevertheless those that the options say. Dtypes are
+    promoted, as torch.stack promotes them. Takes several operations for each feature.
+
+    Raises:
+        RuntimeError: where shapes differ that the options do not allow to.
+        Exception: what `default_collate` raises where trees differ otherwise.
+    """
+    if options.modes == "error":
+        return default_collate(list(features))
+    return _collate_samples(list(features), "", options)
+
+
+def _collate_samples(samples: Sequence[Any], name: str, options: RaggedOptions) -> Any:
+    first = samples[0]
+    kind = type(first)
+    if isinstance(first, torch.Tensor):
+        return _join_tensors(samples, name or "the feature", options)
+    if isinstance(first, dict):
+        return kind(
+            (key, _collate_samples([part[key] for part in samples], f"{name}[{key!r}]", options))
+            for key in first
+        )
+    if isinstance(first, (list, tuple)):
+        columns = enumerate(zip(*samples, strict=True))
+        parts = [_collate_samples(column, f"{name}[{at}]", options) for at, column in columns]
+        return kind(*parts) if hasattr(kind, "_fields") else parts
+    return default_collate(samples)  # type: ignore[arg-type]
+
+
+def _join_tensors(parts: Sequence[torch.Tensor], name: str, options: RaggedOptions) -> Any:
+    first = parts[0]
+    differs = any(part.shape != first.shape for part in parts)
+    mode = options.mode_of(name, differs, first.dim())
+    if mode is None or mode == "error":
+        return default_collate(list(parts))
+    if any(not part.dim() or part.shape[1:] != first.shape[1:] for part in parts):
+        shapes = ", ".join(str(list(part.shape)) for part in parts[:10])
+        raise RuntimeError(f"cannot {mode} {name}: shapes {shapes}")
+    if mode == "list":
+        return list(parts)
+    dtype = reduce(torch.promote_types, [part.dtype for part in parts])
+    lengths = [len(part) for part in parts]
+    if mode == "jagged":
+        values = torch.cat([part.to(dtype) for part in parts])
+        ends = torch.tensor([0, *accumulate(lengths)], device=first.device)
+        return torch.nested.nested_tensor_from_jagged(
+            values, offsets=ends, min_seqlen=min(lengths), max_seqlen=max(lengths)
+        )
+    longest = -(-max(lengths) // options.pad_to_multiple) * options.pad_to_multiple
+    shape = (len(parts), longest, *first.shape[1:])
+    values = torch.empty(shape, dtype=dtype, device=first.device)
+    fill(values, options.padding_value)
+    for row, part in zip(values, parts, strict=True):
+        row[: len(part)] = part
+    table = torch.tensor(lengths, device=first.device)
+    mask = torch.arange(longest, device=first.device) < table.unsqueeze(1)
+    return Padded(values, table, mask)

@@ -1,0 +1,200 @@
+"""Lookahead: the elements that a GPUPrefetcher requests before the consumer needs them."""
+
+import copy
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torchdata.nodes import BaseNode
+
+from gpucache_pipes.batches import RaggedOptions
+from gpucache_pipes.nodes.callbacks import guarded
+from gpucache_pipes.nodes.pending_element import PendingElement
+from gpucache_pipes.store import GPUFeatureStore, PendingBatch
+
+
+class Lookahead:
+    """A queue of PendingElements, filled from `source` and requested from `store`.
+
+    Guarantees, whatever KeyboardInterrupt or other signal comes between any two operations:
+
+    - An element in the queue is not lost. It enters the queue before it is requested, and leaves
+      it behind the gather; an element whose request was interrupted or used up is requested anew
+      when it is needed. (What is not covered: an interrupt within the source's own `next()`, or
+      before the result of that is in the queue. The element is then missing in this pass.)
+    - `state` never covers an element that is still in the queue: it is assigned in one step,
+      behind taking the elements out. An interrupt before that step leaves an older state; a run
+      that is resumed from it gets these elements again, and misses none.
+
+    One thread at a time uses it: the one that iterates over the prefetcher. `release` alone may
+    be called from any thread, and from finalizers; it takes no lock.
+
+    Args:
+        source: the node to draw from.
+        store: where features are requested.
+        owner: names the pipeline to the store's policy.
+        depth: elements that are kept requested behind the one that is needed.
+        path_fn: element -> path or paths; None where elements are paths.
+        copies_states: whether to copy the states of `source`, which a source of the user's may
+            go on changing while more is drawn.
+
+    Attributes:
+        elements: the queue. Only this class changes it.
+        state: the source's, behind the last element that was consumed.
+    """
+
+    def __init__(
+        self,
+        source: BaseNode[Any],
+        store: GPUFeatureStore,
+        owner: object,
+        depth: int,
+        path_fn: Callable[[Any], Any] | None,
+        copies_states: bool,
+    ) -> None:
+        self._source = source
+        self._store = store
+        self._owner = owner
+        self._depth = depth
+        self._path_fn = path_fn
+        self._copies_states = copies_states
+        self.elements: deque[PendingElement] = deque()
+        self._exhausted = False
+        self.state: dict[str, Any] = {}
+
+    def reset(self, source_state: dict[str, Any] | None) -> None:
+        """Release all elements, and begin anew from a state of the source. Reads no files."""
+        self.release()
+        self._source.reset(source_state)
+        self.state = copy.deepcopy(self._source.state_dict())
+        self._exhausted = False
+
+    def draw(self, needed: int) -> None:
+        """Have `needed` elements, and `depth` behind them, in the queue, or all that are left.
+
+        What the source or the request of an element raises is kept in `PendingElement.error`:
+        the elements that were drawn before it are the consumer's first.
+        """
+        while len(self.elements) < needed + self._depth and not self._exhausted:
+            try:
+                pending = PendingElement(next(self._source))
+            except StopIteration:
+                self._exhausted = True
+                return
+            except Exception as error:
+                pending = PendingElement(None)
+                pending.error = error
+                self.elements.append(pending)
+                return
+            # Into the queue before all else: an interrupt of what follows must not lose it.
+            self.elements.append(pending)
+            state = self._source.state_dict()
+            pending.state = copy.deepcopy(state) if self._copies_states else state
+            try:
+                self.request(pending)
+            except Exception as error:
+                pending.error = error
+
+    def request(self, pending: PendingElement) -> None:
+        """Request the files of an element, in place of an earlier request of it.
+
+        Raises:
+            TypeError: for an element, or a result of path_fn, that is not paths.
+            Exception: what path_fn raises.
+            RuntimeError: for a closed store.
+        """
+        value = pending.value
+        paths = value
+        if self._path_fn is not None:
+            paths = guarded(self._path_fn, "path_fn", value)
+        pending.divisible = paths is value
+        # Each time: a stand-in for an element that failed may be of the other kind.
+        pending.single = isinstance(paths, (str, os.PathLike))
+        if pending.single:
+            pending.divisible = False
+            paths = [paths]
+        elif not isinstance(paths, Sequence) or isinstance(paths, bytes):
+            what = "an element" if self._path_fn is None else "what path_fn gave"
+            raise TypeError(
+                f"{what} is neither a path nor a sequence of paths: {paths!r:.200}; "
+                "path_fn(element) returns the paths of the files that an element needs"
+            )
+        pending.paths = paths
+        pending.batch = self._store.request(paths, owner=self._owner)
+
+    def batch_of(self, pending: PendingElement) -> PendingBatch:
+        """The open request of an element: a new one if an interrupt has used up the first."""
+        if pending.batch is None or pending.batch.used:
+            self.request(pending)
+        assert pending.batch is not None
+        return pending.batch
+
+    def collect(self, heads: Sequence[PendingElement], ragged: RaggedOptions | None = None) -> Any:
+        """Gather the elements at the head of the queue into one batch, and take them out.
+
+        They are taken out after an error as well, so that the consumer goes on behind them. After
+        an interrupt they stay.
+
+        Args:
+            heads: the first elements of the queue, in order.
+            ragged: how to collate the batch; None for a FeatureBatch.
+
+        Raises:
+            Exception: the error of the first element that has one, or of the store.
+        """
+        try:
+            batches = []
+            for pending in heads:
+                if pending.error is not None:
+                    raise pending.error
+                batches.append(self.batch_of(pending))
+            batch = self._store.collect(batches, ragged)
+        except Exception:
+            self.take_out(heads)
+            raise
+        self.take_out(heads)
+        return batch
+
+    def take_out(self, heads: Sequence[PendingElement]) -> None:
+        """Take the elements at the head of the queue out of it, as consumed."""
+        state = self.state
+        for pending in heads:
+            self.elements.popleft()
+            if pending.batch is not None:
+                pending.batch.cancel()
+            if pending.state is not None:
+                state = pending.state
+        # In one step: a signal handler that asks for the state before it gets the one in front
+        # of all of these elements, and never one in their midst.
+        self.state = state
+
+    def leave_out(self, at: int) -> None:
+        """Take out the element at this position of the queue, of which nothing can be used."""
+        pending = self.elements[at]
+        del self.elements[at]
+        if pending.batch is not None:
+            pending.batch.cancel()
+        # It counts as consumed together with the element before it.
+        if at:
+            self.elements[at - 1].state = pending.state
+        elif pending.state is not None:
+            self.state = pending.state
+
+    def release(self) -> None:
+        """Empty the queue, and give up the requests in it. Takes no lock.
+
+        A generator or DataPipe over the prefetcher calls this in its finalizer. The garbage
+        collector may run that at any allocation, in any thread: also in one that holds the
+        store's lock, which is therefore not to be taken here. So requests are abandoned, for the
+        store to close later, and not cancelled.
+
+        The queue is replaced before it is read, since a deque must not change while it is iterated
+        over, and the iterating thread may go on appending. Two calls at once may find the same
+        queue; `abandon` gives each request up once, which relies on `list.pop` being atomic under
+        the GIL.
+        """
+        elements, self.elements = self.elements, deque()
+        for pending in elements:
+            if pending.batch is not None:
+                pending.batch.abandon()

@@ -1,0 +1,95 @@
+"""Options of the nodes, which check themselves when they are made.
+
+Nodes make theirs from the arguments of their constructors. Adapters, which make new nodes for each
+epoch, make them once, so that wrong options are an error at once and not in the middle of a run,
+and hand them on: `GPUPrefetcher(source, store, **vars(options))`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gpucache_pipes.batches import RaggedOptions
+from gpucache_pipes.store import GPUFeatureStore
+from gpucache_pipes.units import positive_int
+
+OnError = str | Callable[[str, Exception], Any]
+"""The type of `on_error=`; see GPUPrefetcher."""
+
+
+@dataclass(frozen=True)
+class PrefetchOptions:
+    """The options of a GPUPrefetcher, which describes them.
+
+    Raises:
+        ValueError: depth < 1; a join_fn without a path_fn; an unknown on_error; max_failures
+            below 0, or together with on_error="raise".
+
+    >>> PrefetchOptions(on_error="skip").tolerant
+    True
+    >>> PrefetchOptions(max_failures=3)
+    Traceback (most recent call last):
+    ValueError: max_failures is for on_error="skip" or a callable
+    """
+
+    depth: int = 2
+    path_fn: Callable[[Any], Any] | None = None
+    join_fn: Callable[[Any, Any], Any] | None = None
+    on_error: OnError = "raise"
+    max_failures: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.join_fn is not None and self.path_fn is None:
+            raise ValueError(
+                "join_fn needs a path_fn: elements that are paths have nothing to join"
+            )
+        object.__setattr__(self, "depth", positive_int("depth", self.depth))
+        if not callable(self.on_error) and self.on_error not in ("raise", "skip"):
+            raise ValueError(f'on_error={self.on_error!r} must be "raise", "skip" or callable')
+        if self.max_failures is not None:
+            positive_int("max_failures", self.max_failures, least=0)
+            if not self.tolerant:
+                raise ValueError('max_failures is for on_error="skip" or a callable')
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether a file that cannot be loaded may be left out or replaced."""
+        return self.on_error != "raise"
+
+
+@dataclass(frozen=True)
+class CollateOptions:
+    """The options of a GPUCollator, which describes them.
+
+    Raises:
+        ValueError: batch_size < 1; drop_last without a batch_size; a collate_fn together with
+            ragged; what RaggedOptions refuses.
+    """
+
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    batch_size: int | None = None
+    drop_last: bool = False
+    ragged: str | Mapping[str, str] = "error"
+    padding_value: float = 0.0
+    pad_to_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.collate_fn is not None and self.ragged != "error":
+            raise ValueError(
+                "ragged= is for the default collation: with a collate_fn, join sequences there"
+            )
+        self.ragged_options()
+        if self.batch_size is not None:
+            positive_int("batch_size", self.batch_size)
+        elif self.drop_last:
+            raise ValueError("drop_last=True needs a batch_size")
+
+    def ragged_options(self) -> RaggedOptions:
+        """Those of them that say how to join sequences of different lengths."""
+        return RaggedOptions(self.ragged, self.padding_value, self.pad_to_multiple)
+
+
+def require_store(store: object) -> None:
+    """Raise TypeError for anything but a GPUFeatureStore."""
+    if not isinstance(store, GPUFeatureStore):
+        raise TypeError(f"store must be a GPUFeatureStore, not {type(store).__name__}")
