@@ -1,6 +1,5 @@
 """`python -m gpucache_pipes inspect`: the content of feature files, and a budget that fits them."""
 
-import os
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from gpucache_pipes.files import FileOpener, Layout, leaf_names
+from gpucache_pipes.files import FileOpener, Layout, file_size, leaf_names
 from gpucache_pipes.store.page_size import choose_page_bytes
 from gpucache_pipes.units import format_bytes
 
@@ -34,7 +33,7 @@ def inspect_file(path: str, weights_only: bool = True) -> dict[str, Any]:
     feature.close()
     return {
         "path": path,
-        "file_bytes": os.stat(path).st_size,
+        "file_bytes": file_size(path),
         "feature_bytes": feature.layout.nbytes,
         "fast": reason is None,
         "reason": reason,
@@ -67,7 +66,7 @@ def inspect_files(
         try:
             feature, reason = opener.probe(path)
             feature.close()
-            file_bytes += os.stat(path).st_size
+            file_bytes += file_size(path)
         except Exception as error:
             failures.append({"path": path, "error": f"{type(error).__name__}: {error}"})
             continue

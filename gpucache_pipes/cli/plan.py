@@ -1,6 +1,5 @@
 """`python -m gpucache_pipes plan`: hit rates over cache sizes and policies, by simulation."""
 
-import os
 import random
 import statistics
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from gpucache_pipes.cache import Trace, simulate
-from gpucache_pipes.files import FileOpener
+from gpucache_pipes.files import FileOpener, file_size
 from gpucache_pipes.units import format_bytes
 
 POLICIES = ("clairvoyant", "keep", "w-tinylfu", "sieve", "s3fifo", "lfu", "fifo", "lru")
@@ -102,9 +101,9 @@ def _feature_bytes(paths: Sequence[str], weights_only: bool) -> list[int]:
         except Exception as error:
             raise ValueError(f"{path!r} cannot be read: {error}") from error
         feature.close()
-        overheads.append(os.stat(path).st_size - feature.layout.span)
+        overheads.append(file_size(path) - feature.layout.span)
     overhead = int(statistics.median(overheads))
-    return [max(1, os.stat(path).st_size - overhead) for path in paths]
+    return [max(1, file_size(path) - overhead) for path in paths]
 
 
 def _trace(files: int, epochs: int, shuffle: bool, seed: int, known: bool) -> Trace:

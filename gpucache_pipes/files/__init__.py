@@ -13,7 +13,7 @@ from gpucache_pipes.files.layout import (
     flatten,
     leaf_names,
 )
-from gpucache_pipes.files.local import LocalFiles
+from gpucache_pipes.files.local import LocalFiles, file_size
 from gpucache_pipes.files.path_table import PathLike, PathTable
 from gpucache_pipes.files.source import LoadedFeature, OpenFeature, Source
 
@@ -32,6 +32,7 @@ __all__ = [
     "Tree",
     "build",
     "copy_value",
+    "file_size",
     "flatten",
     "leaf_names",
     "load_error",

@@ -1,4 +1,4 @@
-"""Finding the feature files of a source."""
+"""Which files a directory, a glob or a sequence of paths means."""
 
 import fnmatch
 import glob
@@ -6,18 +6,27 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from gpucache_pipes.files.local import current_directory
+
 GLOB_CHARACTERS = frozenset("*?[")
 
 
-def find_files(source: Any, pattern: str, recursive: bool) -> list[str]:
-    """The files of a directory, a glob or one file, sorted; or of a sequence of paths, as it is.
+def find_files(files: Any, pattern: str, recursive: bool) -> list[str]:
+    """The files of a directory, of a glob, or one file, sorted; a sequence of paths as it is.
 
-    Raises FileNotFoundError if there are none, and TypeError for what is no path.
+    Args:
+        files: a path or a glob; or a sequence of paths, which are not looked at.
+        pattern: which names in a directory are meant.
+        recursive: look into subdirectories too.
+
+    Raises:
+        FileNotFoundError: there are none.
+        TypeError: an item of the sequence is not a path.
+        OSError: a directory cannot be read.
     """
-    if isinstance(source, (str, os.PathLike)):
-        return list_files(os.fspath(source), pattern, recursive)
-    paths: Sequence[Any] = source
-    found = [os.fspath(path) for path in paths]
+    if isinstance(files, (str, os.PathLike)):
+        return list_files(os.fspath(files), pattern, recursive)
+    found = [os.fspath(path) for path in files]
     if not found:
         raise FileNotFoundError("the sequence of paths is empty")
     for path in found:
@@ -26,72 +35,71 @@ def find_files(source: Any, pattern: str, recursive: bool) -> list[str]:
     return found
 
 
-class GivenPaths:
-    """Paths as they were given, for as long as they mean the same.
+def directory_prefix(files: Any) -> str:
+    """The path of a directory with a separator behind it; "" for everything else."""
+    if isinstance(files, (str, os.PathLike)) and os.path.isdir(files):
+        return os.path.join(os.fspath(files), "")
+    return ""
 
-    A relative path means what it meant when it was given: once the current directory is another
-    one, what was relative is absolute. May be pickled.
+
+class GivenPaths:
+    """Paths as the user gave them, for as long as they mean the same files.
+
+    Once the current directory has changed, relative paths become absolute ones, so that they go on
+    meaning what they meant. May be pickled.
 
     Attributes:
-        given: the paths as they were.
+        given: the paths as they were given.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.given = self._now = paths
-        # If the first and the last path in the order of texts begin with a slash, all do.
+        # In the order of strings a path that starts with a slash lies between two that do.
         some_relative = bool(paths) and not (
             os.path.isabs(min(paths)) and os.path.isabs(max(paths))
         )
         self._cwd = os.getcwd() if some_relative else None
 
     def now(self) -> Sequence[str]:
-        """The paths. Takes a microsecond where some are relative."""
-        if self._cwd is not None and _current_directory() != self._cwd:
+        """The paths. Takes a microsecond if some are relative."""
+        if self._cwd is not None and current_directory() != self._cwd:
             self._now = [os.path.join(self._cwd, path) for path in self.given]
             self._cwd = None
         return self._now
 
 
-def _current_directory() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:  # it was removed
-        return None
+def list_files(files: str, pattern: str, recursive: bool) -> list[str]:
+    """The files of a directory, of a glob, or one file, sorted.
 
-
-def list_files(source: str, pattern: str, recursive: bool) -> list[str]:
-    """The files that `source` means, sorted: a directory, a glob, or one file.
-
-    In a directory, those whose name matches `pattern`; as in a shell, names that begin with a
-    dot match only a pattern that does. Raises FileNotFoundError, naming directory and pattern,
-    if there are none, and what the system raises if a directory cannot be read.
+    In a directory, those whose names match `pattern`. As in a shell, a name that begins with a dot
+    matches only a pattern that does. Errors as in `find_files`; they name directory and pattern.
     """
-    if os.path.isdir(source):
+    if os.path.isdir(files):
         hidden = pattern.startswith(".")
         match = fnmatch.filter
         found = [
             os.path.join(directory, name)
-            for directory, names in _directories(source, recursive)
+            for directory, names in _directories(files, recursive)
             for name in match(names, pattern)
             if hidden or not name.startswith(".")
         ]
-        where = f"in directory {source!r} with pattern {pattern!r}" + (
+        where = f"in directory {files!r} with pattern {pattern!r}" + (
             "" if recursive else " (recursive=True looks into subdirectories too)"
         )
-    elif os.path.isfile(source):
-        return [source]
-    elif GLOB_CHARACTERS.intersection(source):
-        found = [path for path in glob.iglob(source, recursive=True) if not os.path.isdir(path)]
-        where = f"for the glob {source!r}"
+    elif os.path.isfile(files):
+        return [files]
+    elif GLOB_CHARACTERS.intersection(files):
+        found = [path for path in glob.iglob(files, recursive=True) if not os.path.isdir(path)]
+        where = f"for the glob {files!r}"
     else:
-        raise FileNotFoundError(f"no such file or directory: {source!r} (pattern {pattern!r})")
+        raise FileNotFoundError(f"no such file or directory: {files!r} (pattern {pattern!r})")
     if not found:
         raise FileNotFoundError(f"no files {where}")
     return sorted(found)
 
 
 def _directories(root: str, recursive: bool) -> Iterator[tuple[str, list[str]]]:
-    """Each directory with the names of what is no directory in it."""
+    """Each directory, with the names of its entries that are not directories."""
     pending = [root]
     while pending:
         directory = pending.pop()
@@ -100,7 +108,7 @@ def _directories(root: str, recursive: bool) -> Iterator[tuple[str, list[str]]]:
             for entry in entries:
                 if not _is_directory(entry):
                     names.append(entry.name)
-                elif recursive and not entry.is_symlink():  # a link may lead back up
+                elif recursive and not entry.is_symlink():  # a link may lead to a directory above
                     pending.append(entry.path)
         yield directory, names
 
@@ -108,5 +116,5 @@ def _directories(root: str, recursive: bool) -> Iterator[tuple[str, list[str]]]:
 def _is_directory(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # such as a link to itself: an error of that file, when it is its turn
+    except OSError:  # such as a link to itself: opening the file will say what is wrong
         return False

@@ -145,8 +145,8 @@ class LocalFiles:
             return False
 
     def size(self, path: str) -> int:
-        """The size of a file in bytes. Raises OSError, or ValueError for an impossible name."""
-        return os.stat(path).st_size
+        """See Source."""
+        return file_size(path)
 
     def sample_sizes(self, paths: Sequence[str]) -> list[int]:
         """See Source. Of fewer than eight files, their neighbours in the directory count, too."""
@@ -166,6 +166,11 @@ class LocalFiles:
             except (OSError, ValueError):  # features need not be files
                 continue
         return sizes
+
+
+def file_size(path: str) -> int:
+    """The size of a file in bytes. Raises OSError, or ValueError for a name no file can have."""
+    return os.stat(path).st_size
 
 
 def current_directory() -> str | None:

@@ -1,12 +1,13 @@
 """Buckets: batches of files of similar size, so that padding them to one length costs little."""
 
 import logging
-import os
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
 
 import torch
+
+from gpucache_pipes.files import file_size
 
 _log = logging.getLogger("gpucache_pipes")
 
@@ -99,7 +100,7 @@ def _file_sizes(paths: Sequence[str]) -> list[int]:
     sizes, failed = [], []
     for path in paths:
         try:
-            sizes.append(os.stat(path).st_size)
+            sizes.append(file_size(path))
         except (OSError, ValueError) as error:  # ValueError: no name that the system could have
             sizes.append(0)
             failed.append(error)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.files.listing import GivenPaths, find_files
+from gpucache_pipes.files.listing import GivenPaths, directory_prefix, find_files
 from gpucache_pipes.nodes.buckets import Buckets
 from gpucache_pipes.nodes.order import DrawnOrder, SampledOrder
 from gpucache_pipes.nodes.resuming import fingerprint, resumed_position
@@ -105,12 +105,10 @@ class PathLister(BaseNode[Any]):
         self.seed = seed
         self.sampler = sampler
         self.if_files_changed = if_files_changed
-        self._names_from = ""
+        self._names_from = directory_prefix(source)
         self._stream: BaseNode[Any] | None = None
         self._given: GivenPaths | None = None
         if isinstance(source, (str, os.PathLike, Sequence)):
-            if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
-                self._names_from = os.path.join(os.fspath(source), "")
             self._given = GivenPaths(find_files(source, pattern, recursive))
         elif shuffle or sampler is not None or bucket_by is not None:
             raise ValueError(

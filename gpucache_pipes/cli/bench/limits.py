@@ -11,7 +11,7 @@ import torch
 from gpucache_pipes.batches import Padded
 from gpucache_pipes.cli.bench.contender import Contender, NotApplicableError, Run
 from gpucache_pipes.cli.bench.work import Work
-from gpucache_pipes.files import build, flatten, leaf_names
+from gpucache_pipes.files import build, file_size, flatten, leaf_names
 
 
 def _preadv(work: Work, share: float) -> Iterator[Run]:
@@ -36,7 +36,7 @@ def _preadv(work: Work, share: float) -> Iterator[Run]:
 
 def _make_buffers(work: Work) -> tuple[dict[str, int], torch.Tensor, torch.Tensor]:
     """The sizes of the files, and buffers for the largest batch on the host and on the device."""
-    sizes = {path: os.stat(path).st_size for path in work.paths}
+    sizes = {path: file_size(path) for path in work.paths}
     largest = max(sum(sizes[path] for path in batch) for batch in chain(*work.batches))
     staging = torch.zeros(largest, dtype=torch.uint8, pin_memory=work.on_accelerator)
     return sizes, staging, torch.zeros(largest, dtype=torch.uint8, device=work.device)

@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from gpucache_pipes.cli.bench.collation import Collation, checksum
-from gpucache_pipes.files import FileOpener, Layout, leaf_names
+from gpucache_pipes.files import FileOpener, Layout, file_size, leaf_names
 from gpucache_pipes.nodes import PathLister
 from gpucache_pipes.units import format_bytes
 
@@ -62,7 +62,7 @@ def sample(paths: Sequence[str], most_files: int, most_bytes: int, seed: int) ->
     chosen: list[int] = []
     total = 0
     for number in drawn:
-        total += os.stat(paths[number]).st_size
+        total += file_size(paths[number])
         if len(chosen) == most_files or (len(chosen) > 1 and total > most_bytes):
             break
         chosen.append(number)
