@@ -192,7 +192,7 @@ class Cache:
                 return False
         self._evict(victims)
         # Batches in flight need the rest: a cache that took it again would evict for each of them.
-        ledger.ceiling = ledger.cached_pages + (pages if cached else 0)
+        ledger.set_ceiling(ledger.cached_pages + (pages if cached else 0))
         return True
 
     def _evictable(self, wanted: Entry) -> Iterator[Entry]:

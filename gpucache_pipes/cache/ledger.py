@@ -30,6 +30,9 @@ class Ledger:
         self.pages = 0
         # The most pages that cached features may hold. Set once the device has no more memory.
         self.ceiling: int | None = None
+        # Whether there is any limit, so that something may have to be evicted.
+        self.bounded = False
+        self.set_ceiling(None)
         # Pages that were used and freed, and the first page that was never used: so an arena of
         # millions of new pages need not be listed.
         self._freed: list[int] = []
@@ -47,10 +50,10 @@ class Ledger:
             return None
         return -(-self.max_bytes // self.page_bytes)
 
-    @property
-    def bounded(self) -> bool:
-        """Whether there is any limit, so that something may have to be evicted."""
-        return not (self.max_bytes is self.max_items is self.ceiling is None)
+    def set_ceiling(self, pages: int | None) -> None:
+        """Cached features may hold at most so many pages from now on; None is no such limit."""
+        self.ceiling = pages
+        self.bounded = not (self.max_bytes is self.max_items is pages is None)
 
     def demand(self, span: int) -> tuple[int, int]:
         """Pages that a feature of `span` bytes takes, and what it counts against max_bytes."""
@@ -134,7 +137,7 @@ class Ledger:
         self._fresh = 0
         self.pages = 0
         self.page_bytes = 0
-        self.ceiling = None
+        self.set_ceiling(None)
 
     def check(self, entries: Iterable[Entry]) -> None:
         """Recompute every total from `entries`, which are all. Raises AssertionError."""

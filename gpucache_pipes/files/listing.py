@@ -54,7 +54,7 @@ class GivenPaths:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.given = self._now = paths
-        # In the order of strings a path that starts with a slash lies between two that do.
+        # Strings that begin with a slash are neighbours in the order of strings.
         some_relative = bool(paths) and not (
             os.path.isabs(min(paths)) and os.path.isabs(max(paths))
         )

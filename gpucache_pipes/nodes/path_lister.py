@@ -125,6 +125,7 @@ class PathLister(BaseNode[Any]):
         self._shard = shard
         self.shards = self._choose_shards(num_shards, shard_index, shard)
         self._drawing = self._new_order()
+        self._order_name = str(self._drawing)
         self._fingerprint: int | None = None
         # The current epoch, the one that set_epoch has named for the next reset, how many paths
         # of the current one were yielded (for a sampler of batches, how many batches), and its
@@ -166,6 +167,7 @@ class PathLister(BaseNode[Any]):
         if self._rank_unknown and find_rank() != (self.shards.count, self.shards.index):
             self.shards = self._choose_shards(None, None, self._shard)
             self._drawing = self._new_order()
+            self._order_name = str(self._drawing)
 
     @property
     def _paths(self) -> Sequence[str]:
@@ -327,7 +329,7 @@ class PathLister(BaseNode[Any]):
             given = () if self._given is None else self._given.given
             self._fingerprint = fingerprint(given, self._names_from, sizes)
         return {
-            "order": str(self._drawing),
+            "order": self._order_name,
             "shards": self.shards.count,
             "files": len(self._paths),
             "fingerprint": self._fingerprint,

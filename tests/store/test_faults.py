@@ -234,8 +234,7 @@ def test_a_fault_reaches_who_needs_the_file_and_nobody_else(
         if stage == "mid-epoch":
             assert [label(f) for f in next(node)] == GOOD[0]
             # Everything that was requested ahead has been read, and only then it happens.
-            for pending in node._ahead:
-                pending.batch.wait()  # type: ignore[union-attr]
+            wait_for_readers(store)
         if not early and "load_fn" not in rig.options:
             store.release([rig.bad])
             fault(rig)
