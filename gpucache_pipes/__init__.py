@@ -10,6 +10,8 @@ for batch in torchdata.nodes.Loader(batches):
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gpucache_pipes import former_names
+
 if TYPE_CHECKING:
     from gpucache_pipes.adapters import (
         FeatureFileDataset,
@@ -63,6 +65,9 @@ _MODULES = {
     "Trace": "cache",
     "simulate": "cache",
 }
+
+
+former_names.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -19,12 +19,13 @@ ALLOWED = {
     "cache": {"cache"},
     "device": {"device"},
     "files": {"files"},
-    "batches": {"batches", "cache", "device", "files"},
+    "batches": {"batches", "files"},
     "store": {"store", "batches", "cache", "device", "files"},
     "nodes": {"nodes", "batches", "files", "store"},
     "adapters": {"adapters", "files", "nodes", "store"},
     "cli": {"cli", "batches", "cache", "device", "files", "nodes", "store"},
     "testing": {"testing", "cache", "device", "files", "nodes", "store"},
+    "former_names": set(),
     "__init__": {"adapters", "batches", "cache", "nodes", "store"},
     "__main__": {"cli"},
     **{leaf: set() for leaf in LEAVES},
@@ -79,3 +80,39 @@ def test_every_all_is_complete_and_sorted(name: str) -> None:
     ]
     # As ruff sorts them: constants, classes, then the rest.
     assert sorted(module.__all__) == sorted(public)
+
+
+FORMER = {
+    "gpucache_pipes": "Ticket FeatureBatch StoreStats Padded GPUFeatureStore Trace simulate",
+    "gpucache_pipes.cache": "Future Policy Trace make_policy register simulate",
+    "gpucache_pipes.batch": "FeatureBatch",
+    "gpucache_pipes.bench": "Contender Work advice bench",
+    "gpucache_pipes.planning": "plan advice POLICIES",
+    "gpucache_pipes.inspection": "inspect_file inspect_files",
+    "gpucache_pipes.ragged": "Padded RaggedOptions",
+    "gpucache_pipes.stats": "StoreStats",
+    "gpucache_pipes.ticket": "Ticket",
+    "gpucache_pipes.upcoming": "Upcoming",
+    "gpucache_pipes.store": "GPUFeatureStore",
+    "gpucache_pipes.files.planned": "Plan PlanReader",
+    "gpucache_pipes.files.formats": "FORMATS",
+}
+
+
+@pytest.mark.parametrize("module", FORMER)
+def test_former_names_can_be_imported(module: str) -> None:
+    for name in FORMER[module].split():
+        assert getattr(importlib.import_module(module), name) is not None
+
+
+def test_a_former_name_is_the_present_object() -> None:
+    from gpucache_pipes.bench import Work
+    from gpucache_pipes.ticket import Ticket
+
+    from gpucache_pipes.cli import bench
+    from gpucache_pipes.store import PendingBatch
+
+    assert Ticket is PendingBatch and Work is bench.Work
+    assert bench.__spec__ is not None and bench.__spec__.name == "gpucache_pipes.cli.bench"
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("gpucache_pipes.no_such_module")
