@@ -1,5 +1,6 @@
 """A batch of features in device memory: FeatureBatch and its two kinds."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, overload
@@ -10,7 +11,7 @@ from torch.utils.data import default_collate
 from gpucache_pipes.batches.ragged import RaggedOptions, join_ragged, stack_scattered
 from gpucache_pipes.batches.transfer import to_device
 from gpucache_pipes.batches.unlike import collate_unlike
-from gpucache_pipes.files import Layout, Leaf, Tree, build, copy_value, leaf_names
+from gpucache_pipes.files import Layout, Leaf, PathLike, Tree, build, copy_value, leaf_names
 
 
 class FeatureBatch(Sequence[Any]):
@@ -25,24 +26,28 @@ class FeatureBatch(Sequence[Any]):
 
     Attributes:
         device: where the tensors are.
-        paths: the file of each feature, absolute.
     """
 
     def __init__(
         self,
         device: torch.device,
-        paths: list[str],
+        paths: Sequence[PathLike],
         layouts: Sequence[Layout],
         values: Sequence[tuple[Any, ...]],
     ) -> None:
         self.device = device
-        self.paths = paths
+        self._paths = paths
         # One layout for all features, or one for each; plain values only where there are any.
         self._layouts = layouts
         self._values = values
 
+    @property
+    def paths(self) -> list[str]:
+        """The file of each feature: as it was requested, made absolute."""
+        return [os.fspath(path) for path in self._paths]
+
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._paths)
 
     @overload
     def __getitem__(self, index: int) -> Any: ...
@@ -85,7 +90,7 @@ class FeatureBatch(Sequence[Any]):
         Raises RuntimeError, naming leaf, shapes and files, where shapes differ in any other way;
         TypeError or RuntimeError where default_collate does; ValueError for an empty batch.
         """
-        if not self.paths:
+        if not self._paths:
             raise ValueError("an empty batch cannot be collated")
         try:
             return self._collate(ragged or RaggedOptions())
@@ -141,7 +146,7 @@ class ColumnBatch(FeatureBatch):
     def __init__(
         self,
         device: torch.device,
-        paths: list[str],
+        paths: Sequence[PathLike],
         layout: Layout,
         values: Sequence[tuple[Any, ...]],
         columns: Sequence[torch.Tensor],
@@ -179,7 +184,7 @@ class PageBatch(FeatureBatch):
     def __init__(
         self,
         device: torch.device,
-        paths: list[str],
+        paths: Sequence[PathLike],
         layouts: Sequence[Layout],
         values: Sequence[tuple[Any, ...]],
         block: torch.Tensor,

@@ -52,7 +52,13 @@ class PathTable:
         self._relative: tuple[str, dict[PathLike, int]] = ("", {})
 
     def numbers(self, paths: Iterable[PathLike]) -> list[int]:
+        """The number of each path, in order. See `resolve`."""
+        return self.resolve(paths)[0]
+
+    def resolve(self, paths: Iterable[PathLike]) -> tuple[list[int], list[PathLike] | None]:
         """The number of each path, in order. Well under 1 us for a spelling that is known.
+
+        And the paths themselves, if all are absolute; else None.
 
         Raises TypeError for a single path instead of a sequence, or for an item that is not a
         non-empty str or os.PathLike; the message names it.
@@ -62,10 +68,10 @@ class PathTable:
         paths = list(paths)
         if not self._links or self._links.isdisjoint(paths):
             try:
-                return list(map(self._numbers.__getitem__, paths))
+                return list(map(self._numbers.__getitem__, paths)), paths
             except (KeyError, TypeError):
                 if (first := self._add_directory(paths)) is not None:
-                    return list(range(first, first + len(paths)))
+                    return list(range(first, first + len(paths))), paths
         spellings = list(map(_spelling, paths))
         cwd, table = None, self._numbers
         if not all(map(os.path.isabs, spellings)):
@@ -81,7 +87,8 @@ class PathTable:
         if new := [path for path in dict.fromkeys(spellings) if path not in found]:
             found.update(self._add_each(new, cwd))
             table.update(found)
-        return list(map(found.__getitem__, spellings))
+        numbers = list(map(found.__getitem__, spellings))
+        return numbers, list(spellings) if cwd is None else None
 
     def _add_directory(self, paths: Sequence[PathLike]) -> int | None:
         """Number new files of one directory; None if `paths` are anything else.

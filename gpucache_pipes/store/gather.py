@@ -15,7 +15,7 @@ from gpucache_pipes.batches import (
 )
 from gpucache_pipes.cache import LAYOUT_SHIFT, Cache
 from gpucache_pipes.device import Backend
-from gpucache_pipes.files import ALIGNMENT, Layout, LoadedFeature
+from gpucache_pipes.files import ALIGNMENT, Layout, LoadedFeature, PathLike
 
 
 class Taken(NamedTuple):
@@ -23,11 +23,13 @@ class Taken(NamedTuple):
 
     Attributes:
         numbers: of the entries.
+        paths: of their files, absolute.
         rows: theirs, as `Cache.rows` has them, if all have one.
         substitutes: by position, features that replace entries that could not be loaded.
     """
 
     numbers: Sequence[int]
+    paths: Sequence[PathLike]
     rows: Sequence[int] | None
     substitutes: Mapping[int, LoadedFeature]
 
@@ -50,7 +52,7 @@ class Gatherer:
             return self._gather_with_substitutes(taken)
         rows = taken.rows
         if rows and self._have_one_layout(rows):
-            return self._gather_columns(taken.numbers, rows)
+            return self._gather_columns(taken, rows)
         entries = [self._cache.entries[number] for number in taken.numbers]
         layouts: list[Layout] = [entry.layout for entry in entries]
         if layouts and layouts.count(layouts[0]) == len(layouts):
@@ -60,7 +62,7 @@ class Gatherer:
         starts = [page_bytes * n for n in accumulate(map(len, placements), initial=0)]
         return PageBatch(
             self._backend.device,
-            self._paths(taken.numbers),
+            taken.paths,
             layouts,
             [entry.values for entry in entries],
             self._backend.join(placements) if starts[-1] else self._no_bytes(),
@@ -86,16 +88,13 @@ class Gatherer:
         page_bytes = self._backend.page_bytes
         in_place = PageBatch(
             self._backend.device,
-            self._paths(taken.numbers),
+            taken.paths,
             layouts,
             [entry.values for entry in entries],
             memory,
             [run.start * page_bytes for run in runs],
         )
         return in_place.collate(ragged)
-
-    def _paths(self, numbers: Sequence[int]) -> list[str]:
-        return list(map(self._cache.entries.paths.__getitem__, numbers))
 
     def _no_bytes(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device=self._backend.device)
@@ -105,7 +104,7 @@ class Gatherer:
             len(self._cache.layouts) == 1 or min(rows) >> LAYOUT_SHIFT == max(rows) >> LAYOUT_SHIFT
         )
 
-    def _gather_columns(self, numbers: Sequence[int], rows: Sequence[int]) -> ColumnBatch:
+    def _gather_columns(self, taken: Taken, rows: Sequence[int]) -> ColumnBatch:
         """One contiguous tensor [B, *shape] for each leaf, by one gather each."""
         cache, backend = self._cache, self._backend
         number_of_layout = rows[0] >> LAYOUT_SHIFT
@@ -122,8 +121,8 @@ class Gatherer:
                 continue
             column = next(gathered).view(dtype)
             columns.append(column if len(shape) == 1 else column.view(count, *shape))
-        values = [cache.entries[number].values for number in numbers] if layout.plain else ()
-        return ColumnBatch(backend.device, self._paths(numbers), layout, values, columns)
+        values = [cache.entries[n].values for n in taken.numbers] if layout.plain else ()
+        return ColumnBatch(backend.device, taken.paths, layout, values, columns)
 
     def _gather_with_substitutes(self, taken: Taken) -> PageBatch:
         """The same where features come from the host: one by one, since that is rare."""
@@ -143,8 +142,7 @@ class Gatherer:
             else:
                 pieces.append(self._no_bytes())
         starts = list(accumulate((len(piece) for piece in pieces), initial=0))
-        paths = self._paths(taken.numbers)
-        return PageBatch(backend.device, paths, layouts, values, torch.cat(pieces), starts)
+        return PageBatch(backend.device, taken.paths, layouts, values, torch.cat(pieces), starts)
 
     def _upload(self, feature: LoadedFeature, path: str) -> torch.Tensor:
         """The bytes of a feature on the device. Raises MemoryError, naming `path`."""

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from gpucache_pipes.batches import FeatureBatch
 from gpucache_pipes.cache import Entry
-from gpucache_pipes.files import LoadedFeature, load_error
+from gpucache_pipes.files import LoadedFeature, PathLike, load_error
 
 
 class Issuer(Protocol):
@@ -35,6 +35,7 @@ class PendingBatch:
 
     Attributes:
         numbers: of the entries, in order; repeats are allowed.
+        paths: of their files, as they were requested, absolute.
         rows: theirs in the cache, if all were READY in one page at the request.
         pending: how many entries are still LOADING.
         errors: for the number of each entry that failed, its path and the exception.
@@ -50,10 +51,12 @@ class PendingBatch:
         issuer: Issuer,
         number: int,
         numbers: Sequence[int],
+        paths: Sequence[PathLike],
         rows: Sequence[int] | None,
         keep_alive: object,
     ) -> None:
         self.numbers = numbers
+        self.paths = paths
         self.rows = rows
         self.pending = 0
         self.errors: dict[int, tuple[str, BaseException]] = {}
@@ -155,16 +158,18 @@ class PendingBatch:
 
 def concatenate(
     batches: Sequence[PendingBatch],
-) -> tuple[list[int], dict[int, LoadedFeature]]:
-    """The entries of several batches in order, and the substitutes among them by position.
+) -> tuple[list[int], list[PathLike], dict[int, LoadedFeature]]:
+    """The entries of several batches in order, their paths, and the substitutes by position.
 
     Features that are left out are not counted.
     """
     numbers: list[int] = []
+    paths: list[PathLike] = []
     substitutes: dict[int, LoadedFeature] = {}
     for batch in batches:
         if not batch.substitutes:
             numbers += batch.numbers
+            paths += batch.paths
             continue
         for position, number in enumerate(batch.numbers):
             if position in batch.substitutes:
@@ -173,4 +178,5 @@ def concatenate(
                     continue
                 substitutes[len(numbers)] = feature
             numbers.append(number)
-    return numbers, substitutes
+            paths.append(batch.paths[position])
+    return numbers, paths, substitutes

@@ -47,9 +47,16 @@ class RequestManager:
 
     def resolve(self, paths: Iterable[PathLike]) -> list[int]:
         """The numbers of the entries of `paths`. Raises RuntimeError if the store was closed."""
+        return self._resolve(paths)[0]
+
+    def _resolve(self, paths: Iterable[PathLike]) -> tuple[list[int], Sequence[PathLike]]:
+        """The numbers of the entries of `paths`, and the paths, absolute."""
         if self._shared.refusal is not None:
             raise RuntimeError(self._shared.refusal)
-        return self._paths.numbers(paths)
+        numbers, absolute = self._paths.resolve(paths)
+        if absolute is None:
+            absolute = list(map(self._shared.cache.entries.paths.__getitem__, numbers))
+        return numbers, absolute
 
     # Requests
 
@@ -78,13 +85,14 @@ class RequestManager:
 
         A `warmup` does not count as a request, and evicts nothing.
         """
-        numbers = self.resolve(paths)
+        numbers, absolute = self._resolve(paths)
         require_stack()
         loading: list[Entry] = []
         stale = self._find_stale(numbers)
         try:
             batch = self._shared.open_batch(
                 numbers,
+                absolute,
                 loading,
                 stale=stale,
                 owner=owner,
@@ -183,8 +191,8 @@ class RequestManager:
         upcoming: Iterable[PathLike] | Upcoming | Callable[[], Iterable[PathLike] | Upcoming],
     ) -> None:
         """See GPUFeatureStore."""
-        if not self._shared.is_bounded():
-            return
+        if not self._shared.cache.ledger.bounded:
+            return  # nothing will ever have to be evicted
         # What takes long is done without the lock.
         if callable(upcoming):
             upcoming = upcoming()

@@ -18,7 +18,7 @@ from gpucache_pipes.cache import (
     check_cache,
 )
 from gpucache_pipes.device import Backend
-from gpucache_pipes.files import LoadedFeature
+from gpucache_pipes.files import LoadedFeature, PathLike
 from gpucache_pipes.store.gather import Taken
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.lock import StoreLock
@@ -68,6 +68,7 @@ class SharedCache:
     def open_batch(
         self,
         numbers: Sequence[int],
+        paths: Sequence[PathLike],
         loading: list[Entry],
         *,
         stale: Sequence[OldVersion],
@@ -80,12 +81,13 @@ class SharedCache:
 
         Args:
             numbers: of the entries; repeats are allowed.
+            paths: of their files, absolute.
             loading: gets the entries that the caller must have read.
             stale: entries to drop first.
             owner: whose request it is, for the policy.
             warmup: neither count it as a request nor evict anything for it.
-            issuer: what made the batch, for PendingBatch.
-            keep_alive: what the batch keeps alive.
+            issuer: see PendingBatch.
+            keep_alive: see PendingBatch.
         """
         with self.lock:
             self._require_open()
@@ -95,7 +97,7 @@ class SharedCache:
             least = min(rows, default=NOT_READY)
             number = cache.open_batch(numbers, owner, report=not warmup)
             known = rows if least > SCATTERED else None
-            batch = PendingBatch(issuer, number, numbers, known, keep_alive)
+            batch = PendingBatch(issuer, number, numbers, paths, known, keep_alive)
             cache.pins.hold(number, batch)
             if least == NOT_READY:
                 self._start_loading(numbers, loading, evict=not warmup)
@@ -157,10 +159,12 @@ class SharedCache:
                     for _, error in batch.failures():
                         raise error
             if len(batches) == 1 and not batches[0].substitutes:
-                numbers, rows = batches[0].numbers, batches[0].rows
+                [batch] = batches
+                numbers, paths, rows = batch.numbers, batch.paths, batch.rows
                 substitutes: dict[int, LoadedFeature] = {}
             else:
-                numbers, substitutes, rows = *concatenate(batches), None
+                numbers, paths, substitutes = concatenate(batches)
+                rows = None
             if rows is None:
                 rows = list(map(self.cache.rows.__getitem__, numbers))
                 rows = rows if min(rows, default=NOT_READY) > SCATTERED else None
@@ -169,7 +173,7 @@ class SharedCache:
             if len(held) < len(batches):
                 raise RuntimeError(_USED)
             self.lock.uses[use] = get_ident()
-            return Taken(numbers, rows, substitutes)
+            return Taken(numbers, paths, rows, substitutes)
 
     def finish(self, batches: Sequence[PendingBatch], held: list[int], use: object) -> None:
         """The gather that `take` prepared has been issued, or has failed: close the batches."""
@@ -283,11 +287,6 @@ class SharedCache:
     def abandon(self, number: int) -> None:
         """Close a batch the next time the lock is held. Takes no lock."""
         self.lock.defer(partial(self.cache.close_batches, [number]))
-
-    def is_bounded(self) -> bool:
-        """Whether anything may ever have to be evicted."""
-        with self.lock:
-            return self.cache.ledger.bounded
 
     def wait_idle(self, seconds: float | None) -> bool:
         """Wait until nothing is LOADING, at most this long. Returns whether that is so."""
