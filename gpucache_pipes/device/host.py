@@ -74,7 +74,17 @@ class HostBackend:
         return pages
 
     def _full(self, needed: int) -> int:
-        """Log once that there is no memory, and return the number of pages added: 0."""
+        """Log once that there is no memory, and return the number of pages added: 0.
+
+        Raises:
+            MemoryError: there are no pages yet.
+        """
+        if not self._opened:
+            raise MemoryError(
+                f"{self.device} has no memory for the {needed * self.page_bytes} bytes that a "
+                f"batch needs ({available_host_bytes()} bytes are free): free host memory, or "
+                "lower the batch size and depth"
+            )
         if not self._warned:
             self._warned = True
             _log.warning(

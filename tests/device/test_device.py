@@ -220,6 +220,17 @@ def test_host_memory_is_finite(
     assert "40960 bytes" in caplog.text
 
 
+def test_without_any_host_memory_growing_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_host_bytes", lambda: int(2.5 * 4096))
+    backend = HostBackend()
+    backend.configure(4096)
+    with pytest.raises(MemoryError, match=r"the 12288 bytes .*\(10240 bytes are free\)"):
+        backend.grow(3, None)
+    # A smaller request is served.
+    assert backend.grow(2, None) == 2
+    assert backend.grow(1, None) == 0
+
+
 class Small(InOrderRuntime):
     """A device with little memory, which it never gets back."""
 
