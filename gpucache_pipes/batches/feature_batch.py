@@ -1,6 +1,5 @@
 """A batch of features in device memory: FeatureBatch and its two kinds."""
 
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, overload
@@ -44,7 +43,7 @@ class FeatureBatch(Sequence[Any]):
     @property
     def paths(self) -> list[str]:
         """The file of each feature: as it was requested, made absolute."""
-        return [os.fspath(path) for path in self._paths]
+        return [str(path) for path in self._paths]
 
     def __len__(self) -> int:
         return len(self._paths)

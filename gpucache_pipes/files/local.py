@@ -23,8 +23,8 @@ _FEW = 8
 class LocalFiles:
     """A `Source` of files in the local file system, or of whatever a `load_fn` makes of a path.
 
-    The only class that resolves links and asks the system about files: `realpath`, `islink`, `stat`
-    and `scandir` are called here and in the modules that it uses, and nowhere above.
+    Identity, links, versions and sizes of files are known here and in the modules that it uses. No
+    other folder calls `realpath`, `islink`, `stat` or `scandir` for a feature file.
 
     The real paths of directories are remembered for the life of the source, so a link among the
     directories of a path must not change. Links to files are followed once, at the first request.
@@ -47,8 +47,6 @@ class LocalFiles:
         self._opener = FileOpener(weights_only)
         self._real_directories: dict[str, str] = {}
         self._link_finder = LinkFinder()
-        # For a load_fn: by absolute path, the current directory and the relative path given in it.
-        self._relative: dict[str, tuple[str, str]] = {}
 
     # Identity
 
@@ -61,9 +59,9 @@ class LocalFiles:
         if _URL.match(path):
             return path
         joined = os.path.join(cwd, path)
-        if self._load_fn is not None and joined != path:
-            self._relative.setdefault(joined, (cwd, path))
-        return joined
+        if self._load_fn is None or joined == path:
+            return joined
+        return _FromRelative(joined, cwd, path)
 
     def key(self, path: str) -> str:
         """The identity of an absolute path: equal for all spellings of one file.
@@ -120,10 +118,10 @@ class LocalFiles:
         """See Source."""
         if self._load_fn is None:
             return self._opener.open(key)
-        cwd, written = self._relative.get(path, ("", path))
-        if written != path and current_directory() != cwd:
-            written = path
-        return LoadedFeature(self._load_fn(written))
+        # `path` is the first spelling of the file, as `absolute` returned it.
+        if isinstance(path, _FromRelative) and current_directory() == path.cwd:
+            return LoadedFeature(self._load_fn(path.written))
+        return LoadedFeature(self._load_fn(str(path)))
 
     def version(self, key: str) -> bytes | None:
         """See Source. From device, inode, size and modification time.
@@ -166,6 +164,20 @@ class LocalFiles:
             except (OSError, ValueError):  # features need not be files
                 continue
         return sizes
+
+
+class _FromRelative(str):
+    """An absolute path that was made of a relative one, as it was written in that directory."""
+
+    __slots__ = ("cwd", "written")
+
+    def __new__(cls, absolute: str, cwd: str, written: str) -> "_FromRelative":
+        path = super().__new__(cls, absolute)
+        path.cwd, path.written = cwd, written
+        return path
+
+    cwd: str
+    written: str
 
 
 def file_size(path: str) -> int:

@@ -28,10 +28,14 @@ class LoadTracker:
 
     A part of SharedCache: every public method is one whole step under its lock. The loader calls
     them with what it has opened and read.
+
+    Attributes:
+        uses: those of the lock: see StoreLock.
     """
 
     def __init__(self, owner: Owner, backend: Backend, counters: Counters) -> None:
         self._lock = owner.lock
+        self.uses = owner.lock.uses
         self._cache = owner.cache
         self._owner = owner
         self._backend = backend
@@ -43,14 +47,13 @@ class LoadTracker:
             raise RuntimeError("the store was closed")
 
     def begin_use(self, use: object) -> None:
-        """The calling thread reads files itself: no memory is freed before `end_use`."""
+        """The calling thread reads files itself: no memory is freed while `use` is in `uses`."""
         with self._lock:
             self.require_running()
-            self._lock.uses[use] = get_ident()
+            self.uses[use] = get_ident()
 
-    def end_use(self, use: object) -> None:
-        """The opposite. Takes no lock."""
-        self._lock.uses.pop(use, None)
+    def run_postponed(self) -> None:
+        """Make the calls that were postponed until this thread has ended its use."""
         self._lock.run_postponed()
 
     def known_paths(self, most: int) -> list[str]:
@@ -116,24 +119,26 @@ class LoadTracker:
         errors = dict(failed)
         arrived: Counter[PendingBatch] = Counter()
         with self._lock:
-            for entry, feature, version in ready:
-                try:
-                    waiters = self._cache.finish_loading(
-                        entry, feature.layout, feature.values, version
-                    )
-                except Exception as error:  # raised by a policy
-                    errors[entry] = error
-                    continue
-                left.pop(entry, None)
-                self._counters.files_read += 1
-                self._counters.bytes_read += feature.bytes_read
-                for batch in waiters:
-                    arrived[batch] += 1
-            for entry, cause in errors.items():
-                self._counters.failures += 1
-                left.pop(entry, None)
-                self._fail(entry, self._cache.fail_loading(entry), cause, arrived)
-            self._tell(arrived)
+            try:
+                for entry, feature, version in ready:
+                    try:
+                        waiters = self._cache.finish_loading(
+                            entry, feature.layout, feature.values, version
+                        )
+                    except Exception as error:  # raised by a policy
+                        errors[entry] = error
+                        continue
+                    left.pop(entry, None)
+                    self._counters.files_read += 1
+                    self._counters.bytes_read += feature.bytes_read
+                    arrived.update(waiters)
+                for entry, cause in errors.items():
+                    self._counters.failures += 1
+                    left.pop(entry, None)
+                    self._fail(entry, self._cache.fail_loading(entry), cause, arrived)
+            finally:
+                # Whatever a policy raises: what is READY has no waiters any more.
+                self._tell(arrived)
 
     def fail(self, entries: Iterable[Entry], error: BaseException) -> None:
         """End LOADING of entries that no reader reads."""

@@ -25,6 +25,8 @@ _FILES_PER_TASK = 32
 _FRAMES = 64
 """Nested calls that reading in the caller's thread takes, without those of a load_fn."""
 
+_NONE: list[Entry] = []
+
 _KNOWN_FILES = 100_000
 """Known files from which some are drawn to choose a page size."""
 
@@ -83,15 +85,15 @@ class Loader:
             return
         if self._pool is None:
             require_stack(_FRAMES)
-            use = object()
+            use, uses = object(), self._loads.uses
             # All inside the `try`: a deferred signal is handled where the lock is released.
             try:
                 self._loads.begin_use(use)
-                task = entries.copy()
-                entries.clear()
-                self._load(task)
+                self._load(entries.copy(), entries)
             finally:
-                self._loads.end_use(use)
+                # By one operation, and not within a function: an interrupt may come at its entry.
+                uses.pop(use, None)
+                self._loads.run_postponed()
             return
         # Fewer files in a task when there are few, so that all readers have work.
         size = min(_FILES_PER_TASK, -(-len(entries) // len(self._pool.threads)))
@@ -130,13 +132,18 @@ class Loader:
             pass  # The batches that wait have been told, and the thread must go on.
         return False
 
-    def _load(self, entries: Sequence[Entry]) -> None:
-        """Open, place, read and report every entry. None is LOADING afterwards."""
+    def _load(self, entries: Sequence[Entry], caller: list[Entry] = _NONE) -> None:
+        """Open, place, read and report every entry. None is LOADING afterwards.
+
+        `caller` is the list of a caller that fails what is still in it when this raises. It is
+        emptied once the entries are safe here: they are always in one place or the other.
+        """
         task = ReadTask(entries)
         group: list[OpenEntry] = []
         size = 0
         self._running.add(task)
         try:
+            caller.clear()
             for entry in entries:
                 if self._stopping:
                     raise RuntimeError("the store was closed")
@@ -156,6 +163,7 @@ class Loader:
             raise
         except BaseException as error:
             # An interrupt or a bug: no batch may wait for these for ever.
+            caller.clear()
             self._loads.complete(task.left, failed=dict.fromkeys(task.left, error))
             raise
         finally:
@@ -252,10 +260,10 @@ class Loader:
                 self._pool.end_one()
                 continue
             hanging, rest = taken
+            if rest:  # first, since no reader has these
+                self._pool.submit(self._load_in_thread, [rest])
             task.opened.pop(hanging, None)  # the reader may be reading from it
             task.close_opened()
-            if rest:
-                self._pool.submit(self._load_in_thread, [rest])
             self._pool.forget(task.thread)
             join_at_exit(task.thread)
             # Without the lock: the handlers of a log have locks of their own.

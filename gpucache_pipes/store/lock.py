@@ -90,16 +90,25 @@ class StoreLock:
         self.uses: dict[object, int] = {}
         self.deferred: deque[Callable[[], object]] = deque()
         self._postponed: deque[Callable[[], object]] = deque()
-        self.reset()
-
-    def reset(self) -> None:
-        """In a forked child: a thread that does not exist there may hold the lock."""
-        self._lock = threading.Lock()
-        self.changed = threading.Condition(self._lock)
         # Threads that hold the lock or are about to take it: from before they take it until after
         # they have released it, since a handler may run between any two steps.
         self._inside: set[int] = set()
-        self.uses.clear()
+        self.reset()
+
+    def reset(self) -> None:
+        """In a forked child: a thread that does not exist there may hold the lock.
+
+        If the thread that forks holds it, it holds the new one as well, which it will release.
+        """
+        me = get_ident()
+        is_held = me in self._inside
+        self._lock = threading.Lock()
+        self.changed = threading.Condition(self._lock)
+        self._inside = {me} if is_held else set()
+        if is_held:
+            self._lock.acquire()
+        for left_over in (self.uses, self.deferred, self._postponed):
+            left_over.clear()
 
     def __enter__(self) -> None:
         me = get_ident()

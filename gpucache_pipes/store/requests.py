@@ -123,17 +123,19 @@ class RequestManager:
     def collect(self, batches: Sequence[PendingBatch], ragged: RaggedOptions | None = None) -> Any:
         """See GPUFeatureStore."""
         require_stack()
-        self._require_own(batches)
         held: list[int] = []
-        use = object()
+        use, uses = object(), self._shared.lock.uses
         try:
+            self._require_own(batches)
             taken = self._shared.take(batches, held, use)
             with trace("gpucache::gather"):
                 if ragged is None:
                     return self._gatherer.gather(taken)
                 return self._gatherer.collate(taken, ragged)
         finally:
-            self._shared.finish(batches, held, use)
+            # By one operation, and not within a function: an interrupt may come at its entry.
+            uses.pop(use, None)
+            self._shared.finish([b for b in batches if b.issuer is self], held)
 
     def wait(self, batch: PendingBatch) -> dict[int, Exception]:
         """See PendingBatch."""

@@ -38,15 +38,16 @@ class SharedCache:
     """Entries, pending batches and counters, behind one lock.
 
     Every public method is one whole step: it takes the lock once, and leaves everything consistent.
-    The steps of the loader are in a part of it, `loads`. No other class takes the lock, or changes
-    an entry, a pending batch or a counter. Under the lock no file is opened or read, no bytes are
-    copied, and a thread waits for nothing but the lock's own condition.
+    The steps of the loader are in a part of it, `loads`. Besides these two only the path table
+    takes the lock, to number files. No other class changes an entry or a counter, or closes a
+    batch. Under the lock no file is opened or read, no bytes are copied, and a thread waits for
+    nothing but the lock's own condition.
 
     Steps that begin something fill a list of the caller (`loading`, `held`) instead of returning
     it: an interrupt between the end of a step and the assignment of its result would lose that.
 
     Attributes:
-        lock: the lock. The path table numbers files under it.
+        lock: the lock.
         loads: what the loader reports to.
         refusal: why the store does not work any more, once it is closed or in a forked process.
     """
@@ -149,8 +150,8 @@ class SharedCache:
     def take(self, batches: Sequence[PendingBatch], held: list[int], use: object) -> Taken:
         """Wait for `batches`, and use them up for a gather that the caller issues next.
 
-        Adds their numbers to `held`, and `use` to what must end before memory is freed: the caller
-        passes both to `finish`, whatever happens. Raises the first error of a file.
+        Adds their numbers to `held`, and `use` to the uses of the lock. Whatever happens, the
+        caller removes the one and passes the other to `finish`. Raises the first error of a file.
         """
         with self.lock:
             self._wait(batches)
@@ -175,9 +176,8 @@ class SharedCache:
             self.lock.uses[use] = get_ident()
             return Taken(numbers, paths, rows, substitutes)
 
-    def finish(self, batches: Sequence[PendingBatch], held: list[int], use: object) -> None:
+    def finish(self, batches: Sequence[PendingBatch], held: list[int]) -> None:
         """The gather that `take` prepared has been issued, or has failed: close the batches."""
-        self.lock.uses.pop(use, None)
         if len(held) == len(batches) > 0:
             with self.lock:
                 self._close(held)

@@ -1,12 +1,20 @@
 """Interrupts while files are handed to reader threads, or read."""
 
+import contextlib
+import gc
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Acting
 
+import gpucache_pipes
 from gpucache_pipes import GPUFeatureStore
+from gpucache_pipes.store.lock import StoreLock
 from gpucache_pipes.store.reader_pool import ReaderPool
 
 Files = Callable[..., list[str]]
@@ -70,3 +78,89 @@ def test_an_interrupt_while_files_are_handed_to_readers(
             assert [int(feature["label"]) for feature in batch] == list(range(100))
             store.check()
         assert store.stats().files_read <= 200
+
+
+# A descriptor whose owner was interrupted before it was told of it is closed by its FileIO, with a
+# ResourceWarning.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_interrupt_at_the_entry_of_any_function(
+    make_files: Files, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    """One of them after the other; under the lock, where signals are deferred, there is none."""
+    paths = make_files(6)
+    package = str(Path(gpucache_pipes.__file__).parent)
+    me = threading.get_ident()
+    inside = [0]
+    enter, leave = StoreLock.__enter__, StoreLock.__exit__
+
+    def entering(self: StoreLock) -> None:
+        inside[0] += threading.get_ident() == me
+        enter(self)
+
+    def leaving(self: StoreLock, *rest: Any) -> None:
+        leave(self, *rest)
+        inside[0] -= threading.get_ident() == me
+
+    monkeypatch.setattr(StoreLock, "__enter__", entering)
+    monkeypatch.setattr(StoreLock, "__exit__", leaving)
+
+    def interrupted_at(nth: int) -> bool:
+        seen = [0]
+
+        def trace(frame: Any, event: str, argument: Any) -> None:
+            name = frame.f_code.co_filename
+            if name.startswith(package) and not name.endswith("lock.py") and not inside[0]:
+                seen[0] += 1
+                if seen[0] == nth:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+
+        with GPUFeatureStore(
+            "cpu", asynchronous=asynchronous, max_cache_items=3, policy="lru"
+        ) as store:
+            store.get_batch(paths[:2])
+            with contextlib.suppress(KeyboardInterrupt):
+                sys.settrace(trace)
+                try:
+                    store.get_batch(paths[:5])
+                finally:
+                    sys.settrace(None)
+            batch = store.request(paths[:5])
+            assert not batch.wait()
+            assert [int(feature["label"]) for feature in batch.result()] == [0, 1, 2, 3, 4]
+            assert store.wait_idle(60)
+            gc.collect()
+            assert store.stats().pending_batches == 0
+            store.clear()
+            assert store.stats().reserved_bytes == 0  # no use of memory is left
+        return seen[0] >= nth
+
+    places = 1
+    while interrupted_at(places):
+        places += 1
+    assert places > 40
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_a_policy_raises_ends_no_wake_up(make_files: Files, asynchronous: bool) -> None:
+    """A SystemExit in the middle of a group: what was finished before it has arrived."""
+    paths = make_files(4)
+    inserted = [0]
+
+    def leave() -> None:
+        inserted[0] += 1
+        if inserted[0] == 2:
+            raise SystemExit
+
+    policy: Any = Acting(leave)
+    options: dict[str, Any] = {"policy": policy, "max_cache_items": 10}
+    with GPUFeatureStore("cpu", asynchronous=asynchronous, **options) as store:
+        if asynchronous:
+            failed = store.request(paths).wait()
+            assert failed and 0 not in failed
+        else:
+            with pytest.raises(SystemExit):
+                store.request(paths)
+        gc.collect()
+        assert [int(feature["label"]) for feature in store.get_batch(paths)] == [0, 1, 2, 3]

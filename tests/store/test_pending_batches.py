@@ -186,6 +186,11 @@ def test_a_batch_of_another_store_closes_none_of_this(make_files: Files, call: s
         mine, others = store.request(paths[:2]), other.request(paths[:1])
         with pytest.raises(RuntimeError, match="another store"):
             getattr(store, call)([others])
+        own = store.request(paths[:1])
+        with pytest.raises(RuntimeError, match="another store"):
+            getattr(store, call)([own, others])
+        assert own.used == (call == "collect")
+        own.cancel()
         for path in paths[2:]:
             store.get(path)
         assert [int(feature["label"]) for feature in mine.result()] == [0, 1]
