@@ -45,6 +45,6 @@ class FormerNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    """Have the import system find former names. Behind all others, so that nothing is hidden."""
+    """Have the import system find former names, after all that it finds itself."""
     if not any(isinstance(finder, FormerNames) for finder in sys.meta_path):
         sys.meta_path.append(FormerNames())

@@ -217,9 +217,9 @@ class Soak:
     def prefetch(self, slot: Slot, draw: random.Random) -> None:
         slot.store.prefetch(self.some(draw, 100))
 
-    def drop_tickets(self, slot: Slot, draw: random.Random) -> None:
-        tickets = [slot.store.request(self.some(draw, 8)) for _ in range(3)]
-        tickets[0].cancel()
+    def drop_batches(self, slot: Slot, draw: random.Random) -> None:
+        pending = [slot.store.request(self.some(draw, 8)) for _ in range(3)]
+        pending[0].cancel()
 
     def release(self, slot: Slot, draw: random.Random) -> None:
         slot.store.release(self.some(draw, 50))
@@ -269,7 +269,7 @@ OPERATIONS: list[tuple[str, Callable[[Soak, Slot, random.Random], None]]] = [
     ("pipelines", Soak.pipeline),
     ("ragged batches", Soak.ragged),
     ("prefetches", Soak.prefetch),
-    ("tickets dropped", Soak.drop_tickets),
+    ("pending dropped", Soak.drop_batches),
     ("releases", Soak.release),
     ("clears", Soak.clear),
     ("reopenings", Soak.reopen),

@@ -33,7 +33,7 @@ class GPUCachedPathDataLoader:
     of the loader handle paths only; they never use the device.
 
     It has `state_dict` and `load_state_dict` if the loader has both, as torchdata's
-    StatefulDataLoader and nodes do. A state is the wrapped loader's own, behind the last batch
+    StatefulDataLoader and nodes do. A state is the wrapped loader's own, after the last batch
     that the consumer got: batches that were prefetched are not counted, so none is lost or yielded
     twice, and a state that was taken without this class can be resumed with it. As with
     StatefulDataLoader it is the state of the latest iteration. The state over a node is {"node":

@@ -13,7 +13,7 @@ _OURS = ("node", "finished")
 
 
 class Progress:
-    """The state of a wrapped loader behind the last batch that the consumer got.
+    """The state of a wrapped loader after the last batch that the consumer got.
 
     A loader draws ahead of the consumer, so its own `state_dict()` is that of a later batch. The
     GPUPrefetcher of an iteration keeps the loader's state of each batch; this class knows which

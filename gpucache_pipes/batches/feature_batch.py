@@ -128,7 +128,7 @@ class FeatureBatch(Sequence[Any]):
                     f"cannot {'stack' if mode == 'error' else mode} {name}: shape "
                     f"{list(first.shape)} in {self.paths[0]!r}, {list(leaf.shape)} in "
                     f'{self.paths[number]!r}; GPUCollator(ragged="pad"), "jagged" or "list" joins '
-                    "sequences of different lengths, a collate_fn whatever it likes"
+                    "sequences of different lengths; for anything else pass a collate_fn"
                 )
         leaves = leaves * (len(self) if len(leaves) == 1 else 1)
         return join_ragged(mode, *self._bytes_of(at, leaves), leaves, ragged)

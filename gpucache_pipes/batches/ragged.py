@@ -28,7 +28,7 @@ class Padded(NamedTuple):
     """Sequences of different lengths as one tensor.
 
     Attributes:
-        values: [B, T, *rest]. T is the largest length, rounded up to pad_to_multiple. Behind its
+        values: [B, T, *rest]. T is the largest length, rounded up to pad_to_multiple. After its
             end, each sequence is filled with the padding value.
         lengths: int64 [B].
         mask: bool [B, T], True where `values` holds an element of a sequence, False where it
@@ -53,7 +53,7 @@ class RaggedOptions:
             other than "error" joins every leaf of at least one dimension that way, in every
             batch, even where all lengths are equal; tensors without dimensions are stacked. With
             a dict, leaves that it does not name are stacked, or are an error where shapes differ.
-        padding_value: fills what lies behind the end of a padded sequence.
+        padding_value: fills what lies after the end of a padded sequence.
         pad_to_multiple: the length of a padded batch is rounded up to a multiple of this.
 
     Raises:
@@ -180,7 +180,7 @@ def _pad(
         values = torch.empty(shape, dtype=leaf.dtype, device=block.device)
     else:
         index = torch.arange(count, device=block.device) + base
-        # Behind its end, each sequence reads bytes that are not its own. They are filled below.
+        # After its end, each sequence reads bytes that are not its own. They are filled below.
         index.clamp_(max=len(units) - 1)
         values = units[index].view(leaf.dtype).view(shape)
     fill(values, options.padding_value, ~mask)

@@ -36,7 +36,7 @@ def find_files(files: Any, pattern: str, recursive: bool) -> list[str]:
 
 
 def directory_prefix(files: Any) -> str:
-    """The path of a directory with a separator behind it; "" for everything else."""
+    """The path of a directory with a separator at its end; "" for everything else."""
     if isinstance(files, (str, os.PathLike)) and os.path.isdir(files):
         return os.path.join(os.fspath(files), "")
     return ""

@@ -53,7 +53,7 @@ class LocalFiles:
     def absolute(self, path: str, cwd: str) -> str:
         """`path` as it will be opened, for a caller whose current directory is `cwd`.
 
-        Joined and not normalised: what `..` means behind a link only the system knows. A URL
+        Joined and not normalised: what `..` means after a link only the system knows. A URL
         ("s3://bucket/a.pt") is absolute already.
         """
         if _URL.match(path):

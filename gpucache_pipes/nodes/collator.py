@@ -43,7 +43,7 @@ class GPUCollator(BaseNode[Any]):
             is for the leaves that it names: as errors name them, or by the keys of a feature that
             is a dict; other leaves are stacked. So the types of a batch follow from this option,
             and not from the lengths in it. Needs a GPUPrefetcher directly upstream.
-        padding_value: fills padded sequences behind their end.
+        padding_value: fills padded sequences after their end.
         pad_to_multiple: round the length T of a padded batch up to a multiple of this.
 
     Raises:

@@ -1,10 +1,10 @@
-"""SourceIdentity: what makes two pipelines over one source the same pipeline."""
+"""PipelineIdentity: what makes two pipelines over one source the same pipeline."""
 
 import weakref
 from typing import Any
 
 
-class SourceIdentity:
+class PipelineIdentity:
     """A hashable key that stands for one object, by identity, also after it was collected.
 
     `id(source)` cannot do this: once the object is collected, a new one may get the same id, and
@@ -29,9 +29,9 @@ class SourceIdentity:
         source: any object.
 
     >>> batches = [["a.pt", "b.pt"]]
-    >>> SourceIdentity(batches) == SourceIdentity(batches)
+    >>> PipelineIdentity(batches) == PipelineIdentity(batches)
     True
-    >>> SourceIdentity(batches) == SourceIdentity([["a.pt", "b.pt"]])
+    >>> PipelineIdentity(batches) == PipelineIdentity([["a.pt", "b.pt"]])
     False
     """
 
@@ -50,7 +50,7 @@ class SourceIdentity:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, SourceIdentity):
+        if not isinstance(other, PipelineIdentity):
             return NotImplemented
         mine, theirs = self._reference, other._reference
         if mine is None or theirs is None:
@@ -62,4 +62,4 @@ class SourceIdentity:
 
     def __repr__(self) -> str:
         source = self._held if self._reference is None else self._reference()
-        return f"SourceIdentity({'collected' if source is None else type(source).__name__})"
+        return f"PipelineIdentity({'collected' if source is None else type(source).__name__})"

@@ -20,11 +20,11 @@ class Lookahead:
     Guarantees, whatever KeyboardInterrupt or other signal comes between any two operations:
 
     - An element in the queue is not lost. It enters the queue before it is requested, and leaves
-      it behind the gather; an element whose request was interrupted or used up is requested anew
+      it after the gather; an element whose request was interrupted or used up is requested anew
       when it is needed. (What is not covered: an interrupt within the source's own `next()`, or
       before the result of that is in the queue. The element is then missing in this pass.)
     - `state` never covers an element that is still in the queue: it is assigned in one step,
-      behind taking the elements out. An interrupt before that step leaves an older state; a run
+      after the elements are taken out. An interrupt before that step leaves an older state; a run
       that is resumed from it gets these elements again, and misses none.
 
     One thread at a time uses it: the one that iterates over the prefetcher. `release` alone may
@@ -34,14 +34,14 @@ class Lookahead:
         source: the node to draw from.
         store: where features are requested.
         owner: names the pipeline to the store's policy.
-        depth: elements that are kept requested behind the one that is needed.
+        depth: elements that are kept requested in addition to the one that is needed.
         path_fn: element -> path or paths; None where elements are paths.
         copies_states: whether to copy the states of `source`, which a source of the user's may
             go on changing while more is drawn.
 
     Attributes:
         elements: the queue. Only this class changes it.
-        state: the source's, behind the last element that was consumed.
+        state: the source's, after the last element that was consumed.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Lookahead:
         self._exhausted = False
 
     def draw(self, needed: int) -> None:
-        """Have `needed` elements, and `depth` behind them, in the queue, or all that are left.
+        """Have `needed` elements, and `depth` more, in the queue, or all that are left.
 
         What the source or the request of an element raises is kept in `PendingElement.error`:
         the elements that were drawn before it are the consumer's first.
@@ -133,8 +133,8 @@ class Lookahead:
     def collect(self, heads: Sequence[PendingElement], ragged: RaggedOptions | None = None) -> Any:
         """Gather the elements at the head of the queue into one batch, and take them out.
 
-        They are taken out after an error as well, so that the consumer goes on behind them. After
-        an interrupt they stay.
+        They are taken out after an error as well, so that the consumer goes on with the next ones.
+        After an interrupt they stay.
 
         Args:
             heads: the first elements of the queue, in order.

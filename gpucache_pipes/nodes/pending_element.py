@@ -21,7 +21,7 @@ class PendingElement:
         resolved: the request whose failed features have all been replaced or left out. If it is
             not `batch`, that is still to be done.
         error: what drawing or requesting it raised; the consumer gets it in its turn.
-        state: the source's state behind it; None if the source failed to yield it, or if an
+        state: the source's state after it; None if the source failed to yield it, or if an
             interrupt came first. Then the state of the element before it stays in force.
     """
 

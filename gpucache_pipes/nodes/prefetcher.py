@@ -10,7 +10,7 @@ from gpucache_pipes.batches import FeatureBatch, RaggedOptions
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.failures import Failures
-from gpucache_pipes.nodes.identity import SourceIdentity
+from gpucache_pipes.nodes.identity import PipelineIdentity
 from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError, PrefetchOptions, require_store
 from gpucache_pipes.nodes.pending_element import PendingElement
@@ -18,7 +18,7 @@ from gpucache_pipes.nodes.sharding import find_rank
 from gpucache_pipes.nodes.upstream import as_node, find_upstream
 from gpucache_pipes.store import GPUFeatureStore
 
-_Key = tuple[SourceIdentity, SourceIdentity]
+_Key = tuple[PipelineIdentity, PipelineIdentity]
 _latest: "WeakValueDictionary[_Key, GPUPrefetcher]" = WeakValueDictionary()
 """By store and source, the pipeline over them that was reset last.
 
@@ -41,7 +41,7 @@ class GPUPrefetcher(BaseNode[Any]):
       the above for `path_fn(element)`. Without `join_fn` the tuple (features, element).
 
     **What happens when.** Nothing is read before the first `next()`. Each `next()` draws elements
-    from the source until `depth` of them are requested behind the one that it returns, waits for
+    from the source until `depth` of them are requested after the one that it returns, waits for
     the files of that one, and gathers its features into new memory, which is the consumer's to
     keep and to write into. Reader threads of the store read the other files meanwhile. The source,
     `path_fn`, `join_fn` and `on_error` are called in the thread that calls `next()`.
@@ -57,7 +57,7 @@ class GPUPrefetcher(BaseNode[Any]):
       set none, and the training thread does not wait for theirs.
 
     A ParallelMapper downstream calls the user's function in threads of its own. What the function
-    issues runs on the current streams of these threads, which are not ordered behind the gather
+    issues runs on the current streams of these threads, which are not ordered after the gather
     unless they are the same stream.
 
     **Failed files.** With `on_error="raise"`, the error of a file is raised by the `next()` whose
@@ -76,8 +76,8 @@ class GPUPrefetcher(BaseNode[Any]):
     - An epoch of which nothing can be loaded is an error, and not an epoch without batches.
     - A lack of host or device memory is always raised, as a MemoryError.
 
-    **States.** `state_dict()` holds the source's state behind the last element that the consumer
-    has got, not behind the last one drawn: a run that resumes behind k elements gets elements
+    **States.** `state_dict()` holds the source's state after the last element that the consumer
+    has got, not after the last one drawn: a run that resumes after k elements gets elements
     k + 1, k + 2, ... whatever its depth, and pending requests are made again. A signal handler may
     call it within `next()`: the state covers the element that is being gathered, or not yet, and
     nothing between. Its keys:
@@ -138,8 +138,8 @@ class GPUPrefetcher(BaseNode[Any]):
         self.join_fn = join_fn
         self.failures = Failures(on_error, max_failures)
         # Names this pipeline to the policy; the same for all pipelines over one source.
-        self._owner = SourceIdentity(source)
-        self._key = (SourceIdentity(store), self._owner)
+        self._owner = PipelineIdentity(source)
+        self._key = (PipelineIdentity(store), self._owner)
         # Returns the paths that will be drawn, where a lister upstream knows them.
         self._upcoming = find_upstream(self.source, "upcoming")
         # The states of our listers are new dicts, which change no more.
@@ -198,7 +198,7 @@ class GPUPrefetcher(BaseNode[Any]):
 
         Returns:
             A FeatureBatch, or with path_fn a list of what `next` would return; shorter at the end
-            of the epoch, [] behind it.
+            of the epoch, [] after it.
 
         Raises:
             TypeError: if one of them is a sequence of paths. None is consumed.
@@ -222,7 +222,7 @@ class GPUPrefetcher(BaseNode[Any]):
         return [self._join(feature, pending) for feature, pending in zip(batch, heads, strict=True)]
 
     def get_state(self) -> dict[str, Any]:
-        """The state behind the last element that was consumed; see the class."""
+        """The state after the last element that was consumed; see the class."""
         return {"source": self._ahead.state, **self.failures.get_state()}
 
     def shutdown(self) -> None:

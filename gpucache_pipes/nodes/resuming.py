@@ -38,7 +38,7 @@ def resumed_position(
     per_rank: bool,
     if_changed: str,
 ) -> int:
-    """How many files of its epoch a rank has behind it when it resumes `state`.
+    """How many files of its epoch a rank has consumed when it resumes `state`.
 
     Args:
         state: of a PathLister, perhaps on another number of ranks.

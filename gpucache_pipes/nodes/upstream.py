@@ -69,8 +69,8 @@ def upstream_nodes(node: Any, beyond: Callable[[Any], bool] = lambda node: True)
 def single_upstream(node: Any) -> Iterator[Any]:
     """The nodes of `upstream_nodes` whose elements reach `node` in their own order.
 
-    It ends at a node that mixes several sources: in which order that draws from them is its own
-    affair, so that what a source knows of its order says nothing about the order here.
+    It ends at a node that mixes several sources: the order in which that node draws from them is
+    not known, and so the order of one source says nothing about the order of its elements.
     """
     return upstream_nodes(node, beyond=lambda found: not hasattr(found, "source_nodes"))
 

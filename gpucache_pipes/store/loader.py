@@ -185,7 +185,7 @@ class Loader:
             return error
         finally:
             task.end(feature)
-        # Only behind `end`: a reader that was replaced meanwhile must not touch anything.
+        # After `end`, which raises in a reader that was replaced: it must not touch anything.
         task.opened[entry] = feature
         return OpenEntry(entry, feature, version)
 
@@ -269,7 +269,7 @@ class Loader:
             # Without the lock: the handlers of a log have locks of their own.
             _log.warning(
                 "%r: not read within read_timeout=%g seconds; another thread goes on with the "
-                "files behind it", hanging.path, self._read_timeout,
+                "files after it", hanging.path, self._read_timeout,
             )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ page with two owners, or an entry that is LOADING and that no thread reads. What
 - Deferring every signal. Each takes 60 ns of every section, with or without a handler.
 
 So while the main thread holds the lock, the handlers of the signals that people and clusters send
-are replaced by one that notes the number. Behind the section the original handlers are put back and
+are replaced by one that notes the number. After the section the original handlers are put back and
 called for what was noted. This takes less than two microseconds for a section, in the main thread
 alone: other threads never run handlers.
 
@@ -34,7 +34,7 @@ lock at that moment. What does not work:
   the frame below it.
 
 So what they ask for is postponed (`postpone`) until their thread has left the lock and whatever it
-was doing with device memory (`uses`), or deferred (`defer`) until any thread holds the lock next. A
+was doing with device memory (`uses`), or queued (`enqueue`) until any thread holds the lock next. A
 call that can be neither gets an error (`__enter__`). Nothing waits.
 """
 
@@ -80,7 +80,7 @@ class StoreLock:
         uses: what threads do, without the lock, with memory that closing would free: for each a
             token, with the identifier of the thread. Added with the lock held; removed in one step,
             `uses.pop(token, None)`, also without the lock.
-        deferred: calls for the next `run_deferred`.
+        queued: calls for the next `run_queued`.
 
     What is done without the lock is one operation of a set, dict or deque, which is atomic with and
     without the global interpreter lock. Iteration is over a copy (`list(...)`), made in one step.
@@ -88,7 +88,7 @@ class StoreLock:
 
     def __init__(self) -> None:
         self.uses: dict[object, int] = {}
-        self.deferred: deque[Callable[[], object]] = deque()
+        self.queued: deque[Callable[[], object]] = deque()
         self._postponed: deque[Callable[[], object]] = deque()
         # Threads that hold the lock or are about to take it: from before they take it until after
         # they have released it, since a handler may run between any two steps.
@@ -107,7 +107,7 @@ class StoreLock:
         self._inside = {me} if is_held else set()
         if is_held:
             self._lock.acquire()
-        for left_over in (self.uses, self.deferred, self._postponed):
+        for left_over in (self.uses, self.queued, self._postponed):
             left_over.clear()
 
     def __enter__(self) -> None:
@@ -217,25 +217,25 @@ class StoreLock:
             except Exception:
                 _log.exception("a call that a signal handler or a finalizer made has failed")
 
-    def defer(self, call: Callable[[], object]) -> None:
-        """Make `call` with the lock held, at the next `run_deferred`. Takes no lock."""
-        self.deferred.append(call)
+    def enqueue(self, call: Callable[[], object]) -> None:
+        """Make `call` with the lock held, at the next `run_queued`. Takes no lock."""
+        self.queued.append(call)
 
-    def run_deferred(self) -> None:
-        """Make the deferred calls. With the lock held.
+    def run_queued(self) -> None:
+        """Make the queued calls. With the lock held.
 
         What one of them raises, as a policy may, is logged: it does not concern the caller.
         """
-        while self.deferred:
+        while self.queued:
             try:
-                self.deferred.popleft()()
+                self.queued.popleft()()
             except Exception as error:
                 log = partial(_log.error, "what a finalizer has asked for failed", exc_info=error)
                 self.postpone(log)
 
 
 class SignalDeferral:
-    """Notes signals while the main thread is inside a section, and handles them behind it.
+    """Notes signals while the main thread is inside a section, and handles them after it.
 
     There is one for the process: sections of several stores nest.
 
@@ -279,7 +279,7 @@ class SignalDeferral:
             raise
 
     def end(self) -> None:
-        """Leave a section; behind the outermost, put the handlers back and handle what was noted.
+        """Leave a section; after the outermost, put the handlers back and handle what was noted.
 
         Raises what they raise.
         """

@@ -127,7 +127,7 @@ class PendingBatch:
         self.pending += 1
 
     def arrived(self, count: int) -> bool:
-        """So many entries are not LOADING any more. Returns whether all have arrived.
+        """Count entries that are not LOADING any more; returns whether that was the last of them.
 
         With the lock held.
         """

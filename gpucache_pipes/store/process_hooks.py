@@ -40,7 +40,7 @@ def registered() -> list[Closable]:
 
 
 def join_at_exit(thread: threading.Thread) -> None:
-    """Have the exit of the process wait for a reader thread that has been replaced."""
+    """Wait for a reader thread that has been replaced when the process exits."""
     _replaced_readers.add(thread)
 
 

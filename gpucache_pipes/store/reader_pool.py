@@ -10,7 +10,7 @@ from typing import Any
 
 _log = logging.getLogger("gpucache_pipes")
 
-Task = Callable[[Any], Any]
+Job = Callable[[Any], Any]
 """Called with its argument by a reader thread; returns something true if the thread must end."""
 
 
@@ -29,7 +29,7 @@ class ReaderPool:
     """
 
     def __init__(self, threads: int, name: str) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Task, Any] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Job, Any] | None] = queue.SimpleQueue()
         self._name = name
         self._started = 0
         self._watched: queue.SimpleQueue[None] | None = None
@@ -70,7 +70,7 @@ class ReaderPool:
         thread.start()
         self._watcher = thread
 
-    def submit(self, task: Task, argument: Any) -> None:
+    def submit(self, task: Job, argument: Any) -> None:
         """Run `task(argument)` in one of the threads. It must not raise. Takes no lock."""
         self._tasks.put((task, argument))
 
@@ -98,7 +98,7 @@ class ReaderPool:
         return [thread.name for thread in others if thread.is_alive()]
 
 
-def _work(tasks: "queue.SimpleQueue[tuple[Task, Any] | None]") -> None:
+def _work(tasks: "queue.SimpleQueue[tuple[Job, Any] | None]") -> None:
     while (item := tasks.get()) is not None:
         task, argument = item
         if task(argument):

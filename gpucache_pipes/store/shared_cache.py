@@ -282,11 +282,11 @@ class SharedCache:
 
     def retract(self, owner: object) -> None:
         """Take back, the next time the lock is held, what `owner` announced. Takes no lock."""
-        self.lock.defer(partial(self.cache.retract, owner))
+        self.lock.enqueue(partial(self.cache.retract, owner))
 
     def abandon(self, number: int) -> None:
         """Close a batch the next time the lock is held. Takes no lock."""
-        self.lock.defer(partial(self.cache.close_batches, [number]))
+        self.lock.enqueue(partial(self.cache.close_batches, [number]))
 
     def wait_idle(self, seconds: float | None) -> bool:
         """Wait until nothing is LOADING, at most this long. Returns whether that is so."""
@@ -302,29 +302,29 @@ class SharedCache:
         """Counters and sizes. Of one moment, unless this thread is inside the lock already."""
         if not self.lock.is_entered():
             with self.lock:
-                self._run_deferred()
+                self._run_queued()
                 return self._measure()
         return self._measure()
 
     def check(self) -> None:
         """Recompute all totals; raises AssertionError on a difference."""
         with self.lock:
-            self._run_deferred()
+            self._run_queued()
             check_cache(self.cache)
 
     # The end
 
     def _require_open(self) -> None:
-        """Raise RuntimeError if the store was closed; else make the calls that were deferred."""
+        """Raise RuntimeError if the store was closed; else make the calls that were queued."""
         if self.refusal is not None:
             raise RuntimeError(self.refusal)
-        self._run_deferred()
+        self._run_queued()
 
-    def _run_deferred(self) -> None:
+    def _run_queued(self) -> None:
         if self.cache.pins.gone:
             self.cache.close_lost_batches()
-        if self.lock.deferred:
-            self.lock.run_deferred()
+        if self.lock.queued:
+            self.lock.run_queued()
         if self._clearing:
             self._free_memory()
 

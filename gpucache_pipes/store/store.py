@@ -203,7 +203,8 @@ class GPUFeatureStore:
     def release(self, paths: Sequence[PathLike]) -> None:
         """Stop caching these files. Pending batches still get theirs; unknown paths are ignored.
 
-        In a signal handler or a finalizer that has interrupted a call of this store: behind it.
+        Called by a signal handler or a finalizer that has interrupted a call of this store, it
+        takes effect when that call has finished.
         """
         self._requests.release(paths)
 
@@ -289,7 +290,7 @@ class GPUFeatureStore:
         """Counters and sizes, all of one moment.
 
         In a signal handler or a finalizer that has interrupted a call of this store, some may be
-        from before and some from behind a change.
+        from before a change and some from after it.
         """
         return self._shared.stats()
 

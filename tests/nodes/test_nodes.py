@@ -25,7 +25,7 @@ from gpucache_pipes import (
     PathLister,
 )
 from gpucache_pipes.device import HostBackend
-from gpucache_pipes.nodes.identity import SourceIdentity
+from gpucache_pipes.nodes.identity import PipelineIdentity
 from gpucache_pipes.nodes.upstream import find_upstream, single_upstream, upstream_nodes
 from gpucache_pipes.store import PendingBatch
 from gpucache_pipes.store.lock import StoreLock
@@ -550,21 +550,21 @@ class Referable:
 @pytest.mark.parametrize("make", [Referable, list, lambda: PathLister(PATHS)])
 def test_identities_of_one_source_are_equal(make: Callable[[], Any]) -> None:
     source, other = make(), make()
-    first, second = SourceIdentity(source), SourceIdentity(source)
+    first, second = PipelineIdentity(source), PipelineIdentity(source)
     assert first == second and hash(first) == hash(second) and {first: 1}[second] == 1
-    assert first != SourceIdentity(other) and first != id(source) and first != source
+    assert first != PipelineIdentity(other) and first != id(source) and first != source
     assert type(source).__name__ in repr(first)
 
 
 def test_identities_outlive_their_source_and_do_not_hold_it() -> None:
     source = Referable()
     gone = weakref.ref(source)
-    first, second = SourceIdentity(source), SourceIdentity(source)
+    first, second = PipelineIdentity(source), PipelineIdentity(source)
     del source
     assert gone() is None
-    assert first == first and first == second and repr(first) == "SourceIdentity(collected)"
+    assert first == first and first == second and repr(first) == "PipelineIdentity(collected)"
     held = [1]
-    assert SourceIdentity(held) != first
+    assert PipelineIdentity(held) != first
 
 
 def test_a_new_source_with_the_id_of_an_old_one_is_another(
@@ -572,12 +572,12 @@ def test_a_new_source_with_the_id_of_an_old_one_is_another(
 ) -> None:
     monkeypatch.setattr("gpucache_pipes.nodes.identity.id", lambda source: 7, raising=False)
     old = Referable()
-    before = SourceIdentity(old)
+    before = PipelineIdentity(old)
     del old
     new = Referable()
-    after = SourceIdentity(new)
+    after = PipelineIdentity(new)
     assert hash(before) == hash(after) and before != after and after != before
-    lists = [SourceIdentity(["a"]), SourceIdentity(["a"])]
+    lists = [PipelineIdentity(["a"]), PipelineIdentity(["a"])]
     assert hash(lists[0]) == hash(after) and len({*lists, before, after}) == 4
 
 

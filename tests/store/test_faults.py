@@ -408,11 +408,11 @@ def test_collection_at_any_moment(rig: Rig) -> None:
         try:
             for depth in (1, 3):
                 node = GPUPrefetcher(PathLister(rig.paths, batch_size=BATCH), store, depth=depth)
-                ticket = store.request(rig.paths[:6])
-                cycle: list[Any] = [node, ticket]
+                pending = store.request(rig.paths[:6])
+                cycle: list[Any] = [node, pending]
                 cycle.append(cycle)
                 assert [label(f) for f in next(node)] == GOOD[0]
-                del node, ticket, cycle
+                del node, pending, cycle
                 assert label(store.get(rig.paths[1])) == 1
         finally:
             gc.set_threshold(*thresholds)

@@ -109,45 +109,45 @@ def test_nothing_is_lost_or_left(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_guard_keeps_an_interrupt_until_it_is_released() -> None:
-    guard = StoreLock()
+def test_the_lock_keeps_an_interrupt_until_it_is_released() -> None:
+    lock = StoreLock()
     steps: list[Any] = []
 
     def inside() -> None:
-        with guard:
+        with lock:
             interrupt()
-            steps.extend(["inside", guard.locked()])
+            steps.extend(["inside", lock.locked()])
         steps.append("behind")
 
     def waiting() -> None:
-        with guard:
+        with lock:
             threading.Timer(0.05, interrupt).start()
             while True:
-                guard.wait()
+                lock.wait()
 
     with pytest.raises(KeyboardInterrupt):
         inside()
-    assert steps == ["inside", True] and not guard.locked()
-    with guard:
+    assert steps == ["inside", True] and not lock.locked()
+    with lock:
         pass
     # Not while waiting: that may take long.
     with pytest.raises(KeyboardInterrupt):
         waiting()
-    assert not guard.locked()
+    assert not lock.locked()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_guard_without_a_handler_or_outside_the_main_thread() -> None:
-    guard = StoreLock()
+def test_the_lock_without_a_handler_or_outside_the_main_thread() -> None:
+    lock = StoreLock()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with guard:
+        with lock:
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 
     def elsewhere() -> None:
-        with guard:
+        with lock:
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     thread = threading.Thread(target=elsewhere)

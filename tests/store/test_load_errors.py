@@ -53,12 +53,12 @@ def test_an_error_in_the_callers_thread(tmp_path: Path) -> None:
 def test_an_error_reaches_everybody_who_waits_and_nobody_else() -> None:
     gate = Gate({"/a": OSError("disk on fire"), "/b": torch.tensor([2.0])})
     with GPUFeatureStore("cpu", load_fn=gate, reader_threads=2) as store:
-        tickets = [store.request(["/b", "/a"]), store.request(["/a"])]
+        pending = [store.request(["/b", "/a"]), store.request(["/a"])]
         fine = store.request(["/b"])
         gate.open("/b", "/a")
-        for ticket in tickets:
+        for batch in pending:
             with pytest.raises(FeatureLoadError, match="disk on fire"):
-                ticket.result()
+                batch.result()
         assert float(fine.result()[0]) == 2
 
 

@@ -22,18 +22,18 @@ def test_prefetch_returns_at_once_and_is_joined() -> None:
     with GPUFeatureStore("cpu", load_fn=gate, reader_threads=2) as store:
         store.prefetch(["/a"])
         gate.wait_until_started("/a")
-        ticket = store.request(["/a", "/b", "/a"])
+        pending = store.request(["/a", "/b", "/a"])
         other = store.request(["/b"])
         gate.wait_until_started("/b")
         assert "/a" not in store
         gate.open("/a", "/b")
-        assert [float(f) for f in ticket.result()] == [1, 2, 1]
+        assert [float(f) for f in pending.result()] == [1, 2, 1]
         assert float(other.result()[0]) == 2
         assert sorted(gate.loads) == ["/a", "/b"]  # once each
         assert store.stats().misses == 1  # only /b was read because of a request
         assert store.stats().wait_seconds >= 0
         with pytest.raises(RuntimeError, match="has been used"):
-            ticket.result()
+            pending.result()
 
 
 def test_many_consumers_read_each_file_once(make_files: Files) -> None:
@@ -69,10 +69,10 @@ def test_many_consumers_read_each_file_once(make_files: Files) -> None:
 def test_a_dropped_batch_is_cancelled(make_files: Files) -> None:
     paths = make_files(3)
     with GPUFeatureStore("cpu", max_cache_items=1) as store:
-        ticket = store.request(paths)
+        pending = store.request(paths)
         store.get_batch(paths)
         assert store.stats().bypassed_items == 2
-        del ticket
+        del pending
         gc.collect()
         store.check()
         assert store.stats().bypassed_items == 0
@@ -91,20 +91,20 @@ def test_a_pending_batch_that_is_cancelled_wakes_the_thread_that_waits_for_it(
 
     monkeypatch.setattr(StoreLock, "wait", noted)
     with GPUFeatureStore("cpu", load_fn=gate) as store:
-        ticket = store.request(["/a"])
+        pending = store.request(["/a"])
         gate.wait_until_started("/a")
         errors: list[str] = []
 
         def wait() -> None:
             try:
-                ticket.result()
+                pending.result()
             except RuntimeError as error:
                 errors.append(str(error))
 
         consumer = threading.Thread(target=wait)
         consumer.start()
         assert waiting.wait(60)
-        ticket.cancel()
+        pending.cancel()
         consumer.join(60)
         assert not consumer.is_alive() and "cancelled" in errors[0]
         gate.open("/a")
@@ -116,21 +116,21 @@ def test_no_thread_can_close_a_pending_batch_during_its_gather(
     items = {f"/{n}": torch.full((4,), n) for n in range(8)}
     backend: Any = HostBackend()
     with GPUFeatureStore(backend, load_fn=items.__getitem__, max_cache_items=2) as store:
-        ticket = store.request(["/0", "/1"])
+        pending = store.request(["/0", "/1"])
         store.get_batch(["/0", "/1"])
         gather = backend.gather
 
         def interfere(pages: Any, columns: Any) -> Any:
             monkeypatch.setattr(backend, "gather", gather)
-            ticket.cancel()
+            pending.cancel()
             with pytest.raises(RuntimeError, match="used"):
-                ticket.result()
+                pending.result()
             store.clear()
             store.get_batch(["/4", "/5", "/6", "/7"])
             return gather(pages, columns)
 
         monkeypatch.setattr(backend, "gather", interfere)
-        assert [int(f[0]) for f in ticket.result()] == [0, 1]
+        assert [int(f[0]) for f in pending.result()] == [0, 1]
 
 
 def test_a_pending_batch_keeps_its_store(make_files: Files) -> None:
@@ -146,7 +146,7 @@ def test_a_batch_is_cancelled_while_it_is_collected(
 ) -> None:
     paths = make_files(2)
     with GPUFeatureStore("cpu") as store:
-        ticket = store.request(paths)
+        pending = store.request(paths)
         use_up = PendingBatch.use_up
 
         def abandoned_meanwhile(self: PendingBatch) -> Any:
@@ -157,7 +157,7 @@ def test_a_batch_is_cancelled_while_it_is_collected(
 
         monkeypatch.setattr(PendingBatch, "use_up", abandoned_meanwhile)
         with pytest.raises(RuntimeError, match="used or cancelled"):
-            ticket.result()
+            pending.result()
         monkeypatch.undo()
         twice = store.request(paths)
         with pytest.raises(RuntimeError, match="used or cancelled"):
@@ -170,9 +170,9 @@ def test_a_batch_is_cancelled_while_it_is_collected(
 def test_a_batch_of_another_store(make_files: Files) -> None:
     paths = make_files(2)
     with GPUFeatureStore("cpu") as store, GPUFeatureStore("cpu") as other:
-        ticket = store.request(paths)
+        pending = store.request(paths)
         with pytest.raises(RuntimeError, match="another store"):
-            other.collect([ticket])
+            other.collect([pending])
 
 
 @pytest.mark.parametrize("call", ["collect", "cancel"])

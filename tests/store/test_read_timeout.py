@@ -44,11 +44,11 @@ def test_a_load_fn_that_hangs(kind: str, threads: int, caplog: pytest.LogCapture
     )
     with store:
         # What lies before and behind it in the same task is served.
-        ticket = store.request(NAMES)
-        errors = ticket.wait()
+        batch = store.request(NAMES)
+        errors = batch.wait()
         assert list(errors) == [7] and isinstance(errors[7].__cause__, TimeoutError)
         with pytest.raises(FeatureLoadError, match=r"07.*read_timeout=0\.2"):
-            ticket.result()
+            batch.result()
         others = [*NAMES[:7], *NAMES[8:]]
         assert [label(f) for f in store.get_batch(others)] == [*range(7), *range(8, 40)]
         store.check()
@@ -248,8 +248,8 @@ def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with GPUFeatureStore("cpu", load_fn=gate, read_timeout=0.1) as store:
         monkeypatch.setattr(threading.Thread, "start", refuse)
-        ticket = store.request(NAMES[:4])
-        assert list(ticket.wait()) == [0] and failed.is_set()
+        batch = store.request(NAMES[:4])
+        assert list(batch.wait()) == [0] and failed.is_set()
         gate.open(NAMES[0])
 
 

@@ -31,11 +31,11 @@ def test_release_and_clear(make_files: Files) -> None:
 def test_release_while_loading() -> None:
     gate = Gate({"/a": torch.tensor([1.0])})
     with GPUFeatureStore("cpu", load_fn=gate) as store:
-        ticket = store.request(["/a"])
+        batch = store.request(["/a"])
         gate.wait_until_started("/a")
         store.release(["/a"])
         gate.open("/a")
-        assert float(ticket.result()[0]) == 1
+        assert float(batch.result()[0]) == 1
         assert "/a" not in store
 
 
@@ -56,9 +56,9 @@ def test_clear_while_a_request_is_being_made(make_files: Files) -> None:
 def test_clear_gives_memory_back_with_the_last_batch(make_files: Files) -> None:
     paths = make_files(3)
     with GPUFeatureStore("cpu") as store:
-        ticket = store.request(paths)
+        batch = store.request(paths)
         store.get_batch(paths)
         store.clear()
         assert store.stats().reserved_bytes > 0
-        ticket.result()
+        batch.result()
         assert store.stats().reserved_bytes == 0

@@ -67,14 +67,14 @@ def test_each_request_gets_what_the_files_held(
                 change(argument)  # type: ignore[arg-type]
             elif what == "request":
                 wanted: list[int] = argument  # type: ignore[assignment]
-                ticket = store.request([paths[n] for n in wanted])
-                open_tickets.append((ticket, [held[n] for n in wanted]))
+                batch = store.request([paths[n] for n in wanted])
+                open_tickets.append((batch, [held[n] for n in wanted]))
             elif what in ("collect", "cancel") and open_tickets:
-                ticket, expected = open_tickets.pop(argument % len(open_tickets))  # type: ignore
+                batch, expected = open_tickets.pop(argument % len(open_tickets))  # type: ignore
                 if what == "cancel":
-                    ticket.cancel()
+                    batch.cancel()
                 else:
-                    assert [value(feature) for feature in ticket.result()] == expected
+                    assert [value(feature) for feature in batch.result()] == expected
             elif what == "prefetch":
                 store.prefetch([paths[n] for n in argument])  # type: ignore[attr-defined]
             elif what == "release":
@@ -143,8 +143,8 @@ def test_other_spellings_follow(tmp_path: Path) -> None:
             write(path, n, at=n)
             tickets.append(store.request([link, path, Path(path)]))
             assert link in store and len(store) == 1
-        for n, ticket in enumerate(tickets, 1):
-            assert [value(feature) for feature in ticket.result()] == [n] * 3
+        for n, batch in enumerate(tickets, 1):
+            assert [value(feature) for feature in batch.result()] == [n] * 3
         store.release([link])
         assert path not in store and len(store) == 0
 
@@ -172,9 +172,9 @@ def test_versions_are_not_kept_for_ever(tmp_path: Path) -> None:
         ahead = store.request([path])
         for n in range(1, 50):
             write(path, n, at=n + 1)
-            ticket = store.request([path])
+            batch = store.request([path])
             assert value(ahead.result()[0]) == n - 1
-            ahead = ticket
+            ahead = batch
             store.check()
         assert len(store._shared.cache.entries) <= 3
         assert store.warm([path, Path(path)], progress=False) == 1

@@ -23,13 +23,13 @@ Files = Callable[..., list[str]]
 def test_close_wakes_who_waits() -> None:
     gate = Gate({"/a": torch.tensor([1.0])})
     store = GPUFeatureStore("cpu", load_fn=gate)
-    ticket = store.request(["/a"])
+    batch = store.request(["/a"])
     gate.wait_until_started("/a")
     errors: list[BaseException] = []
 
     def consume() -> None:
         try:
-            ticket.result()
+            batch.result()
         except BaseException as error:
             errors.append(error)
 

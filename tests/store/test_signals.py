@@ -125,11 +125,11 @@ def test_close_by_a_handler_while_waiting_for_files(handled: Any) -> None:
         store.close()
 
     send = handled(close)
-    ticket = store.request(["/0"])
+    pending = store.request(["/0"])
     assert started.wait(60)
     threading.Timer(0.2, send).start()
     with pytest.raises(RuntimeError, match="closed"):
-        ticket.result()
+        pending.result()
     store.close()
 
 
@@ -294,7 +294,7 @@ def test_all_that_a_handler_may_call(handled: Any, kind: str, options: dict[str,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_what_a_handler_raises_waits_until_the_lock_is_released(number: int) -> None:
-    guard = StoreLock()
+    lock = StoreLock()
     steps: list[str] = []
 
     class GivenUpError(Exception):
@@ -305,11 +305,11 @@ def test_what_a_handler_raises_waits_until_the_lock_is_released(number: int) -> 
         raise GivenUpError
 
     def inside(wait: bool) -> None:
-        with guard:
+        with lock:
             signal.pthread_kill(main, number)
             steps.append("inside")
             while wait:
-                guard.wait()
+                lock.wait()
         steps.append("behind")
 
     main = threading.main_thread().ident
@@ -319,11 +319,11 @@ def test_what_a_handler_raises_waits_until_the_lock_is_released(number: int) -> 
         for wait in (False, True):
             with pytest.raises(GivenUpError):
                 inside(wait)
-            assert steps == ["inside", "handled"] and not guard.locked()
+            assert steps == ["inside", "handled"] and not lock.locked()
             steps.clear()
     finally:
         assert signal.signal(number, before) is give_up
-    with guard:
+    with lock:
         pass
 
 
@@ -382,7 +382,7 @@ def test_an_error_at_the_end_of_any_section_leaves_nothing_in_use(
         with contextlib.suppress(KeyboardInterrupt):
             store.get_batch(list(FEATURES))
         monkeypatch.undo()
-        gc.collect()  # the ticket is told of the interrupt, whose traceback has the ticket
+        gc.collect()  # the pending is told of the interrupt, whose traceback has the pending
         wait_for_readers(store)
         store.check()
         assert labels(store.get_batch(list(FEATURES))) == LABELS

@@ -31,7 +31,7 @@ def size_of(feature: Any) -> int:
 
 class StoreMachine(RuleBasedStateMachine):
     kind = "host"
-    tickets = Bundle("tickets")
+    pending = Bundle("pending")
 
     @initialize(
         data=st.lists(features(named_tuples=True), min_size=len(PATHS), max_size=len(PATHS)),
@@ -108,20 +108,20 @@ class StoreMachine(RuleBasedStateMachine):
                 if isinstance(leaf, torch.Tensor):
                     leaf.zero_()
 
-    @rule(target=tickets, wanted=paths)
+    @rule(target=pending, wanted=paths)
     def request(self, wanted: list[str]) -> tuple[PendingBatch, list[str], GPUFeatureStore]:
         """A second consumer, who comes for it later."""
         return self.store.request(wanted), wanted, self.store
 
-    @rule(held=consumes(tickets), cancel=st.booleans(), scribble=st.booleans())
+    @rule(held=consumes(pending), cancel=st.booleans(), scribble=st.booleans())
     def collect(self, held: Any, cancel: bool, scribble: bool) -> None:
-        ticket, wanted, store = held
+        pending, wanted, store = held
         if cancel:
-            ticket.cancel()
+            pending.cancel()
         elif store is self.store and not self.too_large(wanted):
-            self.compare(ticket.result(), wanted, scribble)
+            self.compare(pending.result(), wanted, scribble)
 
-    @rule(held=consumes(tickets))
+    @rule(held=consumes(pending))
     def drop(self, held: Any) -> None:
         """Nobody ever comes: its finalizer lets go."""
 
