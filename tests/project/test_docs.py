@@ -1,5 +1,6 @@
 """Every Python block of README and docs runs as printed."""
 
+import importlib.util
 import json
 import os
 import re
@@ -15,12 +16,22 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+NEEDS = {"lightning.md": "lightning"}
+"""Pages whose blocks need an extra."""
+
+
+def need(library: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+
+
 def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text())
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
 def test_code_runs_as_printed(page: Path, tmp_path: Path) -> None:
+    need(NEEDS.get(page.name, "torch"))
     (tmp_path / "features").mkdir()
     for number in range(20):
         feature = {"feature": torch.randn(8), "label": torch.tensor(number)}
@@ -67,6 +78,7 @@ def run_example(*arguments: object) -> str:
 
 
 def test_digits(tmp_path: Path) -> None:
+    need("sklearn")
     said = run_example("examples/digits.py", "--epochs", 8, "--directory", tmp_path / "digits")
     accuracy = re.search(r"test accuracy +([\d.]+)", said)
     assert accuracy and float(accuracy[1]) >= 0.95  # 0.97 after the 20 epochs of the demo
