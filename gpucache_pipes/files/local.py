@@ -117,7 +117,7 @@ class LocalFiles:
     def open(self, key: str, path: str) -> OpenFeature:
         """See Source."""
         if self._load_fn is None:
-            return self._opener.open(key)
+            return self._opener.probe(key)[0]
         # `path` is the first spelling of the file, as `absolute` returned it.
         if isinstance(path, _FromRelative) and current_directory() == path.cwd:
             return LoadedFeature(self._load_fn(path.written))

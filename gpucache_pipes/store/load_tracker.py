@@ -1,6 +1,6 @@
 """What becomes of LOADING entries: the steps of the loader."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from threading import get_ident
 from typing import Protocol
@@ -88,7 +88,7 @@ class LoadTracker:
                         placed.append(opened)
                     else:
                         task.left.pop(entry, None)
-                        self._tell(Counter(self._cache.fail_loading(entry)))
+                        self._tell(dict.fromkeys(self._cache.fail_loading(entry), 1))
                 except Exception as error:
                     failed[entry] = error
         return placed, failed
@@ -117,7 +117,7 @@ class LoadTracker:
         Takes them out of `left`, the entries of a task.
         """
         errors = dict(failed)
-        arrived: Counter[PendingBatch] = Counter()
+        arrived: dict[PendingBatch, int] = defaultdict(int)
         with self._lock:
             try:
                 for entry, feature, version in ready:
@@ -131,7 +131,8 @@ class LoadTracker:
                     left.pop(entry, None)
                     self._counters.files_read += 1
                     self._counters.bytes_read += feature.bytes_read
-                    arrived.update(waiters)
+                    for batch in waiters:
+                        arrived[batch] += 1
                 for entry, cause in errors.items():
                     self._counters.failures += 1
                     left.pop(entry, None)
@@ -160,7 +161,7 @@ class LoadTracker:
             task.left.clear()
             self._counters.failures += 1
             cause = TimeoutError(f"not read within read_timeout={seconds:g} seconds")
-            arrived: Counter[PendingBatch] = Counter()
+            arrived: dict[PendingBatch, int] = defaultdict(int)
             self._fail(hanging, self._cache.abandon_loading(hanging), cause, arrived)
             self._tell(arrived)
             for entry in rest:
@@ -172,20 +173,20 @@ class LoadTracker:
         with self._lock:
             if task.abandoned is not None:
                 self._cache.fail_loading(task.abandoned)
-            self._tell(Counter())
+            self._tell({})
 
     def _fail(
         self,
         entry: Entry,
         waiters: Sequence[PendingBatch],
         cause: BaseException,
-        arrived: Counter[PendingBatch],
+        arrived: dict[PendingBatch, int],
     ) -> None:
         for batch in waiters:
             batch.fail(entry, cause)
             arrived[batch] += 1
 
-    def _tell(self, arrived: Counter[PendingBatch]) -> None:
+    def _tell(self, arrived: Mapping[PendingBatch, int]) -> None:
         """Tell batches how many of their entries have arrived; wake consumers that wait.
 
         Only where a batch is complete or nothing is LOADING: a consumer that is woken in vain takes
