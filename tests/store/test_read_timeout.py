@@ -258,12 +258,12 @@ def test_descriptors_behind_a_hang_are_closed(
 ) -> None:
     paths = make_files(32, lambda number: sample(number, 30_000))
     go_on = threading.Event()
-    opened = FileOpener.open
+    probe = FileOpener.probe
 
     def hang(self: FileOpener, path: str) -> Any:
         if path == paths[-1] and not go_on.is_set():
             assert go_on.wait(60)
-        return opened(self, path)
+        return probe(self, path)
 
     def descriptors() -> int:
         return sum(
@@ -274,7 +274,7 @@ def test_descriptors_behind_a_hang_are_closed(
 
     if not os.path.exists("/proc/self/fd"):
         pytest.skip("no way to count them here")
-    monkeypatch.setattr(FileOpener, "open", hang)
+    monkeypatch.setattr(FileOpener, "probe", hang)
     with GPUFeatureStore("cpu", read_timeout=0.1, staging_bytes="64MiB") as store:
         for _ in range(3):
             store.clear()
