@@ -3,8 +3,8 @@
     python benchmarks/structure.py
     python benchmarks/structure.py --detailed
 
-A room is a folder of the package or a loose module beside the folders, without `__init__` and
-`__main__`. There is an arrow from one room to another if a module of it imports one of the other.
+A room is a folder of the package, or a module at its root other than `__init__` and `__main__`.
+There is an arrow from one room to another if a module of it imports one of the other.
 
 A move is a call of a function whose module is not the one that the thread was in. Counted in one
 thread by `sys.setprofile`, for one batch of 16 files of a shuffled pipeline that is in its second

@@ -100,25 +100,6 @@ def wait_for_readers(store: GPUFeatureStore) -> None:
     assert store.wait_idle(60)
 
 
-def in_threads(work: Callable[[int], None], count: int) -> None:
-    """`work(0)`, `work(1)`, ... at the same time; raises what the first of them raised."""
-    errors: list[BaseException] = []
-
-    def run(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
 def sample(number: int, width: int = 8) -> dict[str, Any]:
     """The feature that make_files writes by default."""
     return {

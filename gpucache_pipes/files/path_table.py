@@ -51,10 +51,6 @@ class PathTable:
         # them. The pair is replaced as a whole: another thread never sees one without the other.
         self._relative: tuple[str, dict[PathLike, int]] = ("", {})
 
-    def numbers(self, paths: Iterable[PathLike]) -> list[int]:
-        """The number of each path, in order. See `resolve`."""
-        return self.resolve(paths)[0]
-
     def resolve(self, paths: Iterable[PathLike]) -> tuple[list[int], list[PathLike] | None]:
         """The number of each path, in order. Well under 1 us for a spelling that is known.
 

@@ -25,8 +25,6 @@ _FILES_PER_TASK = 32
 _FRAMES = 64
 """Nested calls that reading in the caller's thread takes, without those of a load_fn."""
 
-_NONE: list[Entry] = []
-
 _KNOWN_FILES = 100_000
 """Known files from which some are drawn to choose a page size."""
 
@@ -125,14 +123,14 @@ class Loader:
         entries = _take(boxed)
         try:
             if entries:
-                self._load(entries)
+                self._load(entries, [])
         except Revoked:
             return True
         except BaseException:
             pass  # The batches that wait have been told, and the thread must go on.
         return False
 
-    def _load(self, entries: Sequence[Entry], caller: list[Entry] = _NONE) -> None:
+    def _load(self, entries: Sequence[Entry], caller: list[Entry]) -> None:
         """Open, place, read and report every entry. None is LOADING afterwards.
 
         `caller` is the list of a caller that fails what is still in it when this raises. It is

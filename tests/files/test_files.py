@@ -18,34 +18,16 @@ from gpucache_pipes.files import (
     LoadedFeature,
     LocalFiles,
     PathTable,
-    build,
     flatten,
     leaf_names,
 )
 from gpucache_pipes.testing import assert_same, features
-
-
-def read(loaded: LoadedFeature, cuts: list[int]) -> Any:
-    """The feature, after its bytes went through buffers cut at these places."""
-    layout = loaded.layout
-    memory = bytearray(b"\xff" * layout.span)
-    ends = sorted({min(c, layout.span) for c in cuts} | {layout.span})
-    view = memoryview(memory)
-    loaded.read_into([view[a:b] for a, b in zip([0, *ends], ends, strict=False)])
-
-    def leaf(n: int) -> torch.Tensor:
-        _, shape, offset, nbytes = layout.leaves[n]
-        if not nbytes:
-            return torch.empty(shape, dtype=layout.leaves[n].dtype)
-        data = torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + nbytes].clone()
-        return data.view(layout.leaves[n].dtype).view(shape)
-
-    return build(layout.tree, leaf, lambda n: loaded.values[n])
+from gpucache_pipes.testing.contracts import read_feature
 
 
 @given(features(named_tuples=True), st.lists(st.integers(1, 200), max_size=4))
 def test_a_feature_survives_its_bytes_whatever_the_buffers(feature: Any, cuts: list[int]) -> None:
-    assert_same(read(LoadedFeature(feature), cuts), feature)
+    assert_same(read_feature(LoadedFeature(feature), cuts), feature)
 
 
 @given(features(named_tuples=True))
@@ -67,7 +49,7 @@ def test_layouts(feature: Any) -> None:
 def test_keys_that_compare_equal_are_different_layouts() -> None:
     a, b = LoadedFeature({1: torch.zeros(2)}), LoadedFeature({True: torch.zeros(2)})
     assert a.layout is not b.layout
-    assert type(next(iter(read(b, [])))) is bool
+    assert type(next(iter(read_feature(b, [])))) is bool
 
 
 @pytest.mark.parametrize(
@@ -93,7 +75,7 @@ def test_parameters_conjugates_and_plain_objects() -> None:
         "o": OrderedDict(b=1),
         "s": {1, 2},
     }
-    result = read(LoadedFeature(feature), [])
+    result = read_feature(LoadedFeature(feature), [])
     assert_same(result["c"], torch.tensor([1 - 2j]))
     assert type(result["p"]) is torch.Tensor and not result["p"].requires_grad
     assert result["size"] == torch.Size([1, 2]) and result["s"] == {1, 2}
@@ -112,6 +94,9 @@ class Numbers:
     def __init__(self) -> None:
         self.keys: list[str] = []
         self.table = PathTable(LocalFiles(), self.add, threading.Lock())
+
+    def of(self, paths: Any) -> list[int]:
+        return self.table.resolve(paths)[0]
 
     def add(self, keys: Sequence[str], paths: Sequence[str]) -> int:
         for key, path in zip(keys, paths, strict=True):
@@ -138,7 +123,7 @@ def test_every_spelling_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Path("real/a.pt"),
     ]
     for _ in range(2):
-        assert numbers.table.numbers(spellings) == [0] * len(spellings)
+        assert numbers.of(spellings) == [0] * len(spellings)
     assert numbers.keys == [os.path.realpath(tmp_path / "real" / "a.pt")]
 
 
@@ -149,9 +134,9 @@ def test_relative_spellings_follow_the_working_directory(
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        numbers.table.numbers(["x.pt"])
+        numbers.of(["x.pt"])
     monkeypatch.chdir(tmp_path / "one")
-    assert numbers.table.numbers(["x.pt"]) == [0]
+    assert numbers.of(["x.pt"]) == [0]
     assert len(numbers.keys) == 2
 
 
@@ -169,7 +154,7 @@ def test_a_directory_is_listed_instead_of_looking_at_each_file(
     monkeypatch.setattr(os.path, "islink", lambda path: looked.append(path) or islink(path))
     numbers = Numbers()  # which looks whether keys are without links
     for first in range(0, 400, 25):
-        numbers.table.numbers(paths[first : first + 25])
+        numbers.of(paths[first : first + 25])
     assert len(listed) == 1
     if link_at is None:
         # Nobody lists a directory for a few files.
@@ -179,7 +164,7 @@ def test_a_directory_is_listed_instead_of_looking_at_each_file(
     late = [str(tmp_path / f"late{number}.pt") for number in range(20)]
     for path in late:
         Path(path).symlink_to("1.pt")
-    assert set(numbers.table.numbers(late)) == {numbers.table.numbers(paths[1:2])[0]}
+    assert set(numbers.of(late)) == {numbers.of(paths[1:2])[0]}
 
 
 def test_a_large_directory_is_not_listed_for_a_few_files(
@@ -206,20 +191,20 @@ def test_a_large_directory_is_not_listed_for_a_few_files(
     monkeypatch.setattr(os, "scandir", counting)
     numbers = Numbers()
     for first in range(0, 300, 50):
-        numbers.table.numbers(paths[first : first + 50])
+        numbers.of(paths[first : first + 50])
     assert looked_at <= 4 * 300 + 2
     for first in range(300, 3000, 50):
-        numbers.table.numbers(paths[first : first + 50])
+        numbers.of(paths[first : first + 50])
     assert looked_at <= 4 * 3000
 
 
 @pytest.mark.parametrize("paths", [[3], [None], [b"x"], [""], [["a"]]])
 def test_what_is_no_path(paths: list[Any]) -> None:
     with pytest.raises(TypeError, match="a path must be"):
-        Numbers().table.numbers(paths)
+        Numbers().of(paths)
 
 
 @pytest.mark.parametrize("path", ["a.pt", Path("a.pt")])
 def test_a_single_path_is_no_sequence(path: Any) -> None:
     with pytest.raises(TypeError, match="single path"):
-        Numbers().table.numbers(path)
+        Numbers().of(path)

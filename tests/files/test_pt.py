@@ -17,11 +17,10 @@ from weakref import WeakValueDictionary
 
 import pytest
 import torch
-from conftest import in_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpucache_pipes.files import FileOpener, Layout, build
+from gpucache_pipes.files import FileOpener, Layout
 from gpucache_pipes.files import layout as layouts
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.planned import MAX_WHOLE_BYTES
@@ -29,25 +28,14 @@ from gpucache_pipes.files.pt.fallback import by_torch_load
 from gpucache_pipes.files.pt.pickle import read_pickle
 from gpucache_pipes.files.pt.reader import PtReader
 from gpucache_pipes.testing import assert_same, features
+from gpucache_pipes.testing.contracts import in_threads, read_feature
 
 
 def read(opened: Any, cuts: list[int] | None = None) -> Any:
     """Return the feature, read into buffers that are cut at these offsets."""
-    layout = opened.layout
-    memory = bytearray(b"\xee" * layout.span)
-    ends = sorted({min(cut, layout.span) for cut in cuts or []} | {layout.span})
-    view = memoryview(memory)
-    opened.read_into([view[a:b] for a, b in zip([0, *ends], ends, strict=False)])
+    feature = read_feature(opened, cuts or [])
     opened.close()
-
-    def leaf(n: int) -> torch.Tensor:
-        dtype, shape, offset, nbytes = layout.leaves[n]
-        if not nbytes:
-            return torch.empty(shape, dtype=dtype)
-        data = torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + nbytes].clone()
-        return data.view(dtype).view(shape)
-
-    return build(layout.tree, leaf, lambda n: opened.values[n])
+    return feature
 
 
 @given(features(), st.lists(st.integers(1, 300), max_size=3))

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ACCELERATOR, in_threads
+from conftest import ACCELERATOR
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.device import AcceleratorBackend, TorchRuntime, accelerator, resolve_device
+from gpucache_pipes.testing.contracts import in_threads
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 pytestmark = pytest.mark.gpu

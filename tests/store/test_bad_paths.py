@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchdata.nodes
-from conftest import in_threads, sample
+from conftest import sample
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +23,7 @@ from gpucache_pipes import (
     GPUPrefetcher,
     PathLister,
 )
+from gpucache_pipes.testing.contracts import in_threads
 
 Files = Callable[..., list[str]]
 BAD = ["/f/\0.pt", "/f\0/x.pt", "/f/\ud800.pt", "/\udfff/x.pt", "/f/" + "x" * 300, "/f/" * 2000]

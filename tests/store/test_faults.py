@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import device_for, in_threads, sample, wait_for_readers
+from conftest import device_for, sample, wait_for_readers
 
 from gpucache_pipes import FeatureLoadError, GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.device import InOrderRuntime
 from gpucache_pipes.files import planned
+from gpucache_pipes.testing.contracts import in_threads
 
 Files = Callable[..., list[str]]
 FILES, BATCH, BAD = 24, 4, 13

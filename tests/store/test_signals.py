@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Acting, device_for, in_threads, sample, wait_for_readers
+from conftest import Acting, device_for, sample, wait_for_readers
 
 from gpucache_pipes import (
     FeatureLoadError,
@@ -25,6 +25,7 @@ from gpucache_pipes import (
 )
 from gpucache_pipes.device import AcceleratorBackend, HostBackend, InOrderRuntime
 from gpucache_pipes.store.lock import StoreLock
+from gpucache_pipes.testing.contracts import in_threads
 
 Files = Callable[..., list[str]]
 KINDS = ["host", "staged", "simulated"]
