@@ -258,10 +258,12 @@ class Loader:
                 self._pool.end_one()
                 continue
             hanging, rest = taken
-            if rest:  # first, since no reader has these
-                self._pool.submit(self._load_in_thread, [rest])
             task.opened.pop(hanging, None)  # the reader may be reading from it
-            task.close_opened()
+            try:
+                task.close_opened()  # before the others are read, and their batches complete
+            finally:
+                if rest:
+                    self._pool.submit(self._load_in_thread, [rest])
             self._pool.forget(task.thread)
             join_at_exit(task.thread)
             # Without the lock: the handlers of a log have locks of their own.

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torchdata.nodes as tn
-from conftest import in_threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathList
 from gpucache_pipes.device import AcceleratorBackend, accelerator
 from gpucache_pipes.device.staging import StagingLane
 from gpucache_pipes.testing import SimulatedRuntime, UnorderedAccessError, assert_same
+from gpucache_pipes.testing.contracts import in_threads
 
 FILES = {
     f"/f/{n}.pt": {"feature": torch.full((40,), float(n)), "label": torch.tensor([n])}
