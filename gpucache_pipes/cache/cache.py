@@ -5,11 +5,11 @@ lock of the store held.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gpucache_pipes.cache.access_plan import AccessPlan
+from gpucache_pipes.cache.arena_size import ArenaSize, Grow
 from gpucache_pipes.cache.entries import Entries
 from gpucache_pipes.cache.entry import NOT_READY, SCATTERED, Entry, State
 from gpucache_pipes.cache.ledger import Ledger
@@ -25,10 +25,6 @@ _MOST_LAYOUTS = 1024
 _BUNDLE = 64
 """Requests are reported to the policy in bundles of at most this many batches."""
 
-Grow = Callable[[int, int | None], int]
-"""grow(needed, useful) -> pages added to the arena: at least `needed` or 0, and no more than
-`useful` (None: no limit) beyond that."""
-
 
 class Cache:
     """Entries, the ledger that counts them, the policy that orders them, and the pins.
@@ -41,11 +37,18 @@ class Cache:
             it is READY and alike, without a look at 256 objects.
         layouts: the layouts by the number that rows have for them.
         pins: the pending batches, and what they need.
+        arena: how many pages there are, and how many there should be.
         loading: how many entries are LOADING.
         evictions: how many entries have been evicted.
     """
 
-    def __init__(self, ledger: Ledger, policy: Policy, grow: Grow) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        policy: Policy,
+        grow: Grow,
+        shrink: Callable[[int], None] = lambda pages: None,
+    ) -> None:
         self.ledger = ledger
         self.policy = policy
         self.entries = Entries()
@@ -57,7 +60,7 @@ class Cache:
         self.layout_numbers: dict[Any, int] = {}
         # READY entries that are not cached: freed with the last batch that needs them.
         self.bypassed: set[Entry] = set()
-        self._grow = grow
+        self.arena = ArenaSize(self, grow, shrink)
         # Requests that have not been reported to the policy.
         self._unreported: deque[tuple[object, Sequence[int]]] = deque()
 
@@ -130,7 +133,7 @@ class Cache:
         if not cached and (entry.number not in self.pins.numbers() or not entry.may_evict):
             return False
         while not ledger.take(entry, pages, charge, nbytes, cached=cached):
-            if not self._find_pages(entry, pages, cached):
+            if not self.arena.find_pages(entry, pages, cached):
                 raise MemoryError(
                     f"no device memory for {entry.path!r}: {pages} pages of {ledger.page_bytes} "
                     f"bytes needed, {ledger.free_pages} of {ledger.pages} free, the device has no "
@@ -163,45 +166,8 @@ class Cache:
                 break
         else:
             return False
-        self._evict(victims)
+        self.evict(victims)
         return True
-
-    def _find_pages(self, wanted: Entry, pages: int, cached: bool) -> bool:
-        """Have `pages` free ones: from the device or, once that is full, by evicting."""
-        ledger = self.ledger
-        if ledger.ceiling is None:
-            limit = ledger.useful_pages
-            useful = None if limit is None else limit - ledger.pages
-            ledger.add_pages(self._grow(pages - ledger.free_pages, useful))
-            if ledger.free_pages >= pages:
-                return True
-        self.report_accesses()
-        victims: dict[Entry, None] = {}
-        shortage = pages - ledger.free_pages
-        for entry in self._evictable(wanted):
-            if shortage <= 0:
-                break
-            if entry not in victims:
-                victims[entry] = None
-                shortage -= len(entry.pages)
-        if shortage > 0:
-            # Batches in flight hold the rest. They may grow the arena beyond the budget.
-            added = self._grow(shortage, 0)
-            ledger.add_pages(added)
-            if added < shortage:
-                return False
-        self._evict(victims)
-        # Batches in flight need the rest: a cache that took it again would evict for each of them.
-        ledger.set_ceiling(ledger.cached_pages + (pages if cached else 0))
-        return True
-
-    def _evictable(self, wanted: Entry) -> Iterator[Entry]:
-        """What may be evicted where pages must be found: the policy's victims, then any entry."""
-        chosen = map(self.entries.latest, self.policy.victims(wanted.file))
-        pinned = self.pins.numbers()
-        for entry in chain(chosen, self.entries.values()):
-            if entry.cached and entry.state is State.READY and entry.number not in pinned:
-                yield entry
 
     def finish_loading(
         self, entry: Entry, layout: Any, values: tuple[Any, ...], version: bytes | None = None
@@ -217,15 +183,18 @@ class Cache:
         entry.layout = layout
         entry.values = values
         entry.version = version
-        self.rows[entry.number] = (
-            self._row(layout, entry.pages[0]) if len(entry.pages) == 1 else SCATTERED
-        )
+        self.set_row(entry)
         if not entry.cached:
             self.bypassed.add(entry)
             if entry.number not in self.pins.numbers():
                 self._drop(entry)
         waiters, entry.waiters = entry.waiters, ()
         return waiters
+
+    def set_row(self, entry: Entry) -> None:
+        """Note where a READY entry is; see `rows`."""
+        alone = len(entry.pages) == 1
+        self.rows[entry.number] = self._row(entry.layout, entry.pages[0]) if alone else SCATTERED
 
     def _row(self, layout: Any, page: int) -> int:
         number = self.layout_numbers.get(layout)
@@ -293,10 +262,12 @@ class Cache:
     def forget_pages(self) -> None:
         """Start anew without an arena. Only while no entry holds a page."""
         self.ledger.forget_pages()
+        self.arena.forget()
         self.layout_numbers.clear()
         self.layouts = []
 
-    def _evict(self, victims: Iterable[Entry]) -> None:
+    def evict(self, victims: Iterable[Entry]) -> None:
+        """Drop cached entries that are not pinned."""
         for entry in victims:
             self.evictions += 1
             self._drop(entry)

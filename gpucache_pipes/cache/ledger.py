@@ -1,6 +1,6 @@
 """Which entry holds which pages, and all totals of bytes, items and pages."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from gpucache_pipes.cache.entry import Entry
 
@@ -10,7 +10,7 @@ class Ledger:
 
     Invariants, which `check` recomputes from the entries:
 
-        free_pages + cached_pages + bypassed_pages == pages
+        free_pages + cached_pages + bypassed_pages == pages + retiring
         cached_bytes <= charged_bytes <= max_bytes
         cached_items <= max_items,  cached_pages <= ceiling
 
@@ -28,6 +28,7 @@ class Ledger:
         self.max_items = max_items
         self.page_bytes = 0
         self.pages = 0
+        self._retired = 0
         # The most pages that cached features may hold. Set once the device has no more memory.
         self.ceiling: int | None = None
         # Whether there is any limit, so that something may have to be evicted.
@@ -37,6 +38,8 @@ class Ledger:
         # millions of new pages need not be listed.
         self._freed: list[int] = []
         self._fresh = 0
+        # Pages that are held and will not exist any more when they are freed.
+        self.retiring = 0
         self.cached_pages = 0
         self.cached_bytes = 0
         self.charged_bytes = 0
@@ -105,10 +108,40 @@ class Ledger:
     def free(self, entry: Entry) -> None:
         """Free the pages of `entry`."""
         self._count(entry, -1)
-        self._freed.extend(reversed(entry.pages))
+        kept = self.kept(entry.pages)
+        self.retiring -= len(entry.pages) - len(kept)
+        self._freed.extend(reversed(kept))
         entry.pages = ()
         entry.nbytes = entry.charge = 0
         entry.cached = False
+
+    def kept(self, pages: Sequence[int]) -> Sequence[int]:
+        """Those of `pages` that are not retiring."""
+        return [page for page in pages if page < self.pages] if self.retiring else pages
+
+    def retire(self, keep: int) -> None:
+        """Give out none of the pages from `keep` on. They end when what holds them is freed."""
+        assert not self.retiring and keep <= self.pages
+        freed = [page for page in self._freed if page < keep]
+        self.retiring = max(0, self._fresh - keep) - (len(self._freed) - len(freed))
+        self._freed = freed
+        self._fresh = min(self._fresh, keep)
+        self._retired = self.pages - keep
+        self.pages = keep
+
+    def keep_all(self, entries: Iterable[Entry]) -> None:
+        """Take `retire` back: batches in flight need the pages."""
+        self.pages += self._retired
+        held = {page for entry in entries for page in entry.pages}
+        self._fresh = max(self._fresh, max(held, default=-1) + 1)
+        self._freed = [page for page in range(self._fresh) if page not in held]
+        self.retiring = 0
+
+    def renumbered(self, pages: int) -> None:
+        """There are `pages` pages now, all of them held."""
+        assert not self.retiring and pages == self.held_pages
+        self._freed.clear()
+        self.pages = self._fresh = pages
 
     def bypass(self, entry: Entry) -> None:
         """Count `entry`, which is cached, as bypassed. It keeps its pages."""
@@ -135,6 +168,7 @@ class Ledger:
         assert not self.held_pages
         self._freed.clear()
         self._fresh = 0
+        self.retiring = 0
         self.pages = 0
         self.page_bytes = 0
         self.set_ceiling(None)
@@ -143,8 +177,9 @@ class Ledger:
         """Recompute every total from `entries`, which are all. Raises AssertionError."""
         held = [e for e in entries if e.pages or e.cached]
         cached = [e for e in held if e.cached]
-        owned = [page for e in held for page in e.pages]
+        owned = [page for e in held for page in e.pages if page < self.pages]
         expected = {
+            "retiring": sum(page >= self.pages for e in held for page in e.pages),
             "cached_pages": sum(len(e.pages) for e in cached),
             "cached_bytes": sum(e.nbytes for e in cached),
             "charged_bytes": sum(e.charge for e in cached),

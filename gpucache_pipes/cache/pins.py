@@ -3,6 +3,7 @@
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class _Holder(weakref.ref[object]):
@@ -56,6 +57,11 @@ class Pins:
             self._holders.pop(batch, None)
         self._numbers = None
         return closed
+
+    def holders(self) -> list[Any]:
+        """The objects that stand for open batches."""
+        held = [reference() for reference in self._holders.values()]
+        return [holder for holder in held if holder is not None]
 
     def lost(self) -> list[int]:
         """Batches whose holders have been collected, each once."""

@@ -8,20 +8,33 @@ import torch
 
 from gpucache_pipes.device.accelerator import AcceleratorBackend
 from gpucache_pipes.device.backend import Backend, Column, Upload
+from gpucache_pipes.device.errors import (
+    DeviceMemoryError,
+    ends_the_device,
+    is_device_error,
+    is_out_of_memory,
+)
 from gpucache_pipes.device.host import HostBackend
 from gpucache_pipes.device.memory import available_host_bytes
-from gpucache_pipes.device.runtime import InOrderRuntime, Runtime, TorchRuntime
+from gpucache_pipes.device.runtime import DeviceMemory, Reservation, Runtime
+from gpucache_pipes.device.torch_runtime import InOrderRuntime, TorchRuntime
 
 __all__ = [
     "AcceleratorBackend",
     "Backend",
     "Column",
+    "DeviceMemory",
+    "DeviceMemoryError",
     "HostBackend",
     "InOrderRuntime",
+    "Reservation",
     "Runtime",
     "TorchRuntime",
     "Upload",
     "available_host_bytes",
+    "ends_the_device",
+    "is_device_error",
+    "is_out_of_memory",
     "open_backend",
     "resolve_device",
 ]

@@ -13,10 +13,12 @@ moves it into pages, and each consumer gathers pages on its own stream. Three ed
 refilling a page that a gather still reads. `staging_free` keeps a reader thread from overwriting
 host memory that the device still copies.
 
-The backend keeps two logs, of uploads and of gathers that the device may not have finished, each
-entry with its event and the pages it touches. The thread that issues an operation makes its stream
-wait for the entries of the other log that share a page with it. In a warm epoch the log of uploads
-is empty, so a gather waits for nothing.
+The backend keeps two logs (`device.operations`), of uploads and of gathers that the device may not
+have finished, each entry with its event and the pages it touches. The thread that issues an
+operation makes its stream wait for the entries of the other log that share a page with it. In a
+warm epoch the log of uploads is empty, so a gather waits for nothing.
+
+How much memory the arena takes, and when: see `device.growing_arena`.
 
 What does not work:
 
@@ -31,13 +33,20 @@ What does not work:
   the consumer.
 - Trusting the allocator across streams. It ties a block to the stream it was allocated on, here the
   copy stream, and may hand out a freed block while a gather on another stream still reads it. So a
-  log entry holds the arena that its gather reads, and `reset` waits for all events before it drops
-  the arena.
+  log entry holds the arena that its gather reads, and `reset` and `shrink` wait for all events
+  before they drop memory.
 - Moving the arena while an upload is issued. The upload could go to the old arena after its pages
-  were copied, and be lost. `submit` and `_extend` therefore share the lock `_writing`.
+  were copied, and be lost. `submit` and `GrowingArena`
+  therefore share the lock `writing`.
 - Publishing the larger arena before its move is in the log. A gather could then read pages that are
-  not copied yet. `_extend` logs the move first, as an upload that touches every page. A gather that
-  is being issued meanwhile keeps reading the old arena, of which it holds a reference.
+  not copied yet. `GrowingArena` logs the move first, as an upload that touches every page. A gather
+  that is being issued meanwhile keeps reading the old arena, of which it holds a reference.
+- Copying an upload at once. Copies to the device run one after the other, so the index of a gather
+  would wait for tens of megabytes. They go in pieces of 4 MiB.
+- Landing every upload in a buffer, to scatter it from there. Pages that lie in a row, as those of a
+  first epoch do, are copied to their places; only others need the buffer.
+- Trying to allocate, to see how much memory there is. Before it fails, torch's allocator frees its
+  cache, which is the model's. So optional growth takes what the driver has free.
 - Waiting for `staging_free` on a stream. The host writes to the staging buffer next, and no stream
   can delay the host.
 
@@ -45,47 +54,33 @@ What does not work:
 that is then unordered.
 """
 
-import itertools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from gpucache_pipes.device.arena import Arena
-from gpucache_pipes.device.backend import Column
-from gpucache_pipes.device.runtime import Runtime
+from gpucache_pipes.device.backend import Backend, Column
+from gpucache_pipes.device.growing_arena import GrowingArena
+from gpucache_pipes.device.operations import EventPool, Operation, OperationLog
+from gpucache_pipes.device.runtime import Reservation, Runtime
 from gpucache_pipes.device.staging import StagedUpload, StagingLane
 
 _log = logging.getLogger("gpucache_pipes")
 
-_FIRST_SEGMENT = 64 << 20
-"""Bytes of the first arena. Each later `grow` doubles it."""
+_PIECE = 4 << 20
+"""Bytes that are copied to the device at once."""
 
-_HEADROOM = 0.1
-"""Fraction of the device's memory that a store without a budget leaves free."""
-
-_STEP = 8 << 20
-"""Least number of bytes to add when batches in flight need pages beyond the budget."""
+_LONG_RUN = 64 << 10
+"""Bytes of a stretch of pages that is worth a copy of its own."""
 
 
-class _Issued(NamedTuple):
-    """An operation that the device may not have finished."""
-
-    event: Any
-    # The pages it touches; None means every page.
-    pages: Sequence[int] | None
-    # The arena it reads, held so that its memory is not freed before the operation is finished.
-    arena: Arena | None
-
-
-Log = dict[int, _Issued]
-
-
-class AcceleratorBackend:
+class AcceleratorBackend(Backend):
     """Pages in the memory of an accelerator with streams. Implements `Backend`.
 
     Every reader thread has two staging buffers of its own, which grow to the largest upload of
@@ -101,153 +96,146 @@ class AcceleratorBackend:
         self.device = runtime.device
         self.page_bytes = 0
         self._runtime = runtime
-        self._copy_stream = runtime.new_stream()
-        self._arena: Arena | None = None
-        self._warned = False
+        with runtime.on_device():
+            self._copy_stream = runtime.new_stream()
         self._lanes = threading.local()
-        self._serial = itertools.count()
-        # Guards the two logs. It is held only to add, look up or remove entries.
-        self._logs = threading.Lock()
-        self._uploads: Log = {}
-        self._gathers: Log = {}
-        # Held while the arena moves, and while a reader thread issues writes to it.
-        self._writing = threading.Lock()
+        # All lanes, to count their bytes. A lane ends with its thread.
+        self._known_lanes: list[weakref.ref[StagingLane]] = []
+        self._events = EventPool(runtime)
+        self._uploads = OperationLog(self._events)
+        self._gathers = OperationLog(self._events)
+        # Where uploads land that are scattered from there; on the copy stream only.
+        self._landing: Reservation | None = None
+        self._pages = GrowingArena(runtime, self._copy_stream, self._uploads, self._gathers)
+        # That have been gathered.
+        self._batches = 0
 
     @property
     def reserved_bytes(self) -> int:
         """See Backend."""
-        return self._arena.nbytes if self._arena is not None else 0
+        return self._pages.nbytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """See Backend."""
+        lanes = [lane for reference in list(self._known_lanes) if (lane := reference()) is not None]
+        return sum(lane.nbytes for lane in lanes)
+
+    def bind_thread(self) -> None:
+        """See Backend."""
+        self._runtime.bind_thread()
 
     def configure(self, page_bytes: int) -> None:
         """See Backend."""
         self.page_bytes = page_bytes
-        self._arena = Arena(page_bytes, self.device)
+        self._pages.configure(page_bytes)
 
-    def grow(self, needed: int, useful: int | None) -> int:
-        """See Backend. Doubles the arena, and tries smaller sizes if the device has less memory."""
-        arena = self._arena
-        assert arena is not None
-        pages = max(needed, arena.pages, _FIRST_SEGMENT // self.page_bytes)
-        if useful is None:
-            # A batch needs the first pages, so they may use the headroom. Later ones are for the
-            # cache only.
-            least = 0 if arena.pages else needed
-            pages = max(least, min(pages, self._spare_bytes() // self.page_bytes))
-        else:
-            # Pages beyond the budget hold batches in flight. They are added in steps, too.
-            beyond = max(-useful, _STEP // self.page_bytes)
-            pages = max(needed, min(pages, useful if useful > 0 else beyond))
-            if 0 < useful - pages <= 2 * arena.pages:
-                pages = useful  # one larger step now saves a second move of the arena
-        while pages >= needed:
-            try:
-                return self._extend(arena, pages)
-            except torch.OutOfMemoryError:
-                if pages == needed:
-                    break
-                pages = max(needed, pages // 2)
-        memory = self._runtime.memory()
-        free = "" if memory is None else f" ({memory[0]} of {memory[1]} bytes are free)"
-        if not arena.pages:
-            raise MemoryError(
-                f"{self.device} has no memory for the {needed * self.page_bytes} bytes that a "
-                f"batch needs{free}: free device memory, or lower the batch size and depth"
-            )
-        if not self._warned:
-            self._warned = True
-            _log.warning(
-                "%s has no memory for %d more bytes%s; the cache stops growing at %d bytes and "
-                "evicts from now on. Set max_cache_bytes to leave memory for the model",
-                self.device, needed * self.page_bytes, free, arena.nbytes,
-            )  # fmt: skip
-        return 0
+    # Memory
 
-    def _spare_bytes(self) -> int:
-        """Free device memory less the headroom that is left to the model."""
-        memory = self._runtime.memory()
-        if memory is None:
-            return 1 << 62
-        free, total = memory
-        return max(0, free - int(total * _HEADROOM))
+    def grow(self, needed: int, useful: int | None, known: int | None = None) -> int:
+        """See Backend. Takes less than it would like to if the device has less memory."""
+        with self._runtime.on_device():
+            return self._pages.grow(needed, useful, known, self._batches)
 
-    def _extend(self, arena: Arena, pages: int) -> int:
-        """Move the arena to one larger segment, or add a segment if memory for both is lacking.
+    def balance(self) -> int:
+        """See Backend."""
+        with self._runtime.on_device():
+            return self._pages.balance(self._batches)
 
-        A batch issues operations for each segment that it touches, so one segment is worth a copy.
-        Returns the number of pages added. Raises torch.OutOfMemoryError.
-        """
-        # On the copy stream: the allocator ties memory to the stream it was allocated on.
-        with self._writing, self._runtime.on(self._copy_stream):
-            if arena.pages:
-                try:
-                    memory = self._runtime.empty((arena.pages + pages) * self.page_bytes)
-                except torch.OutOfMemoryError:
-                    pass
-                else:
-                    larger = Arena(self.page_bytes, self.device)
-                    larger.add_segment(memory)
-                    larger.copy_from(arena)
-                    moved = self._runtime.new_event()
-                    moved.record(self._copy_stream)
-                    # First the log, then the new arena: see the module docstring.
-                    self._note(self._uploads, moved, None)
-                    # Unfinished gathers hold the old arena until the device has finished them.
-                    self._arena = larger
-                    return pages
-            return arena.add_segment(self._runtime.empty(pages * self.page_bytes))
+    def shrink(self, pages: int) -> None:
+        """See Backend."""
+        with self._runtime.on_device():
+            self._pages.shrink(pages)
+
+    def rebuild(self, pages: Sequence[int]) -> None:
+        """See Backend."""
+        with self._runtime.on_device():
+            self._pages.rebuild(pages)
+
+    # Uploads
 
     def upload(self, placements: Sequence[Sequence[int]]) -> StagedUpload:
         """See Backend."""
         lane = getattr(self._lanes, "lane", None)
         if lane is None:
             lane = self._lanes.lane = StagingLane(self._runtime)
-        return StagedUpload(lane, placements, self.page_bytes, self.submit)
+            with self._pages.writing:
+                lanes = [known for known in self._known_lanes if known() is not None]
+                self._known_lanes = [*lanes, weakref.ref(lane)]
+        with self._runtime.on_device():
+            return StagedUpload(lane, placements, self.page_bytes, self.submit)
 
-    def submit(self, staging: torch.Tensor, pages: Sequence[int], lane: StagingLane) -> Any:
-        """Copy `staging` to the device and scatter it into `pages`. For reader threads.
+    def submit(self, staging: torch.Tensor, pages: Sequence[int]) -> Operation:
+        """Copy `staging` to the device, into `pages`. For reader threads.
 
         Args:
             staging: pinned, uint8 [len(pages) * page_bytes].
             pages: where the rows of `staging` go, in order.
-            lane: the staging lane of the calling thread.
 
         Returns:
-            The event that is recorded after the scatter. Until the device reaches it, `staging`
-            must not be written.
+            The operation that the device may not have finished. Until it has, `staging` must not
+            be written.
 
         Raises:
             RuntimeError: the store was closed.
         """
-        with self._writing, self._runtime.on(self._copy_stream):
-            arena = self._arena
+        with self._pages.writing, self._runtime.on(self._copy_stream):
+            arena = self._pages.arena
             if arena is None:
                 raise RuntimeError("the store was closed")
-            self._wait_for(self._gathers, pages, self._copy_stream)  # edge: read_done
-            shape = (len(pages), self.page_bytes)
+            self._gathers.hold_back(self._copy_stream, pages)  # edge: read_done
             try:
-                rows = lane.device_rows(staging.numel())
-                rows.copy_(staging, non_blocking=True)
-                arena.scatter(pages, rows.view(shape), self._runtime.index)
+                self._copy(arena, staging.view(len(pages), self.page_bytes), pages)
+                return self._uploads.add(self._copy_stream, pages)
+            except BaseException:
+                # An interrupt, or an error of the device: it may still read from staging, which the
+                # thread fills again.
+                self._copy_stream.synchronize()
+                raise
+
+    def _copy(self, arena: Arena, rows: torch.Tensor, pages: Sequence[int]) -> None:
+        """Copy rows of staging into pages, on the copy stream."""
+        most = max(1, _PIECE // self.page_bytes)
+        runs = list(arena.runs(pages))
+        if len(runs) * _LONG_RUN <= max(_LONG_RUN, rows.numel()):
+            for start, target in runs:
+                for at in range(0, len(target), most):
+                    source = rows[start + at : start + min(at + most, len(target))]
+                    target[at : at + most].copy_(source, non_blocking=True)
+            return
+        for at in range(0, len(pages), most):
+            source, places = rows[at : at + most], pages[at : at + most]
+            try:
+                landed = self._landing_rows(source.numel()).view(source.shape)
+                landed.copy_(source, non_blocking=True)
+                arena.scatter(places, landed, self._runtime.index)
             except torch.OutOfMemoryError:
                 # The arena has taken all memory. Copying page by page is slow, but allocates none.
-                arena.fill(pages, staging.view(shape))
-            done = self._runtime.new_event()
-            done.record(self._copy_stream)
-        self._note(self._uploads, done, pages)
-        return done
+                arena.fill(places, source)
+
+    def _landing_rows(self, nbytes: int) -> torch.Tensor:
+        """Device memory where a piece of an upload lands, uint8 [nbytes].
+
+        With the copy stream current, which orders all uploads. Raises torch.OutOfMemoryError.
+        """
+        if self._landing is None:
+            self._landing = self._pages.reserve(_PIECE)
+        assert self._landing.memory is not None
+        return self._landing.memory[:nbytes]
+
+    # Gathers
 
     def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
         """See Backend."""
         # One reference for the whole call: the arena may move while the gather is issued.
-        arena = self._arena
+        arena = self._pages.arena
         assert arena is not None
         with self._runtime.on_device():
             stream = self._runtime.current_stream()
-            self._wait_for(self._uploads, pages, stream)  # edge: uploaded
+            self._uploads.hold_back(stream, pages)  # edge: uploaded
             results = arena.gather(pages, columns, self._runtime.index)
-            done = self._runtime.new_event()
-            done.record(stream)
-        self._note(self._gathers, done, pages, arena)
+            self._gathers.add(stream, pages, arena)
+        self._batches += 1
         return results
 
     def join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -264,44 +252,45 @@ class AcceleratorBackend:
         """See Backend."""
         return partial(self._runtime.on, self._runtime.current_stream())
 
-    def _note(
-        self, log: Log, event: Any, pages: Sequence[int] | None, arena: Arena | None = None
-    ) -> None:
-        """Add an operation to `log`, and drop those that the device has finished."""
-        with self._logs:
-            self._forget_finished(log)
-            log[next(self._serial)] = _Issued(event, pages, arena)
+    # The end
 
-    def _wait_for(self, log: Log, pages: Sequence[int], stream: Any) -> None:
-        """Make `stream` wait for the unfinished operations of `log` that touch `pages`."""
-        with self._logs:
-            self._forget_finished(log)
-            unfinished = list(log.values())
-        if unfinished:
-            mine = frozenset(pages)
-            for issued in unfinished:
-                if issued.pages is None or not mine.isdisjoint(issued.pages):
-                    stream.wait_event(issued.event)
-
-    @staticmethod
-    def _forget_finished(log: Log) -> None:
-        """Drop the operations that the device has finished. The caller holds `_logs`."""
-        for serial in [serial for serial, issued in log.items() if issued.event.query()]:
-            del log[serial]
+    def drain(self) -> None:
+        """See Backend."""
+        with self._runtime.on_device():
+            self._uploads.synchronize()
+            self._gathers.synchronize()
 
     def reset(self) -> None:
         """See Backend."""
-        # Gathers run on the streams of the consumers, and the allocator does not know of them. The
-        # arena must outlive them.
-        for issued in [*self._gathers.values(), *self._uploads.values()]:
-            issued.event.synchronize()
-        self._gathers.clear()
-        self._uploads.clear()
-        self._arena = None
+        with self._runtime.on_device():
+            try:
+                # Gathers run on the streams of the consumers, and the allocator does not know of
+                # them. The arena must outlive them.
+                self._gathers.synchronize()
+                self._uploads.synchronize()
+            finally:
+                self._drop_memory()
+
+    def _drop_memory(self) -> None:
+        for log in (self._gathers, self._uploads, self._events):
+            log.clear()
+        self._pages.drop()
+        self._landing = None
+        self._lanes = threading.local()
+        self._known_lanes = []
         self.page_bytes = 0
+        self._runtime.release_pinned()
 
     def close(self) -> None:
-        """See Backend."""
-        self._copy_stream.synchronize()
-        self.reset()
-        self._lanes = threading.local()
+        """See Backend. If the device has failed, this is logged, and all is dropped."""
+        try:
+            with self._runtime.on_device():
+                self._copy_stream.synchronize()
+                self.reset()
+        except Exception:
+            # After a device-side assert every call raises. What is left is to drop everything.
+            _log.exception("%s has failed; what it held is dropped", self.device)
+            try:
+                self._drop_memory()
+            except Exception:
+                _log.exception("%s cannot free its memory", self.device)

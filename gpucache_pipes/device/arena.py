@@ -2,12 +2,13 @@
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from gpucache_pipes.device.backend import Column
 from gpucache_pipes.device.results import LARGE, ResultMemory
+from gpucache_pipes.device.runtime import Reservation
 
 _WORDS = (
     (16, torch.complex128),
@@ -46,12 +47,14 @@ class Arena:
         results: ResultMemory | None = None,
         cores_are_busy: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._device = device
         self._results = results
         self.cores_are_busy = cores_are_busy
         self.page_bytes = page_bytes
         self.pages = 0
         self._segments: list[torch.Tensor] = []
         self._starts: list[int] = []
+        self._reservations: list[Reservation] = []
         self._views: dict[tuple[int, int, int], torch.Tensor] = {}
         # MPS has no complex128.
         self._words = _WORDS[1:] if device.type == "mps" else _WORDS
@@ -61,15 +64,27 @@ class Arena:
         """Bytes of all pages."""
         return self.pages * self.page_bytes
 
-    def add_segment(self, memory: torch.Tensor) -> int:
+    @property
+    def segments(self) -> list[int]:
+        """The number of pages of each segment."""
+        return [len(segment) for segment in self._segments]
+
+    def add_segment(self, memory: Reservation | torch.Tensor) -> int:
         """Use `memory` for more pages, and return their number.
 
         Args:
             memory: uint8, 1-D, aligned to 16 bytes. The arena holds it from now on; bytes that
                 do not fill a page are not used.
         """
-        rows = memory.numel() // self.page_bytes
-        self._segments.append(memory[: rows * self.page_bytes].view(rows, self.page_bytes))
+        reservation = memory if isinstance(memory, Reservation) else Reservation(memory)
+        assert reservation.memory is not None
+        rows = reservation.memory.numel() // self.page_bytes
+        # Whoever is first to need pages may be in inference mode. Nobody else can write to a tensor
+        # that is made there, views included.
+        with torch.inference_mode(False):
+            pages = reservation.memory[: rows * self.page_bytes].view(rows, self.page_bytes)
+        self._reservations.append(reservation)
+        self._segments.append(pages)
         self._starts.append(self.pages)
         self.pages += rows
         return rows
@@ -79,6 +94,19 @@ class Arena:
         rows = self._segments[0]
         for start, segment in zip(other._starts, other._segments, strict=True):
             rows[start : start + len(segment)].copy_(segment)
+
+    def first_segments(self, count: int) -> "Arena":
+        """An arena of the first `count` segments of this one, which share their memory."""
+        shorter = Arena(self.page_bytes, self._device, self._results, self.cores_are_busy)
+        for reservation in self._reservations[:count]:
+            shorter.add_segment(reservation)
+        return shorter
+
+    def __del__(self) -> None:
+        # First the views, then what they are views of: see Reservation.
+        self._views.clear()
+        self._segments.clear()
+        self._reservations.clear()
 
     def gather(
         self, pages: Sequence[int], columns: Sequence[Column], index: Index
@@ -156,20 +184,35 @@ class Arena:
         """Memory for a result, uint8 [nbytes]."""
         if self._results is not None and nbytes >= LARGE:
             return self._results.empty(nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+    def runs(self, pages: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Stretches of `pages` that lie in a row: for each, its position in `pages`, and its rows.
+
+        A view, uint8 [rows, page_bytes], which is not kept.
+        """
+        start = 0
+        while start < len(pages):
+            first = pages[start]
+            segment = bisect_right(self._starts, first) - 1
+            row = first - self._starts[segment]
+            most = min(len(pages) - start, len(self._segments[segment]) - row)
+            if type(pages) is range and pages.step == 1:
+                count = most
+            else:
+                count = 1
+                while count < most and pages[start + count] == first + count:
+                    count += 1
+            yield start, self._segments[segment][row : row + count]
+            start += count
 
     def scatter(self, pages: Sequence[int], rows: torch.Tensor, index: Index) -> None:
         """Write `rows`, uint8 [len(pages), page_bytes], into `pages`. May allocate memory."""
         column = (0, self.page_bytes)
         words = rows.view(self._word(column))
         for segment, at, positions in self._by_segment(pages):
-            # Consecutive pages, the usual case in a first epoch, need no index.
-            view = self._view(segment, column)
             source = words if len(at) == len(pages) else words.index_select(0, index(positions))
-            if at[-1] - at[0] == len(at) - 1 and list(at) == list(range(at[0], at[-1] + 1)):
-                view[at[0] : at[-1] + 1].copy_(source)
-            else:
-                view.index_copy_(0, index(at), source)
+            self._view(segment, column).index_copy_(0, index(at), source)
 
     def fill(self, pages: Sequence[int], rows: torch.Tensor) -> None:
         """Write `rows` into `pages` as `scatter` does, but without allocating memory.
@@ -209,7 +252,9 @@ class Arena:
             dtype = self._word(column)
             offset, nbytes = column
             start = offset // dtype.itemsize
-            view = self._segments[segment].view(dtype)[:, start : start + nbytes // dtype.itemsize]
+            end = start + nbytes // dtype.itemsize
+            with torch.inference_mode(False):  # see add_segment
+                view = self._segments[segment].view(dtype)[:, start:end]
             self._views[key] = view
         return view
 

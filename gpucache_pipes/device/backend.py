@@ -30,6 +30,8 @@ class Upload(Protocol):
 class Backend(Protocol):
     """Pages of device memory that uploads fill and gathers read.
 
+    Subclass it for a backend of your own.
+
     Only the backend knows about streams and events. The store guarantees that it uploads to no page
     while a gather of that page is being issued, and that it gathers no page before its upload has
     finished. The device runs both later and in its own order; making that safe is up to the
@@ -50,16 +52,17 @@ class Backend(Protocol):
     def configure(self, page_bytes: int) -> None:
         """Set the page size. Called while there are no pages, with the store's lock held."""
 
-    def grow(self, needed: int, useful: int | None) -> int:
+    def grow(self, needed: int, useful: int | None, known: int | None = None) -> int:
         """Add pages: at least `needed`, or none if the device has no more memory.
 
         Called with the store's lock held. New pages continue the numbers of the existing ones.
 
         Args:
             needed: pages that a batch needs now.
-            useful: how many more pages the budget of the cache can use. If it is not positive,
-                there are already -useful pages beyond the budget, for batches in flight. None means
-                that there is no budget.
+            useful: how many more pages the budget of the cache and batches in flight can use. If it
+                is not positive, there are already -useful pages beyond that. None means that there
+                is no budget.
+            known: how many more pages all known files need; None if that is not known.
 
         Returns:
             The number of pages added; 0 if there is no more memory.
@@ -117,6 +120,46 @@ class Backend(Protocol):
             A callable. The context manager that it returns makes that stream current, in any
             thread.
         """
+
+    # What follows concerns devices that a model shares. A backend may leave it as it is.
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of page-locked host memory for uploads."""
+        return 0
+
+    def bind_thread(self) -> None:
+        """Make the device the current one of a reader thread. Called once, when it starts."""
+        return
+
+    def drain(self) -> None:
+        """Wait until all uploads and gathers have finished. Called while nothing is issued."""
+        return
+
+    def balance(self) -> int:
+        """How many pages more (positive) or less (negative) the device can hold beside the model.
+
+        Called now and then if the cache has no budget, with the store's lock held. 0 leaves the
+        arena as it is. A negative number is what `shrink` can free at the end of the arena.
+        """
+        return 0
+
+    def shrink(self, pages: int) -> None:
+        """Free all pages but the first `pages`, as `balance` has asked for.
+
+        Called with the store's lock held, while no upload and no gather of the others is issued.
+        """
+        raise TypeError(f"{type(self).__name__} cannot free {pages} pages")
+
+    def rebuild(self, pages: Sequence[int]) -> None:
+        """Keep these pages only, at least one, which are 0, 1, ... from now on. Free all others.
+
+        Called with the store's lock held, while no upload and no gather is issued.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory to copy them to. Nothing has changed.
+        """
+        raise TypeError(f"{type(self).__name__} cannot keep {len(pages)} pages only")
 
     def reset(self) -> None:
         """Free all memory.

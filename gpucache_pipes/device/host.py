@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gpucache_pipes.device.arena import Arena
-from gpucache_pipes.device.backend import Column
+from gpucache_pipes.device.backend import Backend, Column
 from gpucache_pipes.device.memory import available_host_bytes, map_memory
 from gpucache_pipes.device.results import ResultMemory
 
@@ -29,7 +29,7 @@ _FIRST_PAGES = 1 << 20
 """Bytes of the first `grow`. Each later one doubles what is in use."""
 
 
-class HostBackend:
+class HostBackend(Backend):
     """Pages in host memory. Implements `Backend`.
 
     The first `grow` maps the address range of all pages that can ever be used, and the kernel adds
@@ -57,8 +57,8 @@ class HostBackend:
         """See Backend."""
         self.page_bytes = page_bytes
 
-    def grow(self, needed: int, useful: int | None) -> int:
-        """See Backend."""
+    def grow(self, needed: int, useful: int | None, known: int | None = None) -> int:
+        """See Backend. Memory that is not written to takes none, so `known` makes no difference."""
         if self._arena is None:
             arena = self._map_everything(needed)
             if not arena.pages:
@@ -106,7 +106,8 @@ class HostBackend:
                 pages //= 2
                 continue
             self._memory = memoryview(region)
-            arena.add_segment(torch.frombuffer(region, dtype=torch.uint8))
+            with torch.inference_mode(False):  # see Arena.add_segment
+                arena.add_segment(torch.frombuffer(region, dtype=torch.uint8))
             break
         return arena
 

@@ -4,7 +4,7 @@ See `device.accelerator` for the edge `staging_free`, which this module waits fo
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -14,21 +14,28 @@ from gpucache_pipes.device.runtime import Runtime
 _STAGING_BUFFERS = 2
 """Staging buffers for each reader thread: one is filled while the device copies the other."""
 
+_USUAL = 64 << 20
+"""Bytes of a staging buffer that is kept however little of it is used."""
+
 
 class StagingLane:
-    """The staging buffers of one reader thread, and its landing area on the device.
+    """The staging buffers of one reader thread.
 
-    Not thread-safe: only the reader thread that owns the lane calls it.
+    Not thread-safe: only the reader thread that owns the lane calls it, but for `nbytes`.
 
     Args:
-        runtime: allocates pinned memory and device memory.
+        runtime: allocates pinned memory.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._slots: list[tuple[torch.Tensor | None, Any]] = [(None, None)] * _STAGING_BUFFERS
         self._turn = 0
-        self._rows: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers. May be called from any thread."""
+        return sum(buffer.numel() for buffer, _ in list(self._slots) if buffer is not None)
 
     def staging(self, nbytes: int) -> torch.Tensor:
         """The next staging buffer, uint8 [nbytes]. Waits until the device no longer reads it."""
@@ -36,8 +43,13 @@ class StagingLane:
         buffer, free = self._slots[self._turn]
         if free is not None:
             free.synchronize()  # edge: staging_free
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = self._runtime.pinned(_power_of_two(nbytes))
+        if buffer is None or not nbytes <= buffer.numel() <= max(_USUAL, 8 * nbytes):
+            # One file that was much larger than the others does not keep its buffer for ever. The
+            # old buffer is freed first: both together may be more than there is.
+            buffer = None
+            self._slots[self._turn] = (None, None)
+            with torch.inference_mode(False):
+                buffer = self._runtime.pinned(_power_of_two(nbytes))
         self._slots[self._turn] = (buffer, None)
         return buffer[:nbytes]
 
@@ -45,21 +57,9 @@ class StagingLane:
         """The memory of a staging buffer, writable. The tensor must outlive it."""
         return self._runtime.bytes_of(staging)
 
-    def busy_until(self, event: Any) -> None:
-        """State that the device reads the last buffer from `staging` until it reaches `event`."""
-        self._slots[self._turn] = (self._slots[self._turn][0], event)
-
-    def device_rows(self, nbytes: int) -> torch.Tensor:
-        """Device memory where one upload lands, uint8 [nbytes].
-
-        Must be called, and used, with the copy stream current. All uploads of the lane share this
-        memory; the copy stream orders them.
-        Raises torch.OutOfMemoryError.
-        """
-        if self._rows is None or self._rows.numel() < nbytes:
-            self._rows = None
-            self._rows = self._runtime.empty(_power_of_two(nbytes))
-        return self._rows[:nbytes]
+    def busy_until(self, upload: Any) -> None:
+        """State that the device reads the last buffer from `staging` until `upload` is finished."""
+        self._slots[self._turn] = (self._slots[self._turn][0], upload)
 
 
 class StagedUpload:
@@ -69,8 +69,8 @@ class StagedUpload:
         lane: of the calling reader thread.
         placements: the pages of each feature.
         page_bytes: size of a page.
-        submit: called once by `finish` with the staging buffer, the pages and the lane. It copies
-            the buffer into the pages and returns the event after which the buffer is free.
+        submit: called once by `finish` with the staging buffer and the pages. It copies the buffer
+            into the pages and returns the operation after which the buffer is free.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class StagedUpload:
         lane: StagingLane,
         placements: Sequence[Sequence[int]],
         page_bytes: int,
-        submit: Callable[[torch.Tensor, Sequence[int], StagingLane], Any],
+        submit: Callable[[torch.Tensor, Sequence[int]], Any],
     ) -> None:
         self._lane = lane
         self._page_bytes = page_bytes
         self._submit = submit
-        self._pages = [page for placement in placements for page in placement]
+        self._pages = _joined(placements)
         self._starts = list(accumulate(map(len, placements), initial=0))
         self._staging = lane.staging(len(self._pages) * page_bytes)
         self._bytes = lane.bytes_of(self._staging)
@@ -96,7 +96,20 @@ class StagedUpload:
     def finish(self) -> None:
         """See Upload."""
         if self._pages:
-            self._lane.busy_until(self._submit(self._staging, self._pages, self._lane))
+            self._lane.busy_until(self._submit(self._staging, self._pages))
+
+
+def _joined(placements: Sequence[Sequence[int]]) -> Sequence[int]:
+    """All pages in order; a range if they lie in a row, as those of a first epoch do.
+
+    >>> _joined([range(3, 5), range(5, 9)]), _joined([range(3, 5), [9]])
+    (range(3, 9), [3, 4, 9])
+    """
+    ranges = [pages for pages in placements if isinstance(pages, range)]
+    all_follow = all(one.stop == following.start for one, following in pairwise(ranges))
+    if ranges and len(ranges) == len(placements) and all_follow:
+        return range(ranges[0].start, ranges[-1].stop)
+    return [page for pages in placements for page in pages]
 
 
 def _power_of_two(nbytes: int) -> int:

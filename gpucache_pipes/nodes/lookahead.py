@@ -121,7 +121,7 @@ class Lookahead:
                 "path_fn(element) returns the paths of the files that an element needs"
             )
         pending.paths = paths
-        pending.batch = self._store.request(paths, owner=self._owner)
+        pending.batch = self._store.request(paths, owner=self._owner, ahead=self._depth)
 
     def batch_of(self, pending: PendingElement) -> PendingBatch:
         """The open request of an element: a new one if an interrupt has used up the first."""

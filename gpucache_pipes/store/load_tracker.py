@@ -1,12 +1,12 @@
 """What becomes of LOADING entries: the steps of the loader."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import get_ident
 from typing import Protocol
 
 from gpucache_pipes.cache import Cache, Entry
-from gpucache_pipes.device import Backend
+from gpucache_pipes.device import Backend, DeviceMemoryError
 from gpucache_pipes.store.lock import StoreLock
 from gpucache_pipes.store.pending_batch import PendingBatch
 from gpucache_pipes.store.read_task import OpenEntry, ReadTask
@@ -20,7 +20,10 @@ class Owner(Protocol):
 
     lock: StoreLock
     cache: Cache
-    refusal: str | None
+    refusal: str | BaseException | None
+
+    def end(self, error: BaseException) -> None:
+        """See SharedCache."""
 
 
 class LoadTracker:
@@ -31,9 +34,11 @@ class LoadTracker:
 
     Attributes:
         uses: those of the lock: see StoreLock.
+        held_by: the thread that holds the readers, if one does.
     """
 
     def __init__(self, owner: Owner, backend: Backend, counters: Counters) -> None:
+        self.held_by: Callable[[], int | None] = lambda: None
         self._lock = owner.lock
         self.uses = owner.lock.uses
         self._cache = owner.cache
@@ -45,6 +50,18 @@ class LoadTracker:
         """Raise RuntimeError if the store was closed. Takes no lock."""
         if self._owner.refusal is not None:
             raise RuntimeError("the store was closed")
+
+    def end(self, error: BaseException) -> None:
+        """The device has failed for good: every call raises `error` from now on."""
+        self._owner.end(error)
+
+    def require_running_readers(self) -> None:
+        """Raise RuntimeError if the calling thread holds the readers that it would wait for."""
+        if self.held_by() == get_ident():
+            raise RuntimeError(
+                "files of this batch are still to be read, and quiesce() holds the readers: get "
+                "batches before it or after it"
+            )
 
     def begin_use(self, use: object) -> None:
         """The calling thread reads files itself: no memory is freed while `use` is in `uses`."""
@@ -68,19 +85,21 @@ class LoadTracker:
         return 0 if self._cache.ledger.held_pages else self._cache.ledger.max_bytes
 
     def place(
-        self, task: ReadTask, group: Sequence[OpenEntry], page_bytes: int
+        self, task: ReadTask, group: Sequence[OpenEntry], page_bytes: int, pages_per_file: float
     ) -> tuple[list[OpenEntry], dict[Entry, BaseException]]:
         """Assign pages to all that need them; returns those, and the errors of those that failed.
 
         What is in neither is not needed: it is ABSENT again, and out of the task. `page_bytes` is
-        the size of a page to use if no page is held; 0 leaves it. Raises RuntimeError if the store
-        was closed.
+        the size of a page to use if no page is held; 0 leaves it. `pages_per_file` is the mean, if
+        it is known. Raises RuntimeError if the store was closed.
         """
         placed: list[OpenEntry] = []
         failed: dict[Entry, BaseException] = {}
         with self._lock:
             self.require_running()
             self._set_page_bytes(page_bytes)
+            if pages_per_file:
+                self._cache.arena.pages_per_file = pages_per_file
             for opened in group:
                 entry, layout = opened.entry, opened.feature.layout
                 try:
@@ -91,6 +110,8 @@ class LoadTracker:
                         self._tell(dict.fromkeys(self._cache.fail_loading(entry), 1))
                 except Exception as error:
                     failed[entry] = error
+                    if isinstance(error, MemoryError) and self._backend.device.type != "cpu":
+                        failed[entry] = DeviceMemoryError(str(error))
         return placed, failed
 
     def _set_page_bytes(self, page_bytes: int) -> None:

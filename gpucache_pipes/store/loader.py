@@ -3,17 +3,18 @@
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from threading import TIMEOUT_MAX
+from threading import TIMEOUT_MAX, current_thread, get_ident
 from typing import Any
 
 from gpucache_pipes.cache import Entry
-from gpucache_pipes.device import Backend
+from gpucache_pipes.device import Backend, ends_the_device, is_device_error
 from gpucache_pipes.files import Source
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.lock import require_stack
-from gpucache_pipes.store.page_size import choose_page_bytes
+from gpucache_pipes.store.page_size import choose_page_bytes, pages_per_file
 from gpucache_pipes.store.process_hooks import join_at_exit
 from gpucache_pipes.store.read_task import OpenEntry, ReadTask, Revoked
+from gpucache_pipes.store.reader_gate import ReaderGate
 from gpucache_pipes.store.reader_pool import ReaderPool
 from gpucache_pipes.store.tracing import trace
 
@@ -44,6 +45,9 @@ class Loader:
             memory is in proportion to it.
         revalidate: note the version of each file that is read.
         read_timeout: seconds after which a reader that is still at one file is replaced.
+
+    Attributes:
+        gate: where readers can be held.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class Loader:
         # Tasks under way. Adding and discarding an item of a set is atomic; the watcher iterates
         # over a copy.
         self._running: set[ReadTask] = set()
+        self.gate = ReaderGate()
+        loads.held_by = self.gate.held_by
         # The store was closed: end early.
         self._stopping = False
         if pool is not None and read_timeout is not None:
@@ -86,11 +92,13 @@ class Loader:
             use, uses = object(), self._loads.uses
             # All inside the `try`: a deferred signal is handled where the lock is released.
             try:
+                self.gate.enter(get_ident())
                 self._loads.begin_use(use)
                 self._load(entries.copy(), entries)
             finally:
                 # By one operation, and not within a function: an interrupt may come at its entry.
                 uses.pop(use, None)
+                self.gate.leave(get_ident())
                 self._loads.run_postponed()
             return
         # Fewer files in a task when there are few, so that all readers have work.
@@ -109,6 +117,7 @@ class Loader:
     def stop(self) -> None:
         """End the reader threads after the file at hand; drop what has not begun. No lock."""
         self._stopping = True
+        self.gate.open_for_ever()
         if self._pool is not None:
             self._pool.stop()
 
@@ -120,14 +129,18 @@ class Loader:
 
     def _load_in_thread(self, boxed: list[list[Entry]]) -> bool:
         """Read one task. Returns True if this thread has been replaced and must end."""
-        entries = _take(boxed)
+        reader = current_thread()
+        self.gate.enter(reader)
         try:
+            entries = _take(boxed)
             if entries:
                 self._load(entries, [])
         except Revoked:
             return True
         except BaseException:
             pass  # The batches that wait have been told, and the thread must go on.
+        finally:
+            self.gate.leave(reader)
         return False
 
     def _load(self, entries: Sequence[Entry], caller: list[Entry]) -> None:
@@ -160,8 +173,10 @@ class Loader:
             self._loads.end_abandoned(task)
             raise
         except BaseException as error:
-            # An interrupt or a bug: no batch may wait for these for ever.
+            # An interrupt, the device or a bug: no batch may wait for these for ever.
             caller.clear()
+            if ends_the_device(error):
+                self._loads.end(error)
             self._loads.complete(task.left, failed=dict.fromkeys(task.left, error))
             raise
         finally:
@@ -189,13 +204,14 @@ class Loader:
 
     def _concerns_the_file(self, error: BaseException) -> bool:
         """Whether an exception fails one file, and the others are read all the same."""
+        if is_device_error(error):
+            return False
         # In a reader thread even a SystemExit comes from the file: no signal is handled there.
         return isinstance(error, Exception) or self._pool is not None
 
     def _upload(self, group: Sequence[OpenEntry], task: ReadTask) -> None:
         try:
-            page_bytes = self._choose_page_bytes(group)
-            placed, failed = self._loads.place(task, group, page_bytes)
+            placed, failed = self._loads.place(task, group, *self._choose_page_bytes(group))
             with trace("gpucache::upload"):
                 for part in self._parts(placed):
                     upload = self._backend.upload([opened.entry.pages for opened in part])
@@ -229,19 +245,23 @@ class Loader:
         if part:
             yield part
 
-    def _choose_page_bytes(self, group: Sequence[OpenEntry]) -> int:
-        """The page size that suits these features and others like them; 0 for no choice."""
+    def _choose_page_bytes(self, group: Sequence[OpenEntry]) -> tuple[int, float]:
+        """The page size that suits these features and others like them; 0 for no choice.
+
+        And how many pages a file takes in the mean.
+        """
         limit = self._loads.page_limit()
         if limit == 0:
-            return 0
+            return 0, 0.0
         features = [opened.feature for opened in group]
         fits = [f for f in features if limit is None or f.layout.nbytes <= limit]
         spans = [feature.layout.span for feature in fits]
-        if self._page_bytes or not any(spans):
-            return self._page_bytes or 0
-        known = self._loads.known_paths(_KNOWN_FILES)
-        overhead = min(feature.bytes_read - feature.layout.span for feature in fits)
-        return choose_page_bytes(spans, self._source.sample_sizes(known), max(0, overhead))
+        if not any(spans):
+            return self._page_bytes or 0, 0.0
+        sizes = self._source.sample_sizes(self._loads.known_paths(_KNOWN_FILES))
+        overhead = max(0, min(feature.bytes_read - feature.layout.span for feature in fits))
+        page_bytes = self._page_bytes or choose_page_bytes(spans, sizes, overhead)
+        return page_bytes, pages_per_file(spans, sizes, overhead, page_bytes)
 
     # The watcher
 
@@ -258,6 +278,7 @@ class Loader:
                 self._pool.end_one()
                 continue
             hanging, rest = taken
+            self.gate.leave(task.thread)
             task.opened.pop(hanging, None)  # the reader may be reading from it
             try:
                 task.close_opened()  # before the others are read, and their batches complete

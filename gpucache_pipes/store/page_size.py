@@ -38,3 +38,18 @@ def choose_page_bytes(
         # Powers of two after the first: sizes that are seen later divide about as well.
         page = 1 << (page - 1).bit_length() - 1
     return largest if page == largest else max(page, _SMALLEST)
+
+
+def pages_per_file(
+    spans: Sequence[int], file_sizes: Sequence[int], overhead: int, page_bytes: int
+) -> float:
+    """The mean number of pages that a feature takes. Arguments as for `choose_page_bytes`.
+
+    >>> pages_per_file([4096, 4096], [5000, 5100], 1000, 4096)
+    1.0
+    >>> pages_per_file([1000, 30_000], [1300, 30_300, 30_300], 300, 2048)
+    10.333333333333334
+    """
+    if file_sizes and max(file_sizes) - min(file_sizes) > _SAME_SIZE:
+        spans = [max(16, size - overhead) for size in file_sizes]
+    return sum(-(-span // page_bytes) for span in spans) / len(spans)

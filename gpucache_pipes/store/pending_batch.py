@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from gpucache_pipes.batches import FeatureBatch
 from gpucache_pipes.cache import Entry
+from gpucache_pipes.device import DeviceMemoryError, is_device_error, is_out_of_memory
 from gpucache_pipes.files import LoadedFeature, PathLike, load_error
 
 
@@ -122,6 +123,10 @@ class PendingBatch:
         if number is not None:
             self.issuer.abandon(number)
 
+    def forget_rows(self) -> None:
+        """The features have moved to other pages. With the lock held."""
+        self.rows = None
+
     def expect(self) -> None:
         """One more entry is LOADING. With the lock held."""
         self.pending += 1
@@ -149,9 +154,17 @@ class PendingBatch:
                     yield position, self.error_of(number)
 
     def error_of(self, number: int) -> Exception:
-        """A new exception for an entry that failed: each consumer gets its own."""
+        """A new exception for an entry that failed: each consumer gets its own.
+
+        A failure of the device itself is given as it is.
+        """
         path, cause = self.errors[number]
+        if is_device_error(cause):  # no file's fault, so not wrapped
+            assert isinstance(cause, Exception)
+            return cause
         error = load_error(path, cause)
+        if is_out_of_memory(cause):
+            error = DeviceMemoryError(f"cannot load {path!r}: {cause}")
         error.__cause__ = cause
         return error
 

@@ -24,13 +24,21 @@ class ReaderPool:
     The threads hold the queue and nothing else. So a store that is dropped without `close` is
     collected, and its finalizer ends the threads through the queue.
 
+    Args:
+        threads: how many.
+        name: of each thread, with a number.
+        on_start: called first by each thread.
+
     Attributes:
         threads: the threads that take tasks, without those that have been replaced.
     """
 
-    def __init__(self, threads: int, name: str) -> None:
+    def __init__(
+        self, threads: int, name: str, on_start: Callable[[], object] = lambda: None
+    ) -> None:
         self._tasks: queue.SimpleQueue[tuple[Job, Any] | None] = queue.SimpleQueue()
         self._name = name
+        self._on_start = on_start
         self._started = 0
         self._watched: queue.SimpleQueue[None] | None = None
         self._watcher: threading.Thread | None = None
@@ -38,7 +46,8 @@ class ReaderPool:
 
     def _start(self) -> threading.Thread:
         name = f"{self._name}-{self._started}"
-        thread = threading.Thread(target=_work, args=(self._tasks,), name=name, daemon=True)
+        arguments = (self._tasks, self._on_start)
+        thread = threading.Thread(target=_work, args=arguments, name=name, daemon=True)
         thread.start()
         self._started += 1
         return thread
@@ -98,7 +107,13 @@ class ReaderPool:
         return [thread.name for thread in others if thread.is_alive()]
 
 
-def _work(tasks: "queue.SimpleQueue[tuple[Job, Any] | None]") -> None:
+def _work(
+    tasks: "queue.SimpleQueue[tuple[Job, Any] | None]", on_start: Callable[[], object]
+) -> None:
+    try:
+        on_start()
+    except Exception:  # of a device that has failed: so will the tasks, whose batches are told
+        _log.exception("a reader thread cannot use the device")
     while (item := tasks.get()) is not None:
         task, argument = item
         if task(argument):

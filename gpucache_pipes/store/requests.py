@@ -51,8 +51,7 @@ class RequestManager:
 
     def _resolve(self, paths: Iterable[PathLike]) -> tuple[list[int], Sequence[PathLike]]:
         """The numbers of the entries of `paths`, and the paths, absolute."""
-        if self._shared.refusal is not None:
-            raise RuntimeError(self._shared.refusal)
+        self._shared.refuse_now()
         numbers, absolute = self._paths.resolve(paths)
         if absolute is None:
             absolute = list(map(self._shared.cache.entries.paths.__getitem__, numbers))
@@ -80,6 +79,7 @@ class RequestManager:
         *,
         keep_alive: object = None,
         warmup: bool = False,
+        ahead: int = 0,
     ) -> PendingBatch:
         """See GPUFeatureStore. The batch keeps `keep_alive` alive.
 
@@ -99,6 +99,7 @@ class RequestManager:
                 warmup=warmup,
                 issuer=self,
                 keep_alive=keep_alive,
+                ahead=ahead,
             )
             if loading:
                 self._loader.submit(loading)
@@ -177,7 +178,7 @@ class RequestManager:
         """See GPUFeatureStore."""
         if not self._postponed(self.clear):
             require_stack()
-            self._shared.clear()
+            self._shared.memory.clear()
 
     def _postponed(self, call: Callable[[], None]) -> bool:
         """Postpone `call` if this thread is inside the lock, as below a signal handler."""

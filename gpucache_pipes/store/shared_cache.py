@@ -22,6 +22,7 @@ from gpucache_pipes.files import LoadedFeature, PathLike
 from gpucache_pipes.store.gather import Taken
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.lock import StoreLock
+from gpucache_pipes.store.memory_tracker import MemoryTracker
 from gpucache_pipes.store.pending_batch import Issuer, PendingBatch, concatenate
 from gpucache_pipes.store.stats import Counters, StoreStats
 from gpucache_pipes.store.tracing import trace
@@ -38,10 +39,10 @@ class SharedCache:
     """Entries, pending batches and counters, behind one lock.
 
     Every public method is one whole step: it takes the lock once, and leaves everything consistent.
-    The steps of the loader are in a part of it, `loads`. Besides these two only the path table
-    takes the lock, to number files. No other class changes an entry or a counter, or closes a
-    batch. Under the lock no file is opened or read, no bytes are copied, and a thread waits for
-    nothing but the lock's own condition.
+    Two parts of it have the steps of the loader (`loads`) and those that free memory (`memory`).
+    Besides these only the path table takes the lock, to number files. No other class changes an
+    entry or a counter, or closes a batch. Under the lock no file is opened or read, and a thread
+    waits for nothing but the lock's own condition, and for the device where memory is freed.
 
     Steps that begin something fill a list of the caller (`loading`, `held`) instead of returning
     it: an interrupt between the end of a step and the assignment of its result would lose that.
@@ -49,19 +50,20 @@ class SharedCache:
     Attributes:
         lock: the lock.
         loads: what the loader reports to.
-        refusal: why the store does not work any more, once it is closed or in a forked process.
+        memory: what frees memory of the device.
+        refusal: why the store does not work any more: a text once it is closed or in a forked
+            process, or the error that has ended its device.
     """
 
     def __init__(self, ledger: Ledger, policy: Policy, backend: Backend) -> None:
         self.lock = StoreLock()
-        self.refusal: str | None = None
-        self.cache = Cache(ledger, policy, backend.grow)
+        self.refusal: str | BaseException | None = None
+        self.cache = Cache(ledger, policy, backend.grow, backend.shrink)
         self._backend = backend
         self._counters = Counters()
         self.loads = LoadTracker(self, backend, self._counters)
-        # clear() was called, and memory is to be freed when no batch is in flight.
-        self._clearing = False
-        # Files that have been left out of batches and named in the log.
+        self.memory = MemoryTracker(self, backend)
+        # Files that have been left out and named in the log.
         self._logged: set[int] = set()
 
     # Consumers
@@ -77,6 +79,7 @@ class SharedCache:
         warmup: bool,
         issuer: Issuer,
         keep_alive: object,
+        ahead: int = 0,
     ) -> PendingBatch:
         """Open a batch of these entries, and mark the ABSENT ones as LOADING.
 
@@ -89,10 +92,12 @@ class SharedCache:
             warmup: neither count it as a request nor evict anything for it.
             issuer: see PendingBatch.
             keep_alive: see PendingBatch.
+            ahead: how many more such batches the caller will have pending.
         """
         with self.lock:
-            self._require_open()
+            self.require_open()
             cache = self.cache
+            cache.arena.expect(len(numbers) * (1 + ahead))
             numbers = self._renew(numbers, stale)
             rows = list(map(cache.rows.__getitem__, numbers))
             least = min(rows, default=NOT_READY)
@@ -115,7 +120,7 @@ class SharedCache:
     ) -> None:
         """Mark the ABSENT ones of these entries as LOADING, and add them to `loading`."""
         with self.lock:
-            self._require_open()
+            self.require_open()
             self._start_loading(self._renew(numbers, stale), loading)
 
     def _start_loading(
@@ -181,6 +186,7 @@ class SharedCache:
         if len(held) == len(batches) > 0:
             with self.lock:
                 self._close(held)
+                self.memory.balance()
         else:
             self.cancel(batches, held)
 
@@ -212,6 +218,7 @@ class SharedCache:
     def _wait(self, batches: Sequence[PendingBatch]) -> None:
         if self._have_arrived(batches):
             return
+        self.loads.require_running_readers()
         start = time.perf_counter()
         try:
             with trace("gpucache::wait"):
@@ -221,7 +228,7 @@ class SharedCache:
 
     def _have_arrived(self, batches: Sequence[PendingBatch]) -> bool:
         """Whether nothing of `batches` is LOADING. Raises if they cannot be had any more."""
-        self._require_open()
+        self.require_open()
         if not all(batch.claim for batch in batches):
             raise RuntimeError(_USED)
         return not any(batch.pending for batch in batches)
@@ -230,15 +237,14 @@ class SharedCache:
         """Unpin, and wake the threads that wait for batches or for their end."""
         self.cache.close_batches(numbers)
         self.lock.changed.notify_all()
-        if self._clearing:
-            self._free_memory()
+        self.memory.settle()
 
     # The store
 
     def cached(self, numbers: Sequence[int]) -> int:
         """How many of these entries are cached, repeats counted once."""
         with self.lock:
-            self._require_open()
+            self.require_open()
             current = set(self.cache.entries.current(numbers))
             return sum(self.cache.entries[number].cached for number in current)
 
@@ -249,35 +255,20 @@ class SharedCache:
     def release(self, numbers: Sequence[int]) -> None:
         """Stop caching these entries."""
         with self.lock:
-            self._require_open()
+            self.require_open()
             entries = self.cache.entries
             self.cache.release([entries[number] for number in entries.current(numbers)])
-
-    def clear(self) -> None:
-        """Stop caching everything, and free the memory as soon as no batch is in flight."""
-        with self.lock:
-            self._require_open()
-            self.cache.release(list(self.cache.entries.values()))
-            self._clearing = True
-            self._free_memory()
-
-    def _free_memory(self) -> None:
-        """Finish what clear() began, if no batch is in flight."""
-        if self.cache.idle and not self.lock.uses:
-            self._clearing = False
-            if not self.cache.ledger.held_pages:
-                self.loads.free_arena()
 
     def begin_epoch(self, owner: object) -> None:
         """Tell the policy that `owner` begins a new pass over its data."""
         with self.lock:
-            self._require_open()
+            self.require_open()
             self.cache.begin_epoch(owner)
 
     def announce(self, owner: object, plan: AccessPlan) -> None:
         """Tell the policy what `owner` will request."""
         with self.lock:
-            self._require_open()
+            self.require_open()
             self.cache.announce(owner, plan)
 
     def retract(self, owner: object) -> None:
@@ -296,7 +287,7 @@ class SharedCache:
             return not self.cache.loading
 
     def _measure(self) -> StoreStats:
-        return StoreStats.of(self.cache, self._counters, self._backend.reserved_bytes)
+        return StoreStats.of(self.cache, self._counters, self._backend)
 
     def stats(self) -> StoreStats:
         """Counters and sizes. Of one moment, unless this thread is inside the lock already."""
@@ -314,24 +305,36 @@ class SharedCache:
 
     # The end
 
-    def _require_open(self) -> None:
-        """Raise RuntimeError if the store was closed; else make the calls that were queued."""
+    def require_open(self) -> None:
+        """Raise what `refuse_now` raises, or make the calls that were queued. With the lock."""
+        self.refuse_now()
+        self._run_queued()
+
+    def refuse_now(self) -> None:
+        """Raise RuntimeError if the store was closed, or what has ended its device. No lock."""
+        if isinstance(self.refusal, BaseException):
+            raise self.refusal
         if self.refusal is not None:
             raise RuntimeError(self.refusal)
-        self._run_queued()
 
     def _run_queued(self) -> None:
         if self.cache.pins.gone:
             self.cache.close_lost_batches()
         if self.lock.queued:
             self.lock.run_queued()
-        if self._clearing:
-            self._free_memory()
+        self.memory.settle()
 
     def refuse(self) -> None:
         """Serve no new requests. Takes no lock."""
         if self.refusal is None:
             self.refusal = "this GPUFeatureStore is closed"
+
+    def end(self, error: BaseException) -> None:
+        """The device has failed for good: every call raises `error` from now on."""
+        with self.lock:
+            if self.refusal is None:
+                self.refusal = error
+            self.lock.changed.notify_all()
 
     def await_uses(self, seconds: float) -> None:
         """Wake waiting consumers, and wait until no thread uses memory, at most this long."""

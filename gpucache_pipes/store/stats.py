@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from gpucache_pipes.cache import Cache
+from gpucache_pipes.device import Backend
 
 
 @dataclass
@@ -38,6 +39,7 @@ class StoreStats:
         bypassed_items: features that are not cached, and held until batches in flight have them.
         pending_batches: batches that were requested, and neither gathered nor cancelled.
         reserved_bytes: device memory of all pages, used or not.
+        staging_bytes: page-locked host memory for uploads; 0 on the CPU.
         page_bytes: size of a page; 0 before the first feature.
     """
 
@@ -55,10 +57,11 @@ class StoreStats:
     bypassed_items: int
     pending_batches: int
     reserved_bytes: int
+    staging_bytes: int
     page_bytes: int
 
     @classmethod
-    def of(cls, cache: Cache, counters: Counters, reserved_bytes: int) -> "StoreStats":
+    def of(cls, cache: Cache, counters: Counters, backend: Backend) -> "StoreStats":
         """The statistics of a cache. With the lock of its store held."""
         ledger = cache.ledger
         return cls(
@@ -69,7 +72,8 @@ class StoreStats:
             padding_bytes=ledger.cached_pages * ledger.page_bytes - ledger.cached_bytes,
             bypassed_items=len(cache.bypassed),
             pending_batches=len(cache.pins.batches),
-            reserved_bytes=reserved_bytes,
+            reserved_bytes=backend.reserved_bytes,
+            staging_bytes=backend.staging_bytes,
             page_bytes=ledger.page_bytes,
         )
 

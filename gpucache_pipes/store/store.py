@@ -1,33 +1,28 @@
 """GPUFeatureStore: give it paths, get tensors on the device."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 
 from gpucache_pipes.batches import RaggedOptions
-from gpucache_pipes.cache import Ledger, Policy, make_policy
-from gpucache_pipes.device import Backend, open_backend, resolve_device
-from gpucache_pipes.files import LocalFiles, PathLike, Source
-from gpucache_pipes.store.gather import Gatherer
-from gpucache_pipes.store.loader import Loader, require_timeout
+from gpucache_pipes.cache import Policy
+from gpucache_pipes.device import Backend
+from gpucache_pipes.files import PathLike, Source
 from gpucache_pipes.store.lock import require_stack
+from gpucache_pipes.store.parts import make_parts
 from gpucache_pipes.store.pending_batch import PendingBatch
 from gpucache_pipes.store.process_hooks import register
-from gpucache_pipes.store.reader_pool import ReaderPool
-from gpucache_pipes.store.requests import RequestManager
-from gpucache_pipes.store.shared_cache import SharedCache
-from gpucache_pipes.store.shutdown import Shutdown
 from gpucache_pipes.store.stats import StoreStats
 from gpucache_pipes.store.upcoming import Upcoming
 from gpucache_pipes.store.warmup import warm_up
-from gpucache_pipes.units import parse_bytes, positive_int, require_hashable
+from gpucache_pipes.store.yielding import call_twice, require_no_collective
+from gpucache_pipes.units import require_hashable
 
-_DEFAULT_THREADS = 1
-_STAGING_BYTES = 64 << 20
 _CLOSE_SECONDS = 5.0
 
 
@@ -45,8 +40,8 @@ class GPUFeatureStore:
         device: where features are kept. None is the accelerator if there is one, else the CPU;
             "cuda" is the device that is current now. Also a `device.Backend`.
         max_cache_bytes: budget for the tensors of cached features: a number of bytes, or a string
-            such as "8GiB". None is no limit: the cache grows until a tenth of the device's memory
-            is left. Batches in flight take memory in addition.
+            such as "8GiB". Batches in flight take memory in addition. None is no limit: the cache
+            takes what the model has not needed so far, and returns memory when the model needs it.
         max_cache_items: budget for the number of cached features; None is no limit.
         policy: which features are evicted when the budget is used up: "clairvoyant" (default),
             "keep", "lru", "fifo", "lfu", "sieve", "s3fifo", "w-tinylfu", or an object with the
@@ -93,44 +88,13 @@ class GPUFeatureStore:
         revalidate: bool = False,
         read_timeout: float | None = None,
     ) -> None:
-        if load_fn is not None and not callable(load_fn):
-            raise ValueError(f"load_fn={load_fn!r} must be callable")
-        if source is not None and (load_fn is not None or not weights_only):
-            raise ValueError("a source reads files itself: give load_fn or weights_only to it")
-        require_timeout(read_timeout, asynchronous)
-        if page_bytes is not None and positive_int("page_bytes", page_bytes) % 16:
-            raise ValueError(f"page_bytes={page_bytes} must be a multiple of 16")
-        threads = positive_int(
-            "reader_threads", _DEFAULT_THREADS if reader_threads is None else reader_threads
-        )
-        staging = _STAGING_BYTES * threads
-        if staging_bytes is not None:
-            staging = parse_bytes("staging_bytes", staging_bytes)
-        ledger = Ledger(
-            None if max_cache_bytes is None else parse_bytes("max_cache_bytes", max_cache_bytes),
-            None if max_cache_items is None else positive_int("max_cache_items", max_cache_items),
-        )
-        policy = make_policy(policy)
-        backend = device if isinstance(device, Backend) else open_backend(resolve_device(device))
-        source = LocalFiles(load_fn, weights_only) if source is None else source
-        pool = ReaderPool(threads, "gpucache-reader") if asynchronous else None
-        self._backend = backend
-        self._shared = SharedCache(ledger, policy, backend)
-        loader = Loader(
-            source,
-            self._shared.loads,
-            backend,
-            pool,
-            page_bytes=page_bytes,
-            upload_bytes=_power_of_two_below(staging // (2 * threads)),
-            revalidate=revalidate,
-            read_timeout=read_timeout,
-        )
-        gatherer = Gatherer(self._shared.cache, backend)
-        self._requests = RequestManager(
-            self._shared, source, loader, gatherer, revalidate=revalidate
-        )
-        self._shutdown = Shutdown(self, self._shared, loader, pool, backend)
+        parts = make_parts(
+            self, device, max_cache_bytes=max_cache_bytes, max_cache_items=max_cache_items,
+            policy=policy, load_fn=load_fn, weights_only=weights_only, source=source,
+            asynchronous=asynchronous, reader_threads=reader_threads, page_bytes=page_bytes,
+            staging_bytes=staging_bytes, revalidate=revalidate, read_timeout=read_timeout,
+        )  # fmt: skip
+        self._backend, self._shared, self._loader, self._requests, self._shutdown = parts
         register(self)
 
     @property
@@ -170,15 +134,18 @@ class GPUFeatureStore:
         """
         self._requests.prefetch(paths)
 
-    def request(self, paths: Sequence[PathLike], *, owner: object = None) -> PendingBatch:
+    def request(
+        self, paths: Sequence[PathLike], *, owner: object = None, ahead: int = 0
+    ) -> PendingBatch:
         """Start to load the files that are not loaded, and pin all of them for a batch.
 
         They stay until the pending batch is consumed, cancelled or dropped. `owner` names the
-        pipeline to the policy: any hashable object, the one of `begin_epoch`. Raises TypeError for
-        one that is not hashable.
+        pipeline to the policy: any hashable object, the one of `begin_epoch`. `ahead` says how many
+        more batches like this one will be pending at the same time, so that memory is allocated for
+        all of them at once. Raises TypeError for an owner that is not hashable.
         """
         require_hashable("owner", owner)
-        return self._requests.request(paths, owner, keep_alive=self)
+        return self._requests.request(paths, owner, keep_alive=self, ahead=ahead)
 
     def collect(self, batches: Sequence[PendingBatch], ragged: RaggedOptions | None = None) -> Any:
         """The features of several pending batches as one FeatureBatch, in order; consumes them.
@@ -219,6 +186,50 @@ class GPUFeatureStore:
         Errors as in `get`; what was loaded before stays.
         """
         return warm_up(self._requests, self._shared, paths, progress)
+
+    @contextmanager
+    def quiesce(self) -> Iterator[None]:
+        """A context in which no reader thread reads, and nothing of the store is on the device.
+
+            with store.quiesce(), torch.cuda.graph(graph):
+                ...
+
+        CUDA does not allow other threads to allocate or to query events while a graph is captured.
+        Waits until the files being read are in memory; other requests are served afterwards. Inside
+        it, batches whose files are all cached can be had, but not during the capture itself; others
+        raise RuntimeError. Other consumers of the store must not run meanwhile.
+        """
+        self._shared.refuse_now()
+        with self._loader.gate.held():
+            self._backend.drain()
+            yield
+
+    def yield_memory_to(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        zero_grad: Callable[[], object] | None = None,
+        collective_free: bool = False,
+    ) -> Any:
+        """`function(*args)`; if the device runs out of memory, once more without the cache.
+
+            loss = store.yield_memory_to(step, batch, zero_grad=optimizer.zero_grad)
+
+        Between the two calls all features are dropped but those of batches in flight, their memory
+        is returned to the device, the random numbers are restored, and `zero_grad` is called. So
+        `function` may be the forward and the backward pass, but not the optimizer's step. Without
+        a budget the cache does not grow again.
+
+        Raises torch.OutOfMemoryError if there is nothing to drop, or if it still does not suffice;
+        RuntimeError with several ranks of torch.distributed, since one alone must not repeat a
+        collective operation, unless `collective_free` states that there is none inside.
+        """
+        require_no_collective(collective_free)
+        return call_twice(partial(function, *args), self._shed, zero_grad, self.device)
+
+    def _shed(self) -> int:
+        with self.quiesce():
+            return self._shared.memory.shed()
 
     def wait_idle(self, timeout: float | None = None) -> bool:
         """Wait until no file is being read, at most `timeout` seconds; returns whether that is so.
@@ -339,7 +350,3 @@ class GPUFeatureStore:
             "a GPUFeatureStore lives in one process and cannot be pickled; give worker processes "
             "paths, and make the store where the training loop runs"
         )
-
-
-def _power_of_two_below(number: int) -> int:
-    return 1 << max(0, number.bit_length() - 1)

@@ -12,6 +12,7 @@ from gpucache_pipes.testing.formats import FormatContract
 from gpucache_pipes.testing.ordering import UnorderedAccessError
 from gpucache_pipes.testing.policies import PolicyContract, simulate_policy
 from gpucache_pipes.testing.simulated import SimulatedRuntime
+from gpucache_pipes.testing.simulated_memory import WrongDeviceError
 from gpucache_pipes.testing.sources import SourceContract
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "SimulatedRuntime",
     "SourceContract",
     "UnorderedAccessError",
+    "WrongDeviceError",
     "assert_same",
     "features",
     "simulate_policy",

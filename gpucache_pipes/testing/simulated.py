@@ -5,10 +5,11 @@
 once in a thousand runs happens here in most: copies are delayed, streams overtake each other, and
 an operation may not have run until the host waits for it. An access that nothing orders after a
 conflicting one raises `UnorderedAccessError` when it is issued, even if the data would have been
-correct.
+correct. So does a call that is made while another device is current, if the simulated one is not
+device 0.
 
-A copy from memory that is not pinned takes its bytes at once, as on CUDA. Not simulated: the
-allocator's reuse of memory across streams.
+A copy from memory that is not pinned takes its bytes at once, as on CUDA. Memory that is freed is
+given out again to the stream that it was allocated on, as torch's allocator does.
 """
 
 import contextlib
@@ -23,8 +24,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from gpucache_pipes.device import DeviceMemory, Reservation
 from gpucache_pipes.device.runtime import host_bytes
 from gpucache_pipes.testing.ordering import HOST, Clock, Interval, OrderChecker, join
+from gpucache_pipes.testing.simulated_memory import CurrentDevices, StreamPools
 from gpucache_pipes.testing.simulated_streams import SimulatedEvent, SimulatedStream
 from gpucache_pipes.testing.simulated_tensor import SimulatedTensor, intervals_of
 
@@ -36,8 +39,10 @@ class SimulatedRuntime:
         seed: seed of the order in which operations run.
         haste: probability that a ready operation runs when time passes. With 0, operations run only
             when the host waits.
+        index: of the device. A new thread has device 0.
 
     Attributes:
+        devices: which device is current in each thread.
         operations: operations issued so far, copies to the device included.
         waits: how often the host has waited for the device so far.
 
@@ -52,8 +57,11 @@ class SimulatedRuntime:
     gpucache_pipes.testing.ordering.UnorderedAccessError: aten::clone on stream 2, reading bytes ...
     """
 
-    def __init__(self, seed: int = 0, haste: float = 0.3) -> None:
+    returns_memory = True
+
+    def __init__(self, seed: int = 0, haste: float = 0.3, index: int = 0) -> None:
         self.device = torch.device("cpu")
+        self.devices = CurrentDevices(index)
         self.lock = threading.RLock()
         self.checker = OrderChecker()
         self.operations = 0
@@ -63,15 +71,22 @@ class SimulatedRuntime:
         self._host: Clock = {}
         self._streams: list[SimulatedStream] = []
         self._current = threading.local()
-        self._default = self.new_stream()
-        self._memories = itertools.count()
+        with self.devices.entered():
+            self._default = self.new_stream()
+        self._pools = StreamPools()
+        self._pinned_numbers = itertools.count(-1, -1)
         # Pinned allocations: first address, end address, number.
         self._pinned: list[tuple[int, int, int]] = []
 
     # The methods of Runtime
 
+    def bind_thread(self) -> None:
+        """See Runtime."""
+        self.devices.set_current()
+
     def new_stream(self) -> SimulatedStream:
         """See Runtime."""
+        self.devices.require("making a stream")
         with self.lock:
             self._streams.append(SimulatedStream(self, len(self._streams)))
             return self._streams[-1]
@@ -88,31 +103,42 @@ class SimulatedRuntime:
     def on(self, stream: SimulatedStream) -> Iterator[None]:
         """See Runtime."""
         before = self.current_stream()
-        self._current.stream = stream
-        try:
-            yield
-        finally:
-            self._current.stream = before
+        with self.devices.entered():
+            self._current.stream = stream
+            try:
+                yield
+            finally:
+                self._current.stream = before
 
     def on_device(self) -> contextlib.AbstractContextManager[None]:
         """See Runtime."""
-        return contextlib.nullcontext()
+        return self.devices.entered()
+
+    def reserve(self, nbytes: int) -> Reservation:
+        """See Runtime."""
+        self.devices.require("allocating")
+        return Reservation(self.empty(nbytes))
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """See Runtime. The memory is filled with a pattern."""
-        return self._allocate(torch.empty(nbytes, dtype=torch.uint8))
+        """Device memory, uint8 [nbytes], filled with a pattern."""
+        return self._allocate(torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
 
-    def memory(self) -> tuple[int, int] | None:
+    def memory(self) -> DeviceMemory | None:
         """See Runtime."""
+        self.devices.require("looking at memory")
         return None
+
+    def release_pinned(self) -> None:
+        """See Runtime."""
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See Runtime."""
-        memory = torch.empty(nbytes, dtype=torch.uint8)
+        self.devices.require("allocating pinned memory")
+        memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         first, last = memory.data_ptr(), memory.data_ptr() + nbytes
         with self.lock:
             self._pinned = [p for p in self._pinned if p[1] <= first or last <= p[0]]
-            self._pinned.append((first, last, next(self._memories)))
+            self._pinned.append((first, last, next(self._pinned_numbers)))
         return memory
 
     def bytes_of(self, pinned: torch.Tensor) -> memoryview:
@@ -126,6 +152,7 @@ class SimulatedRuntime:
 
     def index(self, numbers: Sequence[int]) -> torch.Tensor:
         """See Runtime."""
+        self.devices.require("uploading an index")
         with self.lock:
             values = torch.frombuffer(array("q", numbers), dtype=torch.int64)
             index = self._allocate(torch.empty_like(values))
@@ -242,7 +269,8 @@ class SimulatedRuntime:
         # A pattern, so that reading before writing does not give correct data by chance.
         if real.numel():
             real.view(torch.uint8).fill_(0xA5) if real.ndim else real.fill_(1)
-        return SimulatedTensor(real, self, next(self._memories))
+        memory = self._pools.allocate(self.current_stream().number, real.numel() * real.itemsize)
+        return SimulatedTensor(real, self, memory)
 
     def _issue(
         self, what: str, reads: list[Interval], writes: list[Interval], run: Callable[[], Any]

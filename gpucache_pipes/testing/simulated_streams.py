@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from gpucache_pipes.testing.ordering import Clock, join
+from gpucache_pipes.testing.simulated_memory import CurrentDevices
 
 
 class Timeline(Protocol):
@@ -13,10 +14,12 @@ class Timeline(Protocol):
     Attributes:
         lock: reentrant; held while a stream or an event changes.
         waits: how often the host has waited.
+        devices: the current device of each thread.
     """
 
     lock: Any
     waits: int
+    devices: CurrentDevices
 
     def let_time_pass(self) -> None:
         """Run some of the operations that are ready."""
@@ -47,6 +50,7 @@ class SimulatedStream:
 
     def wait_event(self, event: "SimulatedEvent") -> None:
         """Order all operations issued from now on after the event."""
+        self._runtime.devices.require("wait_event")
         with self._runtime.lock:
             # The mark as of now: the event may be recorded again.
             self.queue.append((_nothing, event.mark))
@@ -79,12 +83,14 @@ class SimulatedEvent:
 
     def record(self, stream: SimulatedStream) -> None:
         """Mark the operations issued on the stream so far."""
+        self._runtime.devices.require("event.record")
         with self._runtime.lock:
             self.mark = _Mark(dict(stream.clock), done=False)
             stream.queue.append((self.mark.reach, None))
 
     def query(self) -> bool:
         """Whether the stream has reached the event. Lets time pass first."""
+        self._runtime.devices.require("event.query")
         with self._runtime.lock:
             self._runtime.let_time_pass()
             if self.mark.done:
@@ -93,12 +99,16 @@ class SimulatedEvent:
 
     def synchronize(self) -> None:
         """Let the host wait for the event."""
+        self._runtime.devices.require("event.synchronize")
         with self._runtime.lock:
             mark = self.mark
             self._runtime.waits += 1
             while not mark.done:
                 self._runtime.run_one()
             self._runtime.host_knows(mark.clock)
+
+    def __del__(self) -> None:
+        self._runtime.devices.note("destroying an event")
 
 
 def _nothing() -> None:

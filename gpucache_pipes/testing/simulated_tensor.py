@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from gpucache_pipes.testing.ordering import Interval
+from gpucache_pipes.testing.simulated_memory import Allocation
 
 
 class Dispatcher(Protocol):
@@ -28,20 +29,22 @@ class SimulatedTensor(torch.Tensor):
     Attributes:
         content: a real tensor, which holds the results of the operations that have run so far.
         runtime: queues the operations.
-        memory: number of the allocation that the tensor lies in. Numbers are never reused.
+        memory: the allocation that the tensor lies in.
         numbers: of an index that the host has written, its values. They tell which rows an
             operation touches before it has run.
     """
 
     content: torch.Tensor
     runtime: Dispatcher
-    memory: int
+    memory: Allocation
     numbers: Sequence[int] | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, content: torch.Tensor, runtime: Dispatcher, memory: int) -> "SimulatedTensor":
+    def __new__(
+        cls, content: torch.Tensor, runtime: Dispatcher, memory: Allocation
+    ) -> "SimulatedTensor":
         """Wrap `content`, which is a part of the allocation `memory`."""
         tensor: SimulatedTensor = torch.Tensor._make_wrapper_subclass(
             cls, content.shape, content.stride(), content.storage_offset(), dtype=content.dtype,
@@ -82,18 +85,18 @@ class SimulatedTensor(torch.Tensor):
 
 def intervals_of(tensor: SimulatedTensor, rows: Sequence[int] | None = None) -> list[Interval]:
     """The bytes of `tensor`, or of some `rows` of it, as byte ranges of its allocation."""
-    real, size = tensor.content, tensor.content.itemsize
+    real, size, memory = tensor.content, tensor.content.itemsize, tensor.memory.number
     if not real.numel():
         return []
     start = int(real.storage_offset()) * size
     if rows is None and real.is_contiguous():
-        return [(tensor.memory, start, start + real.numel() * size)]
+        return [(memory, start, start + real.numel() * size)]
     if not real.ndim:
-        return [(tensor.memory, start, start + size)]
+        return [(memory, start, start + size)]
     sides = zip(real.shape[1:], real.stride()[1:], strict=True)
     length = size * (1 + sum((side - 1) * stride for side, stride in sides))
     step = int(real.stride(0)) * size
     return [
-        (tensor.memory, start + row * step, start + row * step + length)
+        (memory, start + row * step, start + row * step + length)
         for row in (range(real.shape[0]) if rows is None else rows)
     ]

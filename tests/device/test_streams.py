@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
-from gpucache_pipes.device import AcceleratorBackend, accelerator
+from gpucache_pipes.device import AcceleratorBackend, growing_arena
+from gpucache_pipes.device.operations import OperationLog
 from gpucache_pipes.device.staging import StagingLane
 from gpucache_pipes.testing import SimulatedRuntime, UnorderedAccessError, assert_same
 from gpucache_pipes.testing.contracts import in_threads
@@ -58,37 +59,35 @@ def test_every_access_is_in_order(seed: int) -> None:
     work(SimulatedRuntime(seed, haste=(0, 0.3, 0.7)[seed % 3]), seed)
 
 
-def forget_uploads(backend: AcceleratorBackend, note: Any, wait_for: Any, lane: Any) -> None:
-    backend._wait_for = lambda log, *rest: (  # type: ignore[method-assign]
-        None if log is backend._uploads else wait_for(log, *rest)
-    )
+def forget_uploads(backend: AcceleratorBackend, lane: Any) -> None:
+    backend._uploads.hold_back = no_edge  # type: ignore[method-assign]
 
 
-def forget_gathers(backend: AcceleratorBackend, note: Any, wait_for: Any, lane: Any) -> None:
-    backend._wait_for = lambda log, *rest: (  # type: ignore[method-assign]
-        None if log is backend._gathers else wait_for(log, *rest)
-    )
+def forget_gathers(backend: AcceleratorBackend, lane: Any) -> None:
+    backend._gathers.hold_back = no_edge  # type: ignore[method-assign]
 
 
-def forget_that_staging_is_read(
-    backend: AcceleratorBackend, note: Any, wait_for: Any, lane: pytest.MonkeyPatch
-) -> None:
-    lane.setattr(StagingLane, "busy_until", lambda self, event: None)
+def no_edge(stream: Any, pages: Any) -> None:
+    """Wait for nothing."""
 
 
-def one_event_for_each_page(
-    backend: AcceleratorBackend, note: Any, wait_for: Any, lane: Any
-) -> None:
+def forget_that_staging_is_read(backend: AcceleratorBackend, lane: pytest.MonkeyPatch) -> None:
+    lane.setattr(StagingLane, "busy_until", lambda self, upload: None)
+
+
+def one_event_for_each_page(backend: AcceleratorBackend, lane: Any) -> None:
     """One event for each page: a second gather replaces the first one."""
+    log = backend._gathers
+    add = log.add
 
-    def note_last(log: Any, event: Any, pages: Any, arena: Any = None) -> None:
-        if log is backend._gathers:
-            for serial, earlier in list(log.items()):
-                left = [page for page in earlier.pages if page not in pages]
-                log[serial] = earlier._replace(pages=left)
-        note(log, event, pages, arena)
+    def add_last(stream: Any, pages: Any, held: Any = None) -> Any:
+        for operations in log._streams.values():
+            for earlier in operations:
+                assert earlier.pages is not None
+                earlier.pages = [page for page in earlier.pages if page not in pages]
+        return add(stream, pages, held)
 
-    backend._note = note_last  # type: ignore[method-assign]
+    log.add = add_last  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -103,7 +102,7 @@ def test_no_edge_can_be_left_out(
 
     def without(backend: AcceleratorBackend, runtime: Any) -> None:
         original(backend, runtime)
-        drop(backend, backend._note, backend._wait_for, monkeypatch)
+        drop(backend, monkeypatch)
 
     monkeypatch.setattr(AcceleratorBackend, "__init__", without)
     with pytest.raises((UnorderedAccessError, RuntimeError)) as caught:
@@ -152,8 +151,7 @@ def test_pipelines_on_several_streams(
         ) as store,
     ):
         if small_segments:
-            patch.setattr(accelerator, "_FIRST_SEGMENT", 512)
-            patch.setattr(accelerator, "_STEP", 512)
+            patch.setattr(growing_arena, "FIRST_BYTES", 512)
 
         def consume(number: int) -> None:
             with runtime.on(runtime.new_stream()):
@@ -247,13 +245,17 @@ def after_a_move(haste: float, seed: int) -> None:
     runtime = SimulatedRuntime(seed, haste)
     backend = AcceleratorBackend(runtime)
     with GPUFeatureStore(
-        backend, load_fn=FILES.__getitem__, asynchronous=False, page_bytes=192
+        backend,
+        load_fn=FILES.__getitem__,
+        max_cache_bytes=1 << 14,
+        asynchronous=False,
+        page_bytes=192,
     ) as store:
         store.get_batch(PATHS[:2])
         backend._copy_stream.synchronize()
-        before = backend._arena
+        before = backend._pages.arena
         store.prefetch(PATHS[2:])
-        assert backend._arena is not before
+        assert backend._pages.arena is not before
         with runtime.on(runtime.new_stream()):
             batch = store.get_batch(PATHS[:2]).collate()
             assert batch["label"].flatten().tolist() == [0, 1]
@@ -261,17 +263,14 @@ def after_a_move(haste: float, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_gather_waits_for_the_arena_to_move(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerator, "_FIRST_SEGMENT", 2 * 192)
+    monkeypatch.setattr(growing_arena, "FIRST_BYTES", 2 * 192)
     after_a_move((0, 0.3)[seed % 2], seed)
-    note = AcceleratorBackend._note
+    add = OperationLog.add
 
-    def without_moves(
-        backend: AcceleratorBackend, log: Any, event: Any, pages: Any, *rest: Any
-    ) -> None:
-        if pages is not None:
-            note(backend, log, event, pages, *rest)
+    def without_moves(log: OperationLog, stream: Any, pages: Any, held: Any = None) -> Any:
+        return None if pages is None else add(log, stream, pages, held)
 
-    monkeypatch.setattr(AcceleratorBackend, "_note", without_moves)
+    monkeypatch.setattr(OperationLog, "add", without_moves)
     with pytest.raises(UnorderedAccessError):
         after_a_move(0, seed)
 

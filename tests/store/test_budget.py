@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpucache_pipes import GPUFeatureStore
-from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
+from gpucache_pipes.device import AcceleratorBackend, DeviceMemory, InOrderRuntime
 
 Files = Callable[..., list[str]]
 
@@ -40,7 +40,7 @@ def test_a_budget_of_exactly_n_features_holds_n(make_files: Files) -> None:
 class Broken(AcceleratorBackend):
     """Its device has room for two pages."""
 
-    def grow(self, needed: int, useful: int | None) -> int:
+    def grow(self, needed: int, useful: int | None, known: int | None = None) -> int:
         return super().grow(2, 2) if self.reserved_bytes == 0 and needed <= 2 else 0
 
 
@@ -88,7 +88,7 @@ def test_what_is_in_flight_beyond_the_budget_takes_few_segments() -> None:
         for _ in range(3):
             held = [store.request([path]) for path in items]
             assert [int(t.result()[0][0]) for t in held] == list(range(200))
-        assert backend._arena is not None and len(backend._arena._segments) <= 3
+        assert backend._pages.arena is not None and len(backend._pages.arena.segments) <= 3
 
 
 @pytest.mark.parametrize("page_bytes", [None, 4096])
@@ -116,7 +116,7 @@ def test_what_is_left_to_others_does_not_stop_a_batch(
 ) -> None:
     paths = make_files(40)
     runtime = InOrderRuntime(torch.device("cpu"))
-    monkeypatch.setattr(runtime, "memory", lambda: (5 << 30, 80 << 30))
+    monkeypatch.setattr(runtime, "memory", lambda: DeviceMemory(5 << 30, 80 << 30, 0, 0, 0))
     with GPUFeatureStore(AcceleratorBackend(runtime)) as store:
         for count in (1, 2, 40, 3):
             batch = store.get_batch(paths[:count])

@@ -322,8 +322,8 @@ def test_no_device_memory(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     lacking = [True]
     before = backend.grow
 
-    def grow(needed: int, useful: int | None) -> int:
-        return 0 if lacking else before(needed, useful)
+    def grow(needed: int, useful: int | None, known: int | None) -> int:
+        return 0 if lacking else before(needed, useful, known)
 
     monkeypatch.setattr(backend, "grow", grow)
     with GPUFeatureStore(backend) as store:

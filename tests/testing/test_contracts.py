@@ -21,7 +21,8 @@ from gpucache_pipes.device import (
     Column,
     HostBackend,
     InOrderRuntime,
-    accelerator,
+    Reservation,
+    growing_arena,
     host,
     open_backend,
     resolve_device,
@@ -466,8 +467,8 @@ def test_the_contract_of_formats_finds_old_plans() -> None:
 @pytest.fixture
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Arenas of few pages, so that growing moves them."""
-    monkeypatch.setattr(accelerator, "_FIRST_SEGMENT", 512)
-    monkeypatch.setattr(accelerator, "_STEP", 512)
+    monkeypatch.setattr(growing_arena, "FIRST_BYTES", 512)
+    monkeypatch.setattr(growing_arena, "LEAST_BYTES", 512)
     monkeypatch.setattr(host, "_FIRST_PAGES", 512)
 
 
@@ -478,11 +479,11 @@ class Limited(InOrderRuntime):
         super().__init__(CPU)
         self._left = nbytes
 
-    def empty(self, nbytes: int) -> torch.Tensor:
+    def reserve(self, nbytes: int) -> Reservation:
         if nbytes > self._left:
             raise torch.OutOfMemoryError
         self._left -= nbytes
-        return super().empty(nbytes)
+        return super().reserve(nbytes)
 
 
 class TestHostBackend(BackendContract):
@@ -586,9 +587,9 @@ class Keeps(HostBackend):
 class LosesPages(HostBackend):
     """Growing clears the pages."""
 
-    def grow(self, needed: int, useful: int | None) -> int:
+    def grow(self, needed: int, useful: int | None, known: int | None = None) -> int:
         before = self.reserved_bytes
-        pages = super().grow(needed, useful)
+        pages = super().grow(needed, useful, known)
         memory = self.memory()
         assert memory is not None
         memory[:before] = 0
@@ -596,7 +597,7 @@ class LosesPages(HostBackend):
 
 
 class GrowsTooLittle(HostBackend):
-    def grow(self, needed: int, useful: int | None) -> int:
+    def grow(self, needed: int, useful: int | None, known: int | None = None) -> int:
         return super().grow(1, 1)
 
 
@@ -652,8 +653,10 @@ def test_the_contract_of_backends_can_fail(backend: type[HostBackend], tests: st
 class Unordered(AcceleratorBackend):
     """No stream waits for another."""
 
-    def _wait_for(self, log: Any, pages: Sequence[int], stream: Any) -> None:
-        pass
+    def __init__(self, runtime: Any) -> None:
+        super().__init__(runtime)
+        for log in (self._uploads, self._gathers):
+            log.hold_back = lambda stream, pages: None  # type: ignore[method-assign]
 
 
 @pytest.mark.usefixtures("small_segments")

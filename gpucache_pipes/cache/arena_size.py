@@ -1,0 +1,184 @@
+"""ArenaSize: how many pages the arena of a cache has, and should have."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Protocol
+
+from gpucache_pipes.cache.entries import Entries
+from gpucache_pipes.cache.entry import Entry, State
+from gpucache_pipes.cache.ledger import Ledger
+from gpucache_pipes.cache.pins import Pins
+from gpucache_pipes.cache.policies import Policy
+
+Grow = Callable[[int, int | None, int | None], int]
+"""grow(needed, useful, known) -> pages added to the arena: see device.Backend."""
+
+_SLACK = 0.02
+"""More pages than a mean of a sample says, where files differ."""
+
+
+class Owner(Protocol):
+    """The Cache that an ArenaSize is a part of."""
+
+    ledger: Ledger
+    entries: Entries
+    pins: Pins
+    policy: Policy
+
+    def report_accesses(self) -> None:
+        """See Cache."""
+
+    def evict(self, victims: Sequence[Entry]) -> None:
+        """See Cache."""
+
+    def release(self, entries: Sequence[Entry]) -> None:
+        """See Cache."""
+
+    def set_row(self, entry: Entry) -> None:
+        """See Cache."""
+
+
+class ArenaSize:
+    """Has the arena grow for what is known to be needed, and returns pages to the device.
+
+    A part of Cache.
+
+    Attributes:
+        pages_per_file: an estimate, before enough files have been read.
+        files_in_flight: the most files that pipelines have said they hold in pending batches.
+    """
+
+    def __init__(self, owner: Owner, grow: Grow, shrink: Callable[[int], None]) -> None:
+        self.pages_per_file = 0.0
+        self.files_in_flight = 0
+        self._owner = owner
+        self._ledger = owner.ledger
+        self._grow = grow
+        self._shrink = shrink
+        # Pages have been retired and are still in the arena.
+        self._shrinking = False
+
+    def forget(self) -> None:
+        """There is no arena any more."""
+        self.pages_per_file = 0.0
+        self._shrinking = False
+
+    def expect(self, files: int) -> None:
+        """A pipeline will have this many files in pending batches at a time."""
+        if files > self.files_in_flight:
+            self.files_in_flight = files
+
+    # Growing
+
+    def find_pages(self, wanted: Entry, pages: int, cached: bool) -> bool:
+        """Have `pages` free ones: from the device or, once that is full, by evicting."""
+        ledger, owner = self._ledger, self._owner
+        self.settle()
+        if ledger.ceiling is None and not ledger.retiring:
+            self._add(pages - ledger.free_pages, *self._wishes(pages))
+            if ledger.free_pages >= pages:
+                return True
+        owner.report_accesses()
+        victims: dict[Entry, None] = {}
+        shortage = pages - ledger.free_pages
+        for entry in self._evictable(wanted):
+            if shortage <= 0:
+                break
+            if entry not in victims:
+                victims[entry] = None
+                shortage -= len(ledger.kept(entry.pages))
+        if shortage > 0:
+            # Batches in flight hold the rest. They may grow the arena beyond the budget.
+            if ledger.retiring:
+                ledger.keep_all(owner.entries.values())
+                self._shrinking = False
+                shortage = pages - ledger.free_pages - sum(len(entry.pages) for entry in victims)
+            if shortage > 0 and self._add(shortage, 0, None) < shortage:
+                return False
+        owner.evict(list(victims))
+        # Batches in flight need the rest: a cache that took it again would evict for each of them.
+        ledger.set_ceiling(ledger.cached_pages + (pages if cached else 0))
+        return True
+
+    def _add(self, needed: int, useful: int | None, known: int | None) -> int:
+        added = self._grow(needed, useful, known)
+        self._ledger.add_pages(added)
+        return added
+
+    def _wishes(self, pages: int) -> tuple[int | None, int | None]:
+        """What the budget can use, and what all known files need, in addition to what there is.
+
+        `pages` are those of the entry that needs some now.
+        """
+        ledger = self._ledger
+        each = self.pages_per_file or float(pages)
+        if ledger.cached_items >= _ENOUGH:
+            each = ledger.cached_pages / ledger.cached_items
+        need = len(self._owner.entries.paths) * each
+        need = math.ceil(need if each == int(each) else need * (1 + _SLACK))
+        budgets = [] if ledger.useful_pages is None else [ledger.useful_pages]
+        if ledger.max_items is not None:
+            budgets.append(math.ceil(ledger.max_items * each))
+        if not budgets:
+            return None, need - ledger.pages
+        budget = min(budgets)
+        # Batches in flight take pages beyond the budget once that is used up.
+        pinned = max(self.files_in_flight, len(self._owner.pins.numbers()))
+        in_flight = math.ceil(pinned * each)
+        useful = budget + in_flight - ledger.pages
+        return useful, min(useful, need - ledger.pages) if need <= budget else useful
+
+    def _evictable(self, wanted: Entry) -> Iterator[Entry]:
+        """What may be evicted where pages must be found: the policy's victims, then any entry."""
+        owner = self._owner
+        chosen = map(owner.entries.latest, owner.policy.victims(wanted.file))
+        pinned = owner.pins.numbers()
+        for entry in chain(chosen, owner.entries.values()):
+            if entry.cached and entry.state is State.READY and entry.number not in pinned:
+                yield entry
+
+    # Shrinking
+
+    def retire(self, count: int) -> None:
+        """Return the last `count` pages to the device, once no batch in flight needs them."""
+        ledger = self._ledger
+        if self._shrinking or count > ledger.pages:
+            return
+        ledger.retire(ledger.pages - count)
+        self._shrinking = True
+        lost = [entry for entry in self._owner.entries.values()
+                if len(ledger.kept(entry.pages)) < len(entry.pages)]  # fmt: skip
+        self._owner.release(lost)
+        self.settle()
+
+    def settle(self) -> None:
+        """Finish what `retire` began, if nothing holds the pages any more."""
+        if self._shrinking and not self._ledger.retiring:
+            self._shrinking = False
+            self._shrink(self._ledger.pages)
+
+    def needed_pages(self) -> list[int]:
+        """Drop all but what batches in flight need; the pages of that, in order."""
+        owner = self._owner
+        if self._shrinking:
+            self._ledger.keep_all(owner.entries.values())
+            self._shrinking = False
+        pinned = owner.pins.numbers()
+        owner.release([entry for entry in owner.entries.values()
+                       if entry.cached and entry.number not in pinned])  # fmt: skip
+        return sorted(page for entry in owner.entries.values() for page in entry.pages)
+
+    def renumber(self, pages: Sequence[int]) -> None:
+        """The arena now consists of these pages, the held ones, in this order."""
+        number_of = {page: number for number, page in enumerate(pages)}
+        for entry in self._owner.entries.values():
+            if entry.pages:
+                entry.pages = tuple(number_of[page] for page in entry.pages)
+                if entry.state is State.READY:
+                    self._owner.set_row(entry)
+        self._ledger.renumbered(len(pages))
+
+
+_ENOUGH = 64
+"""Cached features whose mean size is that of all."""

@@ -1,0 +1,45 @@
+"""Errors of a device, which are nobody's file's fault."""
+
+from typing import Any
+
+import torch
+
+_AcceleratorError: Any = getattr(torch, "AcceleratorError", None)
+
+_CAPTURE = range(900, 911)
+"""The codes of cudaError_t that concern the capture of a graph."""
+
+
+class DeviceMemoryError(torch.OutOfMemoryError, MemoryError):
+    """The device has no memory for what a batch needs.
+
+    Both torch's exception and Python's: `except` clauses for either keep working.
+    """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device has no memory: torch has a class for most cases, and none for others."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "error: out of memory" in str(error)
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether the device has failed, in any way but a lack of memory."""
+    if is_out_of_memory(error):
+        return False
+    if _AcceleratorError is not None and isinstance(error, _AcceleratorError):
+        return True
+    # Before torch 2.8 there is no class for it.
+    return type(error) is RuntimeError and str(error).startswith(("CUDA error", "XPU error"))
+
+
+def ends_the_device(error: BaseException) -> bool:
+    """Whether nothing works on the device any more, as after a device-side assert.
+
+    An operation that another thread's capture of a graph forbids does no such harm.
+    """
+    if not is_device_error(error):
+        return False
+    code = getattr(error, "error_code", None)
+    return code not in _CAPTURE and "captur" not in str(error)

@@ -1,0 +1,94 @@
+"""What becomes of the memory of the device: freeing it, and leaving it to the model."""
+
+from typing import Protocol
+
+from gpucache_pipes.cache import Cache
+from gpucache_pipes.device import Backend
+from gpucache_pipes.store.load_tracker import LoadTracker
+from gpucache_pipes.store.lock import StoreLock
+
+_BATCHES = 32
+"""Batches between two looks at what the model needs. A look takes up to 0.1 ms."""
+
+_PATIENCE = 5.0
+"""Seconds to wait for gathers that other threads are issuing."""
+
+
+class Owner(Protocol):
+    """The SharedCache that a MemoryTracker is a part of."""
+
+    lock: StoreLock
+    cache: Cache
+    loads: LoadTracker
+
+    def require_open(self) -> None:
+        """See SharedCache."""
+
+
+class MemoryTracker:
+    """Frees the arena, or parts of it, once nothing needs them.
+
+    A part of SharedCache: `clear` and `shed` are whole steps under its lock, the others parts of
+    such steps.
+    """
+
+    def __init__(self, owner: Owner, backend: Backend) -> None:
+        self._lock = owner.lock
+        self._cache = owner.cache
+        self._owner = owner
+        self._backend = backend
+        # clear() was called, and memory is to be freed when no batch is in flight.
+        self._clearing = False
+        self._batches = 0
+
+    def clear(self) -> None:
+        """Stop caching everything, and free the memory as soon as no batch is in flight."""
+        with self._lock:
+            self._owner.require_open()
+            self._cache.release(list(self._cache.entries.values()))
+            self._clearing = True
+            self.settle()
+
+    def settle(self) -> None:
+        """Finish what `clear` or `balance` began, if no batch in flight needs the memory."""
+        self._cache.arena.settle()
+        if self._clearing and self._cache.idle and not self._lock.uses:
+            self._clearing = False
+            if not self._cache.ledger.held_pages:
+                self._owner.loads.free_arena()
+
+    def balance(self) -> None:
+        """Now and then, where there is no budget: leave the model what it needs. After a gather."""
+        ledger = self._cache.ledger
+        if ledger.max_bytes is not None or ledger.max_items is not None:
+            return
+        self._batches += 1
+        if self._batches % _BATCHES:
+            return
+        pages = self._backend.balance()
+        if pages < 0:
+            self._cache.arena.retire(-pages)
+        elif pages and ledger.ceiling is not None:
+            ledger.set_ceiling(None)  # the cache may grow again
+
+    def shed(self) -> int:
+        """Drop all but what batches in flight need, and return the memory; how many bytes.
+
+        While readers are held, and outside of any use of the calling thread. Raises
+        torch.OutOfMemoryError if there is no memory even for what batches in flight need.
+        """
+        with self._lock:
+            self._owner.require_open()
+            self._lock.await_uses(_PATIENCE)
+            before = self._backend.reserved_bytes
+            if self._lock.uses or not before:
+                return 0
+            pages = self._cache.arena.needed_pages()
+            if pages:
+                self._backend.rebuild(pages)
+                self._cache.arena.renumber(pages)
+                for batch in self._cache.pins.holders():
+                    batch.forget_rows()
+            else:
+                self._owner.loads.free_arena()
+            return before - self._backend.reserved_bytes

@@ -1,0 +1,92 @@
+"""Makes the parts of a store, from the arguments that its user gives."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from gpucache_pipes.cache import Ledger, Policy, make_policy
+from gpucache_pipes.device import Backend, open_backend, resolve_device
+from gpucache_pipes.files import LocalFiles, Source
+from gpucache_pipes.store.gather import Gatherer
+from gpucache_pipes.store.loader import Loader, require_timeout
+from gpucache_pipes.store.reader_pool import ReaderPool
+from gpucache_pipes.store.requests import RequestManager
+from gpucache_pipes.store.shared_cache import SharedCache
+from gpucache_pipes.store.shutdown import Shutdown
+from gpucache_pipes.units import parse_bytes, positive_int
+
+_DEFAULT_THREADS = 1
+_STAGING_BYTES = 64 << 20
+
+
+class Parts(NamedTuple):
+    """What a store consists of."""
+
+    backend: Backend
+    shared: SharedCache
+    loader: Loader
+    requests: RequestManager
+    shutdown: Shutdown
+
+
+def make_parts(
+    store: object,
+    device: str | torch.device | Backend | None,
+    *,
+    max_cache_bytes: int | str | None,
+    max_cache_items: int | None,
+    policy: str | Policy,
+    load_fn: Callable[[str], Any] | None,
+    weights_only: bool,
+    source: Source | None,
+    asynchronous: bool,
+    reader_threads: int | None,
+    page_bytes: int | None,
+    staging_bytes: int | str | None,
+    revalidate: bool,
+    read_timeout: float | None,
+) -> Parts:
+    """The parts of `store`. Arguments and errors are those of GPUFeatureStore."""
+    if load_fn is not None and not callable(load_fn):
+        raise ValueError(f"load_fn={load_fn!r} must be callable")
+    if source is not None and (load_fn is not None or not weights_only):
+        raise ValueError("a source reads files itself: give load_fn or weights_only to it")
+    require_timeout(read_timeout, asynchronous)
+    if page_bytes is not None and positive_int("page_bytes", page_bytes) % 16:
+        raise ValueError(f"page_bytes={page_bytes} must be a multiple of 16")
+    threads = positive_int(
+        "reader_threads", _DEFAULT_THREADS if reader_threads is None else reader_threads
+    )
+    staging = _STAGING_BYTES * threads
+    if staging_bytes is not None:
+        staging = parse_bytes("staging_bytes", staging_bytes)
+    ledger = Ledger(
+        None if max_cache_bytes is None else parse_bytes("max_cache_bytes", max_cache_bytes),
+        None if max_cache_items is None else positive_int("max_cache_items", max_cache_items),
+    )
+    policy = make_policy(policy)
+    backend = device if isinstance(device, Backend) else open_backend(resolve_device(device))
+    source = LocalFiles(load_fn, weights_only) if source is None else source
+    pool = None
+    if asynchronous:
+        pool = ReaderPool(threads, "gpucache-reader", backend.bind_thread)
+    shared = SharedCache(ledger, policy, backend)
+    loader = Loader(
+        source,
+        shared.loads,
+        backend,
+        pool,
+        page_bytes=page_bytes,
+        upload_bytes=_power_of_two_below(staging // (2 * threads)),
+        revalidate=revalidate,
+        read_timeout=read_timeout,
+    )
+    gatherer = Gatherer(shared.cache, backend)
+    requests = RequestManager(shared, source, loader, gatherer, revalidate=revalidate)
+    shutdown = Shutdown(store, shared, loader, pool, backend)
+    return Parts(backend, shared, loader, requests, shutdown)
+
+
+def _power_of_two_below(number: int) -> int:
+    return 1 << max(0, number.bit_length() - 1)
