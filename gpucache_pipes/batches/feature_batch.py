@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
-from torch.utils.data import default_collate
 
 from gpucache_pipes.batches.ragged import RaggedOptions, join_ragged, stack_scattered
-from gpucache_pipes.batches.transfer import to_device
+from gpucache_pipes.batches.transfer import collate_on_host, to_device
 from gpucache_pipes.batches.unlike import collate_unlike
 from gpucache_pipes.files import Layout, Leaf, PathLike, Tree, build, copy_value, leaf_names
 
@@ -243,7 +242,7 @@ def _collate_tree(
             return columns[tree]
         column = [copy_value(value) for value in values[~tree]]
         samples: Any = column if as_list else tuple(column)
-        return to_device(default_collate(samples), device)
+        return to_device(collate_on_host(samples), device)
     kind, keys, _, children = tree
     parts = [
         _collate_tree(child, columns, values, device, as_list=keys is not None)

@@ -100,7 +100,7 @@ class SimulatedRuntime:
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """See Runtime. The memory is filled with a pattern."""
-        return self._allocate(torch.empty(nbytes, dtype=torch.uint8))
+        return self._allocate(torch.empty(nbytes, dtype=torch.uint8, device="cpu"))
 
     def memory(self) -> tuple[int, int] | None:
         """See Runtime."""
@@ -108,7 +108,7 @@ class SimulatedRuntime:
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See Runtime."""
-        memory = torch.empty(nbytes, dtype=torch.uint8)
+        memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         first, last = memory.data_ptr(), memory.data_ptr() + nbytes
         with self.lock:
             self._pinned = [p for p in self._pinned if p[1] <= first or last <= p[0]]
