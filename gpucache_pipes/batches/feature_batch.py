@@ -12,6 +12,13 @@ from gpucache_pipes.batches.transfer import collate_on_host, to_device
 from gpucache_pipes.batches.unlike import collate_unlike
 from gpucache_pipes.files import Layout, Leaf, PathLike, Tree, build, copy_value, leaf_names
 
+_NO_FAULT_OF_FEATURES: tuple[type[Exception], ...] = tuple(
+    kind
+    for kind in (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", None))
+    if kind is not None
+)
+"""Errors of the machine. Programs catch them by their type, and no feature is to blame."""
+
 
 class FeatureBatch(Sequence[Any]):
     """A sequence of features whose bytes were gathered on the device.
@@ -87,12 +94,15 @@ class FeatureBatch(Sequence[Any]):
         a few for each leaf. `ragged` says how to join leaves whose first dimension differs.
 
         Raises RuntimeError, naming leaf, shapes and files, where shapes differ in any other way;
-        TypeError or RuntimeError where default_collate does; ValueError for an empty batch.
+        TypeError or RuntimeError where default_collate does; ValueError for an empty batch;
+        torch.OutOfMemoryError, torch.AcceleratorError and MemoryError as they are.
         """
         if not self._paths:
             raise ValueError("an empty batch cannot be collated")
         try:
             return self._collate(ragged or RaggedOptions())
+        except _NO_FAULT_OF_FEATURES:
+            raise
         except Exception as error:
             if isinstance(error, RuntimeError) and self.paths[0] in str(error):
                 raise
