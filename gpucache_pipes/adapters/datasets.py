@@ -138,7 +138,7 @@ def _read(opened: OpenFeature) -> Any:
     end = 0
     for leaf in opened.layout.leaves:
         if not leaf.nbytes:
-            tensors.append(torch.empty(leaf.shape, dtype=leaf.dtype))
+            tensors.append(torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu"))
             continue
         if leaf.offset > end:
             buffers.append(memoryview(bytearray(leaf.offset - end)))

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gpucache_pipes.store import GPUFeatureStore, StoreStats
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ class GPUCacheCallback(pl.Callback):
     - `<prefix>/wait_seconds`: time that consumers waited for files;
     - `<prefix>/bytes_read`: bytes read from storage.
 
-    With several ranks they are means over all ranks.
+    With several ranks they are means over all ranks. Warns once if the store is on another device
+    than the Trainer of this process.
 
     Args:
         store: the store that the loaders share; or a function that returns it, if it is made only
@@ -53,6 +56,7 @@ class GPUCacheCallback(pl.Callback):
         self.store = store
         self.prefix = prefix
         self._before: StoreStats | None = None
+        self._compared = False
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Warn of options of the Trainer that replace samplers, which has no effect here."""
@@ -74,11 +78,11 @@ class GPUCacheCallback(pl.Callback):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Begin to count; an epoch that is resumed has no start of its own."""
-        self._before = self._stats()
+        self._begin(trainer)
 
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Begin to count."""
-        self._before = self._stats()
+        self._begin(trainer)
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Log the epoch of training."""
@@ -89,7 +93,7 @@ class GPUCacheCallback(pl.Callback):
     ) -> None:
         """Begin to count, in `Trainer.validate`."""
         if trainer.state.fn == "validate":
-            self._before = self._stats()
+            self._begin(trainer)
 
     def on_validation_epoch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule"
@@ -100,15 +104,31 @@ class GPUCacheCallback(pl.Callback):
 
     def on_test_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Begin to count."""
-        self._before = self._stats()
+        self._begin(trainer)
 
     def on_test_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Log `Trainer.test`."""
         self._log(pl_module)
 
+    def _begin(self, trainer: "pl.Trainer") -> None:
+        """Begin to count. Compares the devices here: before, the store may not be made yet."""
+        store = self._find_store()
+        self._before = store.stats()
+        if self._compared:
+            return
+        self._compared = True
+        device = trainer.strategy.root_device
+        if not _is_same(store.device, device):
+            warnings.warn(
+                f"the store is on {store.device}, but the Trainer of this process is on {device}: "
+                "every batch will be copied from one to the other. Make the store with "
+                "GPUFeatureStore(trainer.strategy.root_device)",
+                stacklevel=3,
+            )
+
     def _log(self, module: Any) -> None:
         assert self._before is not None
-        done = self._stats().since(self._before)
+        done = self._find_store().stats().since(self._before)
         values = {
             "hit_rate": done.hit_rate,
             "cached_bytes": float(done.cached_bytes),
@@ -118,6 +138,12 @@ class GPUCacheCallback(pl.Callback):
         metrics = {f"{self.prefix}/{name}": value for name, value in values.items()}
         module.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True)
 
-    def _stats(self) -> StoreStats:
-        store = self.store if isinstance(self.store, GPUFeatureStore) else self.store()
-        return store.stats()
+    def _find_store(self) -> GPUFeatureStore:
+        return self.store if isinstance(self.store, GPUFeatureStore) else self.store()
+
+
+def _is_same(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are the same, as far as they are known."""
+    if one.type != other.type or one.type == "cpu":
+        return one.type == other.type
+    return None in (one.index, other.index) or one.index == other.index

@@ -2,7 +2,7 @@
 
 from gpucache_pipes.batches.feature_batch import ColumnBatch, FeatureBatch, PageBatch
 from gpucache_pipes.batches.ragged import MODES, Padded, RaggedOptions
-from gpucache_pipes.batches.transfer import first_device, to_device
+from gpucache_pipes.batches.transfer import collate_on_host, first_device, to_device
 
 __all__ = [
     "MODES",
@@ -11,6 +11,7 @@ __all__ = [
     "Padded",
     "PageBatch",
     "RaggedOptions",
+    "collate_on_host",
     "first_device",
     "to_device",
 ]

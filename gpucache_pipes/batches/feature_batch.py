@@ -1,16 +1,23 @@
 """A batch of features in device memory: FeatureBatch and its two kinds."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import torch
-from torch.utils.data import default_collate
 
+from gpucache_pipes.batches.numbers import collate_numbers
 from gpucache_pipes.batches.ragged import RaggedOptions, join_ragged, stack_scattered
-from gpucache_pipes.batches.transfer import to_device
+from gpucache_pipes.batches.transfer import collate_on_host, to_device
 from gpucache_pipes.batches.unlike import collate_unlike
 from gpucache_pipes.files import Layout, Leaf, PathLike, Tree, build, copy_value, leaf_names
+
+_NO_FAULT_OF_FEATURES: tuple[type[Exception], ...] = tuple(
+    kind
+    for kind in (MemoryError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", None))
+    if kind is not None
+)
+"""Errors of the machine. Programs catch them by their type, and no feature is to blame."""
 
 
 class FeatureBatch(Sequence[Any]):
@@ -82,17 +89,20 @@ class FeatureBatch(Sequence[Any]):
     def collate(self, ragged: RaggedOptions | None = None) -> Any:
         """What `torch.utils.data.default_collate` makes of the features, on the device.
 
-        Tensors are stacked to [B, *shape], contiguous; numbers become device tensors [B]. For a
-        ColumnBatch tensors take no device operation, else a few for each leaf. `ragged` says how to
-        join leaves whose first dimension differs.
+        Tensors are stacked to [B, *shape], contiguous; numbers become device tensors [B], by one
+        copy to the device for all of them. For a ColumnBatch tensors take no device operation, else
+        a few for each leaf. `ragged` says how to join leaves whose first dimension differs.
 
         Raises RuntimeError, naming leaf, shapes and files, where shapes differ in any other way;
-        TypeError or RuntimeError where default_collate does; ValueError for an empty batch.
+        TypeError or RuntimeError where default_collate does; ValueError for an empty batch;
+        torch.OutOfMemoryError, torch.AcceleratorError and MemoryError as they are.
         """
         if not self._paths:
             raise ValueError("an empty batch cannot be collated")
         try:
             return self._collate(ragged or RaggedOptions())
+        except _NO_FAULT_OF_FEATURES:
+            raise
         except Exception as error:
             if isinstance(error, RuntimeError) and self.paths[0] in str(error):
                 raise
@@ -111,7 +121,8 @@ class FeatureBatch(Sequence[Any]):
 
     def _collate_columns(self, columns: Sequence[Any]) -> Any:
         values = list(zip(*self._values, strict=True))
-        return _collate_tree(self._layouts[0].tree, columns, values, self.device)
+        numbers = collate_numbers(values, self.device)
+        return _collate_tree(self._layouts[0].tree, columns, values, numbers, self.device)
 
     def _column(self, at: int, name: str, ragged: RaggedOptions) -> Any:
         """Leaf `at` of all features, stacked or joined."""
@@ -221,6 +232,7 @@ def _collate_tree(
     tree: Tree,
     columns: Sequence[Any],
     values: Sequence[Sequence[Any]],
+    numbers: Mapping[int, torch.Tensor],
     device: torch.device,
     *,
     as_list: bool = True,
@@ -235,18 +247,21 @@ def _collate_tree(
         tree: of the features.
         columns: for each leaf its batch.
         values: for each plain value those of all features.
-        device: where numbers go, as tensors [B].
+        numbers: by position, what some of `values` have been collated to.
+        device: where other numbers go, as tensors [B].
         as_list: whether a plain value that is the whole feature comes as a list.
     """
     if isinstance(tree, int):
         if tree >= 0:
             return columns[tree]
+        if ~tree in numbers:
+            return numbers[~tree]
         column = [copy_value(value) for value in values[~tree]]
         samples: Any = column if as_list else tuple(column)
-        return to_device(default_collate(samples), device)
+        return to_device(collate_on_host(samples), device)
     kind, keys, _, children = tree
     parts = [
-        _collate_tree(child, columns, values, device, as_list=keys is not None)
+        _collate_tree(child, columns, values, numbers, device, as_list=keys is not None)
         for child in children
     ]
     if keys is not None:

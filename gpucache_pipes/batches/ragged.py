@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gpucache_pipes.batches.transfer import upload
 from gpucache_pipes.files import Leaf
 from gpucache_pipes.units import positive_int
 
@@ -165,11 +166,13 @@ def _pad(
     multiple = options.pad_to_multiple
     longest = -(-max(lengths) // multiple) * multiple
     if _is_on_host(block):
-        values = torch.empty((len(starts), longest, *leaf.shape[1:]), dtype=leaf.dtype)
+        shape = (len(starts), longest, *leaf.shape[1:])
+        values = torch.empty(shape, dtype=leaf.dtype, device="cpu")
         fill(values, options.padding_value)
         _copy(block, starts, lengths, values, _row_bytes(leaf), longest)
-        table = torch.tensor(lengths)
-        return Padded(values, table, torch.arange(longest) < table.unsqueeze(1))
+        table = torch.tensor(lengths, device="cpu")
+        mask = torch.arange(longest, device="cpu") < table.unsqueeze(1)
+        return Padded(values, table, mask)
     units, size, each = _units_of(block, _row_bytes(leaf))
     count = longest * each
     table = _upload([[start // size for start in starts], lengths], block.device)
@@ -255,9 +258,10 @@ def _make_jagged(
 ) -> torch.Tensor:
     offsets = [0, *accumulate(lengths)]
     if _is_on_host(block):
-        values = torch.empty((offsets[-1], *leaf.shape[1:]), dtype=leaf.dtype)
+        shape = (offsets[-1], *leaf.shape[1:])
+        values = torch.empty(shape, dtype=leaf.dtype, device="cpu")
         _copy(block, starts, lengths, values, _row_bytes(leaf))
-        ends = torch.tensor(offsets)
+        ends = torch.tensor(offsets, device="cpu")
     else:
         units, size, each = _units_of(block, _row_bytes(leaf))
         total = offsets[-1] * each
@@ -267,16 +271,27 @@ def _make_jagged(
         index += torch.repeat_interleave(table[0], table[1], output_size=total)
         values = units[index].view(leaf.dtype).view(offsets[-1], *leaf.shape[1:])
         ends = table[2]
-    return torch.nested.nested_tensor_from_jagged(
-        values, offsets=ends, min_seqlen=min(lengths), max_seqlen=max(lengths)
-    )
+    return jagged_tensor(values, ends, lengths)
+
+
+def jagged_tensor(
+    values: torch.Tensor, offsets: torch.Tensor, lengths: Sequence[int]
+) -> torch.Tensor:
+    """The torch.nested tensor of sequences of `lengths`, which lie end to end in `values`.
+
+    Args:
+        values: [sum of lengths, *rest].
+        offsets: int64 [B + 1], where each sequence begins, and where the last one ends.
+        lengths: of the sequences.
+    """
+    # A nested tensor keeps the least and the largest length as tensors without elements. Torch
+    # makes them on the default device.
+    with torch.device("cpu"):
+        return torch.nested.nested_tensor_from_jagged(
+            values, offsets=offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)
+        )
 
 
 def _upload(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """int64 [rows, columns] on the device; from pinned memory, so that the host does not wait."""
-    table = torch.tensor(rows, dtype=torch.int64)
-    if device.type == "cpu":
-        return table
-    if device.type != "mps":
-        table = table.pin_memory()
-    return table.to(device, non_blocking=True)
+    """int64 [rows, columns] on the device."""
+    return upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)

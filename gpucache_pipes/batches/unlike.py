@@ -6,9 +6,9 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.utils.data import default_collate
 
-from gpucache_pipes.batches.ragged import Padded, RaggedOptions, fill
+from gpucache_pipes.batches.ragged import Padded, RaggedOptions, fill, jagged_tensor
+from gpucache_pipes.batches.transfer import collate_on_host
 
 
 def collate_unlike(features: Sequence[Any], options: RaggedOptions) -> Any:
@@ -23,7 +23,7 @@ def collate_unlike(features: Sequence[Any], options: RaggedOptions) -> Any:
         Exception: what `default_collate` raises where trees differ otherwise.
     """
     if options.modes == "error":
-        return default_collate(list(features))
+        return collate_on_host(list(features))
     return _collate_samples(list(features), "", options)
 
 
@@ -41,7 +41,7 @@ def _collate_samples(samples: Sequence[Any], name: str, options: RaggedOptions) 
         columns = enumerate(zip(*samples, strict=True))
         parts = [_collate_samples(column, f"{name}[{at}]", options) for at, column in columns]
         return kind(*parts) if hasattr(kind, "_fields") else parts
-    return default_collate(samples)  # type: ignore[arg-type]
+    return collate_on_host(samples)
 
 
 def _join_tensors(parts: Sequence[torch.Tensor], name: str, options: RaggedOptions) -> Any:
@@ -49,7 +49,7 @@ def _join_tensors(parts: Sequence[torch.Tensor], name: str, options: RaggedOptio
     differs = any(part.shape != first.shape for part in parts)
     mode = options.mode_of(name, differs, first.dim())
     if mode is None or mode == "error":
-        return default_collate(list(parts))
+        return collate_on_host(list(parts))
     if any(not part.dim() or part.shape[1:] != first.shape[1:] for part in parts):
         shapes = ", ".join(str(list(part.shape)) for part in parts[:10])
         raise RuntimeError(f"cannot {mode} {name}: shapes {shapes}")
@@ -60,9 +60,7 @@ def _join_tensors(parts: Sequence[torch.Tensor], name: str, options: RaggedOptio
     if mode == "jagged":
         values = torch.cat([part.to(dtype) for part in parts])
         ends = torch.tensor([0, *accumulate(lengths)], device=first.device)
-        return torch.nested.nested_tensor_from_jagged(
-            values, offsets=ends, min_seqlen=min(lengths), max_seqlen=max(lengths)
-        )
+        return jagged_tensor(values, ends, lengths)
     longest = -(-max(lengths) // options.pad_to_multiple) * options.pad_to_multiple
     shape = (len(parts), longest, *first.shape[1:])
     values = torch.empty(shape, dtype=dtype, device=first.device)

@@ -81,7 +81,7 @@ class Buckets:
             order: positions in the list of files.
             random: shuffles the batches; None if the order is not shuffled.
         """
-        positions = torch.tensor(order)
+        positions = torch.tensor(order, device="cpu")
         if random is None:
             return self._by_size(positions).tolist()
         whole = len(positions) // self._batch_size
@@ -89,7 +89,7 @@ class Buckets:
         full = whole * self._batch_size
         grouped, rest = positions[:full], positions[full:]
         batches = torch.cat([self._by_size(part) for part in grouped.split(window)])
-        drawn = torch.randperm(whole, generator=random)
+        drawn = torch.randperm(whole, generator=random, device="cpu")
         return [*batches.view(-1, self._batch_size)[drawn].flatten().tolist(), *rest.tolist()]
 
     def _by_size(self, positions: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils.data import default_collate
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.batches import FeatureBatch, first_device, to_device
+from gpucache_pipes.batches import FeatureBatch, collate_on_host, first_device, to_device
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.options import CollateOptions
@@ -143,7 +142,7 @@ class GPUCollator(BaseNode[Any]):
             return self._call(element)
         if self.ragged.modes != "error":
             raise TypeError("ragged= needs a GPUPrefetcher directly in front of the GPUCollator")
-        return to_device(default_collate(list(element)), self._device(element))
+        return to_device(collate_on_host(list(element)), self._device(element))
 
     def _call(self, features: Sequence[Any]) -> Any:
         assert self.collate_fn is not None

@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from gpucache_pipes.device import is_device_error
 from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError
@@ -150,12 +149,11 @@ class Failures:
         """The feature to take instead of a file, or None to leave it out.
 
         Raises:
-            Exception: `error`, if memory is lacking or the device has failed: the file is not at
-                fault.
+            MemoryError: `error`, if it is one: the file is not at fault.
             RuntimeError: at more than max_failures different files.
             Exception: what on_error raises.
         """
-        if isinstance(error, MemoryError) or is_device_error(error):
+        if isinstance(error, MemoryError):
             raise error
         self._failed_paths.add(path)
         if self.max_failures is not None and len(self._failed_paths) > self.max_failures:

@@ -64,7 +64,7 @@ class Lockstep(BaseNode[Any]):
             mine = _END
         except Exception as raised:
             mine, error = _ERROR, raised
-        worst = torch.tensor(mine)
+        worst = torch.tensor(mine, device="cpu")
         dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
         if worst == _END:
             raise StopIteration

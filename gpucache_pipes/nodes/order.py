@@ -41,7 +41,7 @@ class DrawnOrder:
         random = None
         if self._shuffle:
             random = _generator(self._seed + epoch)
-            drawn = torch.randperm(len(pool), generator=random).tolist()
+            drawn = torch.randperm(len(pool), generator=random, device="cpu").tolist()
             pool = [pool[at] for at in drawn] if self._shards.static else drawn
         order = self._shards.share(pool)
         return order if self._buckets is None else self._buckets.group(order, random)
@@ -93,11 +93,14 @@ class SampledOrder:
         torch.default_generator.manual_seed((self._seed + epoch) % 2**63)
         if self._generator is not None:
             self._generator.manual_seed((self._generator_seed + self._seed + epoch) % 2**63)
+        # Torch's samplers draw on the default device, with a generator that must be of that device.
+        where = torch.device("cpu") if self._generator is None else self._generator.device
         try:
-            return [
-                [int(i) for i in index] if isinstance(index, (list, tuple)) else int(index)
-                for index in self._sampler
-            ]
+            with where:
+                return [
+                    [int(i) for i in index] if isinstance(index, (list, tuple)) else int(index)
+                    for index in self._sampler
+                ]
         finally:
             torch.default_generator.set_state(before)
 

@@ -80,7 +80,8 @@ class PendingBatch:
     def wait(self) -> dict[int, Exception]:
         """Wait until all files have been read. Returns the errors of those that failed.
 
-        By position in the batch; `result` would raise the first of them.
+        By position in the batch; `result` would raise the first of them. Raises what a failure of
+        the device has raised, which is no error of a file.
         """
         return self.issuer.wait(self)
 
@@ -146,7 +147,7 @@ class PendingBatch:
     def failures(self) -> Iterator[tuple[int, Exception]]:
         """The positions of features that failed and have no substitute, each with a new exception.
 
-        With the lock held.
+        With the lock held. Raises the error of the device, if it has failed.
         """
         if self.errors:
             for position, number in enumerate(self.numbers):
@@ -156,12 +157,11 @@ class PendingBatch:
     def error_of(self, number: int) -> Exception:
         """A new exception for an entry that failed: each consumer gets its own.
 
-        A failure of the device itself is given as it is.
+        Raises a failure of the device itself, which is not to be blamed on the file or left out.
         """
         path, cause = self.errors[number]
-        if is_device_error(cause):  # no file's fault, so not wrapped
-            assert isinstance(cause, Exception)
-            return cause
+        if is_device_error(cause):
+            raise cause
         error = load_error(path, cause)
         if is_out_of_memory(cause):
             error = DeviceMemoryError(f"cannot load {path!r}: {cause}")

@@ -38,7 +38,8 @@ class GPUFeatureStore:
 
     Args:
         device: where features are kept. None is the accelerator if there is one, else the CPU;
-            "cuda" is the device that is current now. Also a `device.Backend`.
+            "cuda" is the device that is current now; under torchrun that of LOCAL_RANK, if the
+            program has set none. Also a `device.Backend`.
         max_cache_bytes: budget for the tensors of cached features: a number of bytes, or a string
             such as "8GiB". Batches in flight take memory in addition. None is no limit: the cache
             takes what the model has not needed so far, and returns memory when the model needs it.

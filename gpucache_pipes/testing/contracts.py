@@ -52,7 +52,7 @@ def read_feature(opened: OpenFeature, cuts: Sequence[int] = (), spare: int = 0) 
     def leaf(number: int) -> torch.Tensor:
         dtype, shape, offset, nbytes = layout.leaves[number]
         if not nbytes:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         content = torch.frombuffer(memory, dtype=torch.uint8)[offset : offset + nbytes].clone()
         return content.view(dtype).view(shape)
 

@@ -23,7 +23,7 @@ from gpucache_pipes.testing.contracts import (
 )
 from gpucache_pipes.testing.features import assert_same, features
 
-_FEW = [{"x": torch.arange(8) + number, "n": number} for number in range(5)]
+_FEW = [{"x": torch.arange(8, device="cpu") + number, "n": number} for number in range(5)]
 
 _ODD = [
     "/",

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -266,6 +268,40 @@ def test_what_the_callback_says_of_overfitting(tmp_path: Path) -> None:
         runner = trainer(tmp_path, overfit_batches=2)
         with pytest.warns(UserWarning, match="overfit_batches"):
             GPUCacheCallback(store).setup(runner, Recorder(), "fit")
+
+
+HOOKS = {
+    "fit": ["on_train_start", "on_train_epoch_start"],
+    "validate": ["on_validation_epoch_start"],
+    "test": ["on_test_epoch_start"],
+}
+
+
+def begin(store: GPUFeatureStore, stage: str, root_device: torch.device) -> list[str]:
+    """The warnings of a callback in two runs of one stage, on a Trainer of that device."""
+    runner: Any = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=root_device), state=SimpleNamespace(fn=stage)
+    )
+    callback = GPUCacheCallback(lambda: store)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for hook in HOOKS[stage] * 2:
+            getattr(callback, hook)(runner, Recorder())
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_a_store_on_another_device_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    with GPUFeatureStore("cpu") as store:
+        assert not begin(store, stage, torch.device("cpu"))
+        [said] = begin(store, stage, torch.device("cuda", 1))
+        assert "on cpu" in said and "on cuda:1" in said and "root_device" in said
+        monkeypatch.setattr(GPUFeatureStore, "device", torch.device("cuda", 0))
+        assert begin(store, stage, torch.device("cuda", 1))
+        assert not begin(store, stage, torch.device("cuda", 0))
+        assert not begin(store, stage, torch.device("cuda"))
 
 
 def test_the_example(tmp_path: Path) -> None:

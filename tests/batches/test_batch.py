@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
 from gpucache_pipes import GPUFeatureStore
+from gpucache_pipes.batches import RaggedOptions
 from gpucache_pipes.testing import assert_same, features
 from gpucache_pipes.testing.features import tensors, values
 
@@ -76,6 +77,36 @@ def test_what_default_collate_refuses_is_refused() -> None:
             store.get_batch(list(items)).collate()
         with pytest.raises(ValueError, match="empty"):
             store.get_batch([]).collate()
+
+
+MACHINE_ERRORS = [
+    MemoryError("no memory"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    *([torch.AcceleratorError("device-side assert")] if hasattr(torch, "AcceleratorError") else []),
+]
+
+
+@pytest.mark.parametrize("ragged", ["error", "pad"])
+@pytest.mark.parametrize("error", MACHINE_ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_of_the_machine_is_raised_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, ragged: str
+) -> None:
+    items = {f"/{n}": {"x": torch.full((8 + n, 2), n)} for n in range(3)}
+    if ragged == "error":
+        items = {path: {"x": feature["x"][:8]} for path, feature in items.items()}
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    with GPUFeatureStore("cpu", load_fn=items.__getitem__, page_bytes=64) as store:
+        batch = store.get_batch(list(items))
+        name = "contiguous" if ragged == "error" else "view"
+        monkeypatch.setattr(torch.Tensor, name, fail)
+        with pytest.raises(type(error)) as caught:
+            batch.collate(RaggedOptions(ragged))
+        monkeypatch.undo()
+        assert caught.value is error
+        batch.collate(RaggedOptions(ragged))  # nothing else was wrong
 
 
 def test_more_layouts_than_have_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from gpucache_pipes.device import (
     Backend,
     HostBackend,
     InOrderRuntime,
+    _warn_of_the_rank,
     host,
     open_backend,
     resolve_device,
@@ -250,6 +251,77 @@ def test_devices() -> None:
     for wrong in ("quantum", "cuda:99", 12345):
         with pytest.raises(ValueError, match="device="):
             resolve_device(wrong)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
+    """machine(devices, current, LOCAL_RANK): torch as on a machine with several GPUs."""
+    _warn_of_the_rank.cache_clear()
+    caplog.set_level(logging.WARNING, "gpucache_pipes")
+
+    def make(devices: int, current: int, rank: str | None) -> None:
+        found = torch.device("cuda")
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: found)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
+        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: current)
+        if rank is None:
+            monkeypatch.delenv("LOCAL_RANK", raising=False)
+        else:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+
+    yield make
+    _warn_of_the_rank.cache_clear()
+
+
+@pytest.mark.parametrize("device", [None, "cuda"])
+def test_a_rank_that_has_set_no_device_takes_its_own(
+    machine: Any, caplog: pytest.LogCaptureFixture, device: str | None
+) -> None:
+    machine(4, 0, "2")
+    assert resolve_device(device) == resolve_device(device) == torch.device("cuda", 2)
+    [record] = caplog.records
+    assert record.name == "gpucache_pipes" and record.levelname == "WARNING"
+    said = record.getMessage()
+    for part in ("LOCAL_RANK is 2", "takes cuda:2", "share", "set_device_index(2)", "set_device "):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("devices", "current", "rank", "expected"),
+    [
+        (4, 0, None, 0),
+        (4, 0, "0", 0),
+        (4, 3, "1", 3),  # the program has chosen
+        (2, 0, "2", 0),  # fewer devices than ranks
+        (1, 0, "1", 0),
+        (4, 0, "first", 0),
+        (4, 0, "-1", 0),
+        (4, 0, "", 0),
+        (4, 0, "9" * 5000, 0),
+    ],
+)
+def test_otherwise_the_current_device_is_taken(
+    machine: Any,
+    caplog: pytest.LogCaptureFixture,
+    devices: int,
+    current: int,
+    rank: str | None,
+    expected: int,
+) -> None:
+    machine(devices, current, rank)
+    for device in (None, "cuda"):
+        assert resolve_device(device) == torch.device("cuda", expected)
+    assert not caplog.records
+
+
+def test_a_device_with_an_index_is_taken_as_it_is(
+    machine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine(4, 0, "2")
+    assert resolve_device("cuda:0") == torch.device("cuda", 0)
+    assert resolve_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert resolve_device("cpu") == CPU
+    assert not caplog.records
 
 
 def test_available_memory() -> None:

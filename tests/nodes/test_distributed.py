@@ -90,11 +90,13 @@ def test_a_bad_file_on_one_rank_ends_all(make_files: Files) -> None:
 
 LOCKSTEP = """
 import sys
+import torch
 import torch.distributed as dist
 from gpucache_pipes import *
 from gpucache_pipes.nodes import lockstep
 
-rank, place, *paths = sys.argv[1:]
+rank, place, default_device, *paths = sys.argv[1:]
+torch.set_default_device(default_device)
 dist.init_process_group("gloo", init_method=f"file://{place}", world_size=2, rank=int(rank))
 lengths = {"0": 6, "1": 5}
 store = GPUFeatureStore("cpu")
@@ -123,13 +125,17 @@ assert ours() is None
 """
 
 
-def test_lockstep(make_files: Files, tmp_path: Path) -> None:
+@pytest.mark.parametrize("default_device", ["cpu", "meta"])
+def test_lockstep(make_files: Files, tmp_path: Path, default_device: str) -> None:
     paths = make_files(12)
     bad = paths[5]  # the third one of rank 1
     Path(bad).write_bytes(b"")
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", LOCKSTEP, str(rank), str(tmp_path / "meet"), *paths],
+            [
+                *(sys.executable, "-c", LOCKSTEP, str(rank), str(tmp_path / "meet")),
+                *(default_device, *paths),
+            ],
             stdout=subprocess.PIPE,
             text=True,
             env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import default_collate
 
-from gpucache_pipes.batches import Padded
+from gpucache_pipes.batches import Padded, collate_on_host
 from gpucache_pipes.files import Layout, leaf_names
 
 
@@ -85,7 +84,7 @@ class Collation:
             if hasattr(first, "_fields"):
                 return type(first)(*columns)
             return columns if isinstance(first, list) else tuple(columns)
-        return default_collate(list(values))
+        return collate_on_host(list(values))
 
     def for_nodes(self) -> dict[str, Any]:
         """The same collation as keyword arguments of `GPUCollator`."""

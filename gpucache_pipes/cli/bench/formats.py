@@ -72,7 +72,7 @@ def _memory_map(work: Work, share: float) -> Iterator[Run]:
 
     def epoch(number: int) -> Iterable[Any]:
         for batch in work.batches[number]:
-            columns: Any = data[torch.tensor([rows[path] for path in batch])]
+            columns: Any = data[torch.tensor([rows[path] for path in batch], device="cpu")]
             leaves = {name: _as_tensor(column) for name, column in columns.items()}
             yield work.upload(_feature(work, leaves))
 

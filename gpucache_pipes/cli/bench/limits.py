@@ -38,7 +38,7 @@ def _make_buffers(work: Work) -> tuple[dict[str, int], torch.Tensor, torch.Tenso
     """The sizes of the files, and buffers for the largest batch on the host and on the device."""
     sizes = {path: file_size(path) for path in work.paths}
     largest = max(sum(sizes[path] for path in batch) for batch in chain(*work.batches))
-    staging = torch.zeros(largest, dtype=torch.uint8, pin_memory=work.on_accelerator)
+    staging = torch.zeros(largest, dtype=torch.uint8, device="cpu", pin_memory=work.on_accelerator)
     return sizes, staging, torch.zeros(largest, dtype=torch.uint8, device=work.device)
 
 
@@ -77,7 +77,8 @@ def _index_select(work: Work, share: float) -> Iterator[Run]:
     def epoch(number: int) -> Iterable[Any]:
         for batch in work.batches[number]:
             numbers = list(map(row_of.__getitem__, batch))
-            rows = work.upload(torch.tensor(numbers, pin_memory=work.on_accelerator))
+            table = torch.tensor(numbers, device="cpu", pin_memory=work.on_accelerator)
+            rows = work.upload(table)
             columns = [
                 select(name, column, rows) for name, column in zip(names, resident, strict=True)
             ]
@@ -99,7 +100,7 @@ def _make_resident(work: Work) -> tuple[list[Any], list[list[Any]]]:
         leaves = [tensors[number] for _, tensors, _ in flat]
         if name in work.collation.ragged:
             padded = torch.nn.utils.rnn.pad_sequence(leaves, batch_first=True)
-            lengths = torch.tensor([len(leaf) for leaf in leaves])
+            lengths = torch.tensor([len(leaf) for leaf in leaves], device="cpu")
             resident.append((work.upload(padded), lengths))
         else:
             resident.append(work.upload(torch.stack(leaves)))

@@ -23,8 +23,10 @@ class Step:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._model = torch.nn.Sequential(
-            torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256)
-        ).to(work.device)
+            torch.nn.Linear(256, 512, device=work.device),
+            torch.nn.ReLU(),
+            torch.nn.Linear(512, 256, device=work.device),
+        )
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-4)
         self._input = torch.randn(64, 256, device=work.device)
         self.repeats = 0

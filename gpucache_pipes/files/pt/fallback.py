@@ -35,7 +35,10 @@ def by_torch_load(path: str, weights_only: bool) -> LoadedFeature:
     require_sound(path, pickles=weights_only)
     try:
         # map_location: a reader thread must not touch the GPU from which a file was saved.
-        feature = torch.load(path, map_location="cpu", weights_only=weights_only)
+        # torch.device: what a file makes anew, such as a sparse tensor, or whatever its code makes
+        # with weights_only=False, would be on the default device of the thread.
+        with torch.device("cpu"):
+            feature = torch.load(path, map_location="cpu", weights_only=weights_only)
     except (OSError, MemoryError):
         raise
     except Exception as error:
