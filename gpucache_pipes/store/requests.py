@@ -5,6 +5,7 @@ from typing import Any
 
 from gpucache_pipes.batches import RaggedOptions
 from gpucache_pipes.cache import AccessPlan, Entry
+from gpucache_pipes.device import ends_the_device
 from gpucache_pipes.files import LoadedFeature, PathLike, PathTable, Source
 from gpucache_pipes.store.gather import Gatherer
 from gpucache_pipes.store.loader import Loader
@@ -133,6 +134,10 @@ class RequestManager:
                 if ragged is None:
                     return self._gatherer.gather(taken)
                 return self._gatherer.collate(taken, ragged)
+        except Exception as error:
+            if ends_the_device(error):
+                self._shared.end(error)
+            raise
         finally:
             # By one operation, and not within a function: an interrupt may come at its entry.
             uses.pop(use, None)
