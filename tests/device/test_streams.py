@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
-from gpucache_pipes.device import AcceleratorBackend, growing_arena
+from gpucache_pipes.device import AcceleratorBackend, accelerator, growing_arena
 from gpucache_pipes.device.operations import OperationLog
 from gpucache_pipes.device.staging import StagingLane
 from gpucache_pipes.testing import SimulatedRuntime, UnorderedAccessError, assert_same
@@ -324,3 +324,112 @@ def test_operations_on_lists_of_tensors_are_writes() -> None:
         memory.clone()
     with pytest.raises(UnorderedAccessError):
         torch._foreach_add_([memory], 1)
+
+
+def upload(backend: AcceleratorBackend, pages: list[int], value: int) -> None:
+    one = backend.upload([pages])
+    [buffer] = one.buffers(0)
+    buffer[:] = bytes([value]) * len(buffer)
+    one.finish()
+
+
+def reuse_what_is_being_read(runtime: SimulatedRuntime) -> None:
+    """Gather pages, free them while that may not have run, and allocate as much again."""
+    backend = AcceleratorBackend(runtime)
+    backend.configure(64)
+    added = [backend.grow(4, None) for _ in range(2)]
+    for page in range(sum(added)):
+        upload(backend, [page], page)
+    consumer = runtime.new_stream()
+    with runtime.on(consumer):
+        [rows] = backend.gather([0, 5], [(0, 64)])
+    backend.shrink(added[0])
+    assert backend.grow(4, None) == added[1]
+    for page in range(added[0], sum(added)):
+        upload(backend, [page], 99)
+    with runtime.on(consumer):
+        assert rows.view(torch.uint8)[:, 0].tolist() == [0, 5]
+    backend.close()
+
+
+def rebuild_what_is_being_read(runtime: SimulatedRuntime) -> None:
+    """Keep some pages at other places, while gathers of the old ones may not have run."""
+    backend = AcceleratorBackend(runtime)
+    backend.configure(64)
+    pages = backend.grow(4, None)
+    for page in range(pages):
+        upload(backend, [page], page)
+    consumer = runtime.new_stream()
+    with runtime.on(consumer):
+        [before] = backend.gather([3, 1], [(0, 64)])
+    backend.rebuild([1, 3])
+    with runtime.on(consumer):
+        [after] = backend.gather([1, 0], [(0, 64)])
+        for rows in (before, after):
+            assert rows.view(torch.uint8)[:, 0].tolist() == [3, 1]
+    assert backend.grow(pages, pages) == pages
+    upload(backend, [2], 77)
+    with runtime.on(consumer):
+        [rows] = backend.gather([2, 1, 0], [(0, 64)])
+        assert rows.view(torch.uint8)[:, 0].tolist() == [77, 3, 1]
+    backend.close()
+
+
+FREEING = [reuse_what_is_being_read, rebuild_what_is_being_read]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("free", FREEING)
+def test_memory_is_not_freed_while_it_is_read(
+    free: Callable[[SimulatedRuntime], None], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growing_arena, "FIRST_BYTES", 256)
+    monkeypatch.setattr(growing_arena, "LEAST_BYTES", 256)
+    free(SimulatedRuntime(seed, haste=(0, 0.05, 0.3)[seed % 3]))
+
+
+@pytest.mark.parametrize("free", [reuse_what_is_being_read])
+def test_freeing_waits_for_what_is_being_read(
+    free: Callable[[SimulatedRuntime], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it, memory is given to an upload while a gather on another stream reads it."""
+    monkeypatch.setattr(growing_arena, "FIRST_BYTES", 256)
+    monkeypatch.setattr(growing_arena, "LEAST_BYTES", 256)
+    monkeypatch.setattr(OperationLog, "synchronize", OperationLog.clear)
+    with pytest.raises(UnorderedAccessError):
+        free(SimulatedRuntime(0, haste=0))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("page_bytes", [64, 4096, 70_000])
+def test_pieces_of_an_upload_arrive_wherever_its_pages_lie(
+    seed: int, page_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = random.Random(seed)
+    runtime = SimulatedRuntime(seed, haste=0.2)
+    monkeypatch.setattr(growing_arena, "FIRST_BYTES", page_bytes * 6)
+    monkeypatch.setattr(growing_arena, "LEAST_BYTES", page_bytes)
+    monkeypatch.setattr(accelerator, "_PIECE", page_bytes * 2)
+    backend = AcceleratorBackend(runtime)
+    backend.configure(page_bytes)
+    total = sum(backend.grow(1, None) for _ in range(3))
+    content: dict[int, int] = {}
+    consumer = runtime.new_stream()
+    for step in range(12):
+        if choose.random() < 0.5:
+            start = choose.randrange(total)
+            placement: Any = range(start, min(total, start + choose.randint(1, 9)))
+        else:
+            placement = choose.sample(range(total), choose.randint(1, total))
+        one = backend.upload([placement])
+        [buffer] = one.buffers(0)
+        for at, page in enumerate(placement):
+            content[page] = (step * 20 + at) % 256
+            buffer[at * page_bytes : (at + 1) * page_bytes] = bytes([content[page]]) * page_bytes
+        one.finish()
+        with runtime.on(consumer):
+            pages = list(content)
+            [rows] = backend.gather(pages, [(0, page_bytes)])
+            held = rows.view(torch.uint8)
+            assert held[:, 0].tolist() == held[:, -1].tolist() == list(content.values())
+    backend.close()
