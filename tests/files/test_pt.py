@@ -67,7 +67,7 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.filterwarnings("ignore:ComplexHalf", "ignore:BComplex32")
 def test_every_dtype_that_torch_saves(tmp_path: Path, dtype: torch.dtype) -> None:
     try:
         raw = torch.arange(64, dtype=torch.uint8).view(dtype)
@@ -250,6 +250,9 @@ def outcome(load: Any, path: str) -> Any:
             return ("error", type(error))
 
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
+
 def agree(path: str) -> None:
     """Assert that the reader returns what torch.load returns, or raises."""
     kind, value = outcome(fast, path)
@@ -259,7 +262,9 @@ def agree(path: str) -> None:
         assert_same(value, expected[1])
     else:
         assert value in (Unsupported, OSError, ValueError)
-        if value is ValueError:  # files that the reader itself refuses: torch.load does, too
+        # Files that the reader itself refuses: torch.load does, too, from 2.10 on. Before, it takes a
+        # storage that is not as large as its record.
+        if value is ValueError and TORCH >= (2, 10):
             assert outcome(lambda p: torch.load(p, weights_only=True), path)[0] == "error"
 
 

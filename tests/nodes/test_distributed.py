@@ -142,7 +142,9 @@ def test_lockstep(make_files: Files, tmp_path: Path, default_device: str) -> Non
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=100)[0].splitlines() for rank in ranks]
+    printed = [rank.communicate(timeout=100)[0].splitlines() for rank in ranks]
+    # Before torch 2.10, gloo says that it is connected.
+    outputs = [[line for line in lines if not line.startswith("[Gloo]")] for lines in printed]
     assert [rank.returncode for rank in ranks] == [0, 0]
     failed = f"cannot load {bad!r}: ValueError: the file is empty"
     # The third step is left out on both, and the sixth, which rank 1 does not have.
