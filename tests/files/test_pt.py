@@ -262,8 +262,8 @@ def agree(path: str) -> None:
         assert_same(value, expected[1])
     else:
         assert value in (Unsupported, OSError, ValueError)
-        # Files that the reader itself refuses: torch.load does, too, from 2.10 on. Before, it takes a
-        # storage that is not as large as its record.
+        # Files that the reader itself refuses: torch.load does, too, from 2.10 on. Before, it takes
+        # a storage that is not as large as its record.
         if value is ValueError and TORCH >= (2, 10):
             assert outcome(lambda p: torch.load(p, weights_only=True), path)[0] == "error"
 
