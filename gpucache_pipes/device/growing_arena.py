@@ -72,6 +72,7 @@ class GrowingArena:
         """Free all pages. Nothing reads or writes them any more."""
         self.arena = None
         self._left_behind = 0
+        self._model.full = False
 
     def grow(self, needed: int, useful: int | None, known: int | None, batches: int) -> int:
         """See Backend. `batches` have been gathered so far."""
@@ -232,6 +233,8 @@ class GrowingArena:
         assert pages in ends, f"{pages} pages are no whole segments of {arena.segments}"
         with self.writing:
             self.arena = arena.first_segments(ends.index(pages) + 1)
+        # The model has run short. A cache that grew again would make it run short again.
+        self._model.full = True
         del arena
         self._return_memory()
 
@@ -260,7 +263,6 @@ class GrowingArena:
         # not, the logs hold the memory.
         self._uploads.synchronize()
         self._gathers.synchronize()
-        self._model.full = True
         if (memory := self._runtime.memory()) is not None:
             self._model.absorb(memory)
 

@@ -142,7 +142,7 @@ class ModelMemory:
             batches: that have been gathered.
         """
         if batches < STEPS:
-            return memory.free // 8
+            return (memory.free + ours) // 8 - ours
         return memory.free - self.missing(memory, ours) - memory.total // _MARGIN
 
 

@@ -20,7 +20,7 @@ from gpucache_pipes.store.process_hooks import register
 from gpucache_pipes.store.stats import StoreStats
 from gpucache_pipes.store.upcoming import Upcoming
 from gpucache_pipes.store.warmup import warm_up
-from gpucache_pipes.store.yielding import call_twice, require_no_collective
+from gpucache_pipes.store.yielding import call_twice, held_without, require_no_collective
 from gpucache_pipes.units import require_hashable
 
 _CLOSE_SECONDS = 5.0
@@ -196,9 +196,8 @@ class GPUFeatureStore:
                 ...
 
         CUDA does not allow other threads to allocate or to query events while a graph is captured.
-        Waits until the files being read are in memory; other requests are served afterwards. Inside
-        it, batches whose files are all cached can be had, but not during the capture itself; others
-        raise RuntimeError. Other consumers of the store must not run meanwhile.
+        Waits until the files being read are in memory; other requests are served afterwards. A
+        batch that lacks files raises RuntimeError in it. Other consumers must not run meanwhile.
         """
         self._shared.refuse_now()
         with self._loader.gate.held():
@@ -218,19 +217,16 @@ class GPUFeatureStore:
 
         Between the two calls all features are dropped but those of batches in flight, their memory
         is returned to the device, the random numbers are restored, and `zero_grad` is called. So
-        `function` may be the forward and the backward pass, but not the optimizer's step. Without
-        a budget the cache does not grow again.
+        `function` may be the forward and the backward pass, but not the optimizer's step. Readers
+        are held during the second call; afterwards the cache grows again beside what it has needed.
 
         Raises torch.OutOfMemoryError if there is nothing to drop, or if it still does not suffice;
         RuntimeError with several ranks of torch.distributed, since one alone must not repeat a
         collective operation, unless `collective_free` states that there is none inside.
         """
         require_no_collective(collective_free)
-        return call_twice(partial(function, *args), self._shed, zero_grad, self.device)
-
-    def _shed(self) -> int:
-        with self.quiesce():
-            return self._shared.memory.shed()
+        without_cache = partial(held_without, self.quiesce, self._shared.memory.shed)
+        return call_twice(partial(function, *args), without_cache, zero_grad, self.device)
 
     def wait_idle(self, timeout: float | None = None) -> bool:
         """Wait until no file is being read, at most `timeout` seconds; returns whether that is so.

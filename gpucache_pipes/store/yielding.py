@@ -1,6 +1,7 @@
 """Calling what may run out of device memory, with the memory of the cache as a reserve."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from traceback import clear_frames
 from typing import Any
 
@@ -25,9 +26,18 @@ def require_no_collective(is_free_of_collectives: bool) -> None:
         )
 
 
+@contextmanager
+def held_without(
+    quiesce: Callable[[], AbstractContextManager[None]], shed: Callable[[], int]
+) -> Iterator[int]:
+    """A context in which readers are held and the memory of the cache is free: how many bytes."""
+    with quiesce():
+        yield shed()
+
+
 def call_twice(
     call: Callable[[], Any],
-    shed: Callable[[], int],
+    without_cache: Callable[[], AbstractContextManager[int]],
     zero_grad: Callable[[], object] | None,
     device: torch.device,
 ) -> Any:
@@ -35,7 +45,8 @@ def call_twice(
 
     Args:
         call: what may be called twice.
-        shed: frees memory in between; returns how many bytes. With 0, the error is raised.
+        without_cache: a context in which the memory of the cache is free; it gives the number of
+            bytes. With 0, the error is raised.
         zero_grad: called in between, to undo what an unfinished backward pass has added.
         device: whose random numbers are restored, with those of the CPU.
     """
@@ -48,12 +59,13 @@ def call_twice(
         failed = error
     # The frames of the call hold its tensors, and the traceback holds the frames.
     clear_frames(failed.__traceback__)
-    if not shed():
-        raise failed
-    random.restore()
-    if zero_grad is not None:
-        zero_grad()
-    return call()
+    with without_cache() as freed:
+        if not freed:
+            raise failed
+        random.restore()
+        if zero_grad is not None:
+            zero_grad()
+        return call()
 
 
 class _RandomState:
