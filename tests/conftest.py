@@ -1,5 +1,6 @@
 """Fixtures, and what is checked after every test."""
 
+import faulthandler
 import gc
 import os
 import signal
@@ -24,6 +25,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if "SWITCH_INTERVAL" in os.environ:  # seconds; see `make stress`
     sys.setswitchinterval(float(os.environ["SWITCH_INTERVAL"]))
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
+if "TEST_DEVICE" in os.environ:  # another one, or "cpu" to try the tests for a device without one
+    ACCELERATOR = torch.device(os.environ["TEST_DEVICE"])
 BACKENDS = ["host", "staged", "simulated", pytest.param("accelerator", marks=pytest.mark.gpu)]
 
 
@@ -42,6 +45,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="there is no accelerator"))
+
+
+# faulthandler_timeout of pyproject.toml needs a recent pytest. With TEST_SECONDS a test that takes
+# longer ends the process whatever the version, with the stacks of all threads on stderr.
+TEST_SECONDS = float(os.environ.get("TEST_SECONDS", 0))
+_stderr = -1
+
+
+def pytest_configure() -> None:
+    """Keep stderr as it is before pytest captures it."""
+    global _stderr
+    _stderr = os.dup(2)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """End the process if a test, with its fixtures, takes longer than TEST_SECONDS."""
+    if TEST_SECONDS:
+        faulthandler.dump_traceback_later(TEST_SECONDS, exit=True, file=_stderr)
+    yield
+    if TEST_SECONDS:
+        faulthandler.cancel_dump_traceback_later()
 
 
 settings.register_profile(
