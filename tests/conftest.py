@@ -1,6 +1,5 @@
 """Fixtures, and what is checked after every test."""
 
-import faulthandler
 import gc
 import os
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from time_limit import pytest_configure, pytest_runtest_protocol  # noqa: F401
 
 from gpucache_pipes.cache import make_policy
 from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
@@ -45,28 +45,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="there is no accelerator"))
-
-
-# faulthandler_timeout of pyproject.toml needs a recent pytest. With TEST_SECONDS a test that takes
-# longer ends the process whatever the version, with the stacks of all threads on stderr.
-TEST_SECONDS = float(os.environ.get("TEST_SECONDS", 0))
-_stderr = -1
-
-
-def pytest_configure() -> None:
-    """Keep stderr as it is before pytest captures it."""
-    global _stderr
-    _stderr = os.dup(2)
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol() -> Iterator[None]:
-    """End the process if a test, with its fixtures, takes longer than TEST_SECONDS."""
-    if TEST_SECONDS:
-        faulthandler.dump_traceback_later(TEST_SECONDS, exit=True, file=_stderr)
-    yield
-    if TEST_SECONDS:
-        faulthandler.cancel_dump_traceback_later()
 
 
 settings.register_profile(
