@@ -99,12 +99,16 @@ def _beside_training(device: Device, scale: float, one: Callable[[], Any]) -> Fi
 
         load()
         step_seconds = device.seconds(load, 3) / steps
-        hundred = device.seconds(lambda: [one() for _ in range(100)])
-        repeats = max(1, round(100 * step_seconds / hundred))
+        repeats = 1
 
         def train() -> None:
             for _ in range(repeats):
                 one()
+
+        # A single call is too short to be timed.
+        while (trained := device.seconds(train, 3)) < min(5e-3, step_seconds):
+            repeats *= 4
+        repeats = max(1, round(repeats * step_seconds / trained))
 
         def train_alone() -> None:
             for _ in range(steps):
