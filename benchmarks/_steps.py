@@ -277,10 +277,22 @@ def _end(process: "subprocess.Popen[str]", below: list[int]) -> None:
     others = {*below, *_descendants(process.pid)}
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    for pid in others:
+    _kill(others)
+    process.wait()
+
+
+def end_all() -> None:
+    """Kill all processes below this one. For handlers of signals.
+
+    A handler that only raises would leave a step behind whose Popen has not returned yet.
+    """
+    _kill(_descendants(os.getpid()))
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
-    process.wait()
 
 
 def _descendants(ancestor: int) -> list[int]:

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from _parts import PARTS, ROOT, Options
-from _steps import BAD, OUTCOMES, Record, Result, Surroundings, run_part, text_of
+from _steps import BAD, OUTCOMES, Record, Result, Surroundings, end_all, run_part, text_of
 
 BUDGET = 480.0
 TEST_SECONDS = 120.0
@@ -44,8 +44,7 @@ TEST_SECONDS = 120.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    # A kill of this process ends the step that is running: see _steps.run_step.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, end)
     path = Path(args.json).resolve()
     try:
         record = Record(path)
@@ -71,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"written to {args.json}")
     bad = [r for steps in results.values() for r in steps.values() if r["outcome"] in BAD]
     return 1 if bad or not any(results.values()) else 0
+
+
+def end(number: int, frame: object) -> None:
+    """Handle SIGTERM: end the step that is running, and then this process."""
+    end_all()
+    sys.exit(128 + number)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,10 +1,10 @@
-"""A process whose device memory runs out at one place of the store. Run by test_out_of_memory.py.
+"""A process whose device memory runs out at places of a store. Run by test_out_of_memory.py.
 
-    python running_out.py upload|gather|grow|consumer TAKEN
+    python running_out.py TAKEN
 
 The memory is limited to 4 GiB, of which the part TAKEN is taken by somebody else from the start. At
-the chosen place all the rest is taken, too. The store may then raise, or help itself by evicting;
-afterwards, with the memory back, every batch is exact.
+each place, with a store of its own, all the rest is taken, too. The store may then raise, or help
+itself by evicting; afterwards, with the memory back, every batch is exact.
 """
 
 import contextlib
@@ -66,11 +66,10 @@ def try_to(store: GPUFeatureStore, numbers: list[int]) -> None:
         print(f"refused: {type(error).__name__}: {error}".splitlines()[0])
 
 
-def main(place: str, taken: float) -> None:
-    if ON_CUDA:
-        total = torch.cuda.mem_get_info(ACCELERATOR)[1]
-        torch.cuda.set_per_process_memory_fraction(LIMIT / total, ACCELERATOR)
-    held = take(int(LIMIT * taken))
+PLACES = ("upload", "gather", "grow", "consumer")
+
+
+def run_out(place: str) -> None:
     with GPUFeatureStore(
         new_backend(), load_fn=feature, reader_threads=2, staging_bytes="32MiB"
     ) as store:
@@ -87,20 +86,30 @@ def main(place: str, taken: float) -> None:
             for start in range(4, FILES - 2, 2):
                 check(store, [start, start + 1])
             assert not ON_CUDA or len(store) < FILES - 6
-        elif place == "consumer":  # its own allocations fail, again and again
+        else:  # the consumer's own allocations fail, again and again
             for start in range(4, min(FILES - 2, 60), 2):
                 with nothing_is_left(), contextlib.suppress(torch.OutOfMemoryError):
                     take(64 * MiB)
                 check(store, [start, start + 1])
-        else:
-            raise ValueError(place)
         wait()
         for start in range(0, min(FILES - 2, 60), 2):
             check(store, [start, start + 1])
         check(store, [0, 1])
         store.check()
-    print(f"exact, with {held.numel() >> 20} MiB taken")
+    print(f"{place}: exact", flush=True)
+
+
+def main(taken: float) -> None:
+    if ON_CUDA:
+        total = torch.cuda.mem_get_info(ACCELERATOR)[1]
+        torch.cuda.set_per_process_memory_fraction(LIMIT / total, ACCELERATOR)
+    held = take(int(LIMIT * taken))
+    for place in PLACES:
+        run_out(place)
+        if ON_CUDA:
+            torch.cuda.empty_cache()
+    del held
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(float(sys.argv[1]))
