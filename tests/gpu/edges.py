@@ -3,7 +3,6 @@
 It makes backends, keeps their copy stream busy, and leaves out one of the edges between streams.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,9 +13,9 @@ from gpucache_pipes.device import (
     AcceleratorBackend,
     InOrderRuntime,
     TorchRuntime,
-    accelerator,
     resolve_device,
 )
+from gpucache_pipes.device.staging import StagingLane
 
 LONG = 50_000_000
 """Cycles for which a stream is kept busy: some 30 ms, much longer than anything else here."""
@@ -37,21 +36,18 @@ def keep_copy_stream_busy(backend: AcceleratorBackend) -> None:
 
 def without_uploaded(backend: AcceleratorBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gathers do not wait for uploads."""
-    _do_not_wait_for(backend, lambda log: log is backend._uploads)
+    monkeypatch.setattr(backend._uploads, "hold_back", _do_not_wait)
 
 
 def without_read_done(backend: AcceleratorBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uploads do not wait for gathers."""
-    _do_not_wait_for(backend, lambda log: log is backend._gathers)
+    monkeypatch.setattr(backend._gathers, "hold_back", _do_not_wait)
 
 
 def without_staging_free(backend: AcceleratorBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host does not wait for uploads before it writes to staging again."""
-    monkeypatch.setattr(accelerator.StagingLane, "busy_until", lambda self, event: None)
+    monkeypatch.setattr(StagingLane, "busy_until", lambda self, upload: None)
 
 
-def _do_not_wait_for(backend: AcceleratorBackend, these: Callable[[Any], bool]) -> None:
-    wait_for = backend._wait_for
-    backend._wait_for = lambda log, *rest: (  # type: ignore[method-assign]
-        None if these(log) else wait_for(log, *rest)
-    )
+def _do_not_wait(stream: Any, pages: Any) -> None:
+    pass

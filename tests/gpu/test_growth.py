@@ -26,15 +26,19 @@ def full(path: str) -> torch.Tensor:
     return torch.full((WIDTH,), float(path.rpartition("/")[2]))
 
 
+@pytest.mark.parametrize("max_cache_bytes", [None, "3GiB"])
 @pytest.mark.parametrize("consumers", [1, 4])
 def test_batches_are_exact_while_the_arena_grows_under_gathers_of_several_streams(
-    consumers: int,
+    consumers: int, max_cache_bytes: str | None
 ) -> None:
-    """There is no budget. Each consumer has an order of its own, and so reads files that are not
-    loaded, which makes the arena grow, while gathers of the others read it."""
+    """Without a budget it grows by segments, with one it moves. Each consumer has an order of its
+    own, and so reads files that are not loaded, which makes the arena grow, while gathers of the
+    others read it."""
     wrong: list[int] = []
     sizes: list[int] = []
-    with GPUFeatureStore(new_backend(), load_fn=full, reader_threads=2) as store:
+    with GPUFeatureStore(
+        new_backend(), load_fn=full, reader_threads=2, max_cache_bytes=max_cache_bytes
+    ) as store:
 
         def consume(seed: int) -> None:
             order = list(range(GROWING_FILES))
