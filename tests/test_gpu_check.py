@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,10 +95,22 @@ os.read(os.pipe()[0], 1)
 
 @linux
 def test_a_step_that_hangs_is_ended_with_all_its_processes_and_says_where(
-    around: Surroundings,
+    around: Surroundings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = _steps.run_step(script(HANGS), 3, around)
-    assert result["outcome"] == "timed out" and result["why"] == "timed out after 3 s"
+    """Its time is up as soon as it has printed, however long that takes."""
+    printed = threading.Event()
+    wait = subprocess.Popen.wait
+
+    def until_it_has_printed(process: Any, timeout: float | None = None) -> int:
+        if timeout == 1000:
+            assert printed.wait(100)
+            raise subprocess.TimeoutExpired("", timeout)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", until_it_has_printed)
+    around = Surroundings(around.directory, around.environment, lambda line: printed.set())
+    result = _steps.run_step(script(HANGS), 1000, around)
+    assert result["outcome"] == "timed out" and result["why"] == "timed out after 1000 s"
     assert any("most recent call first" in line for line in result["last_lines"])
     assert has_ended(int(result["last_lines"][0]))
 
@@ -133,7 +146,7 @@ def test_the_report_of_a_step_is_kept_also_when_it_fails(
 
 
 def run_stubs(record: Record, around: Surroundings, codes: dict[str, str], **options: Any) -> Any:
-    steps = [Step(name, ("-c", code), options.get("seconds", 60)) for name, code in codes.items()]
+    steps = [Step(name, ("-c", code), 60) for name, code in codes.items()]
     record.begin("stubs", {}, codes)
     return _steps.run_part("stubs", steps, record, budget=options.get("budget", 60), around=around)
 
@@ -154,8 +167,10 @@ def test_the_record_is_complete_after_each_step(around: Surroundings, tmp_path: 
 
 def test_the_next_step_runs_after_one_that_hangs(around: Surroundings, tmp_path: Path) -> None:
     record = Record(tmp_path / "record.json")
-    codes = {"hangs": "import os; os.read(os.pipe()[0], 1)", "next": "print('here')"}
-    run_stubs(record, around, codes, seconds=2)
+    hangs = Step("hangs", ("-c", "import os; os.read(os.pipe()[0], 1)"), 1)
+    follows = Step("follows", ("-c", "print('here')"), 60)
+    record.begin("stubs", {}, ["hangs", "follows"])
+    _steps.run_part("stubs", [hangs, follows], record, budget=100, around=around)
     found = steps_in(record.path, "stubs")
     assert [entry["outcome"] for entry in found.values()] == ["timed out", "passed"]
 
@@ -245,8 +260,8 @@ def test_a_file_of_tests_is_a_step(
     )
     [step] = [s for s in _parts.test_steps(options()) if s.name == "tests/gpu/test_edges.py"]
     arguments = (*step.command[:-1], "-k", only, str(tmp_path / "test_some.py"))
-    tests = str(Path(__file__).parent)
-    limited = {**around.environment, "TEST_SECONDS": "2", "PYTHONPATH": tests}
+    tests, seconds = str(Path(__file__).parent), "2" if only == "long" else "60"
+    limited = {**around.environment, "TEST_SECONDS": seconds, "PYTHONPATH": tests}
     around = Surroundings(tmp_path, limited, around.say)
     result = _steps.run_step(Step("some", arguments, 60, judge=step.judge), 60, around)
     assert (result["outcome"], result["why"]) == (outcome, why), result["last_lines"]
