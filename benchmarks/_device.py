@@ -31,6 +31,8 @@ class Device:
         if not self.is_cpu and self.device.index is None:
             index = torch.accelerator.current_device_index()
             self.device = torch.device(self.device.type, index)
+        # torch.accelerator has functions for memory since torch 2.9 only.
+        self._module: Any = getattr(torch, self.device.type, None)
         self.name = self.device.type
         if self.device.type == "cuda":
             self.name = torch.cuda.get_device_name(self.device)
@@ -81,24 +83,24 @@ class Device:
     def empty_cache(self) -> None:
         """Free the memory that the allocator kept from the previous measurement."""
         if not self.is_cpu:
-            torch.accelerator.empty_cache()
+            self._module.empty_cache()
 
     def forget_peak(self) -> None:
         """Let `peak_reserved_bytes` begin anew."""
         if not self.is_cpu:
-            torch.accelerator.reset_peak_memory_stats(self.device)
+            self._module.reset_peak_memory_stats(self.device)
 
     def peak_reserved_bytes(self) -> int:
         """The most that the allocator has had from the device; on the CPU, of the process."""
         if self.is_cpu:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        return int(torch.accelerator.max_memory_reserved(self.device))
+        return int(self._module.max_memory_reserved(self.device))
 
     def reserved_bytes(self) -> int:
         """What the allocator has from the device now; on the CPU, the peak of the process."""
         if self.is_cpu:
             return self.peak_reserved_bytes()
-        return int(torch.accelerator.memory_reserved(self.device))
+        return int(self._module.memory_reserved(self.device))
 
     def limit_memory(self, nbytes: int) -> None:
         """Let this process take no more than `nbytes` of a CUDA device. Not on other devices."""
