@@ -5,7 +5,7 @@ from gpu_common import PYTEST, cuda, run
 
 pytestmark = [pytest.mark.gpu, cuda]
 
-FILES = ("tests/gpu/test_edges.py", "tests/gpu/test_growth.py")
+FILES = ("tests/gpu/test_edges.py", "tests/gpu/test_growing.py")
 
 
 @pytest.mark.parametrize(
