@@ -56,9 +56,11 @@ stress: $(INSTALLED)
 		$(BIN)/python -m pytest -q -n 2 --randomly-seed=$$seed $(CONCURRENT) || exit 1; \
 	done
 
-# With the Python on the path, whose torch supports the device, and not in .venv.
+# With the Python on the path, whose torch supports the device, and not in .venv. PYTHONPATH stays as
+# it is; the script puts this repository in front of it. For example, one part of four:
+# make gpu-check CHECK="--part tests --json /tmp/tests.json"
 gpu-check:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(CHECK)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

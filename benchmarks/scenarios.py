@@ -12,7 +12,10 @@ compute as DataLoader takes to load. The page cache is warm, the order is shuffl
 contenders take turns producing the same batches, verified by checksum.
 
     python benchmarks/scenarios.py small [--device cuda] [--cold-storage] [--json FILE]
-        [--plot FILE]
+        [--plot FILE] [--only CONTENDER] [--scale 1.0]
+
+`--only` is the beginning of the name of a contender, and may be given repeatedly. With `--scale`
+there are more or fewer files, and the scenario is not the fixed one.
 """
 
 import argparse
@@ -43,21 +46,36 @@ def write_ragged(directory: str | Path, count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Files, and the options of their measurement."""
+    """Files, and the options of their measurement.
 
-    write: Callable[[str], Sequence[str]]
+    Attributes:
+        write: writes a number of files, scaled by its second argument, into a directory.
+        batch_size: files in a batch.
+        rounds: turns of each contender.
+        only: beginnings of the names of contenders; empty means all.
+        overlap: measure also a first epoch with training steps.
+    """
+
+    write: Callable[[str, float], Sequence[str]]
     batch_size: int
     rounds: int = 5
     only: tuple[str, ...] = ()
     overlap: bool = True
 
 
+def scaled(count: int, scale: float) -> int:
+    """A scaled number of files, enough for a few batches of one."""
+    return max(8, round(count * scale))
+
+
 LIMITS = ("preadv", "index_select")
 SCENARIOS = {
-    "small": Scenario(lambda directory: write_files(directory, 4000), 256),
-    "large": Scenario(lambda directory: write_files(directory, 64, 1 << 20), 8, rounds=7),
-    "ragged": Scenario(lambda directory: write_ragged(directory, 4000), 256),
-    "quick": Scenario(lambda directory: write_files(directory, 1000), 64, 9, LIMITS, False),
+    "small": Scenario(lambda where, scale: write_files(where, scaled(4000, scale)), 256),
+    "large": Scenario(lambda where, scale: write_files(where, scaled(64, scale), 1 << 20), 8, 7),
+    "ragged": Scenario(lambda where, scale: write_ragged(where, scaled(4000, scale)), 256),
+    "quick": Scenario(
+        lambda where, scale: write_files(where, scaled(1000, scale)), 64, 9, LIMITS, False
+    ),
 }
 
 
@@ -68,13 +86,16 @@ def run(
     *,
     progress: bool = True,
     cold_storage: bool = False,
+    only: Sequence[str] = (),
+    scale: float = 1.0,
 ) -> bench.Report:
     """Write the files of a scenario, measure it, and return the report."""
     with temporary_directory() as directory:
-        paths = scenario.write(directory)
-        with bench.Work(paths, scenario.batch_size, device, cold_storage=cold_storage) as work:
+        paths = scenario.write(directory, scale)
+        batch_size = min(scenario.batch_size, len(paths) // 2)
+        with bench.Work(paths, batch_size, device, cold_storage=cold_storage) as work:
             print(f"{work}\n")
-            contenders = bench.choose(scenario.only)
+            contenders = bench.choose(only or scenario.only)
             return bench.bench(
                 work,
                 contenders=contenders,
@@ -92,11 +113,20 @@ def main() -> int:
     parser.add_argument("--cold-storage", action="store_true", help="from the disk, each epoch")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--plot", help="draw them to this file")
+    parser.add_argument("--only", action="append", default=[], help="of the contenders")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of files")
     args = parser.parse_args()
     scenario = SCENARIOS[args.scenario]
     device = bench.find_device(args.device)
     rounds = args.rounds or scenario.rounds
-    report = run(scenario, device, rounds, cold_storage=args.cold_storage)
+    report = run(
+        scenario,
+        device,
+        rounds,
+        cold_storage=args.cold_storage,
+        only=args.only,
+        scale=args.scale,
+    )
     report = {"scenario": args.scenario, **report}
     print(bench.as_text(report))
     if not report["complete"]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from time_limit import pytest_configure, pytest_runtest_protocol  # noqa: F401
 
 from gpucache_pipes.cache import make_policy
 from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
@@ -24,6 +25,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if "SWITCH_INTERVAL" in os.environ:  # seconds; see `make stress`
     sys.setswitchinterval(float(os.environ["SWITCH_INTERVAL"]))
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
+if "TEST_DEVICE" in os.environ:  # another one, or "cpu" to try the tests for a device without one
+    ACCELERATOR = torch.device(os.environ["TEST_DEVICE"])
 BACKENDS = ["host", "staged", "simulated", pytest.param("accelerator", marks=pytest.mark.gpu)]
 
 

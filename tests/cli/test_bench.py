@@ -633,7 +633,7 @@ def test_the_scenarios(scripts: None, tmp_path: Path, monkeypatch: pytest.Monkey
 
     short = {
         "quick": scenarios.Scenario(
-            lambda where: scenarios.write_ragged(where, 12), 4, 1, scenarios.LIMITS
+            lambda where, scale: scenarios.write_ragged(where, 12), 4, 1, scenarios.LIMITS
         )
     }
     monkeypatch.setattr(scenarios, "SCENARIOS", short)

@@ -1,126 +1,21 @@
-"""On a real device: the edges, no waiting by the host, no growth, and training as people do it.
+"""On a real device: no waiting by the host, no growth, and training as people do it.
 
 `make gpu-check` runs these, together with the tests of the other files that take the device as a
 parameter.
 """
 
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from conftest import ACCELERATOR
+from gpu_common import cuda, first_column, rows
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
-from gpucache_pipes.device import AcceleratorBackend, TorchRuntime, accelerator, resolve_device
 from gpucache_pipes.testing.contracts import in_threads
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 pytestmark = pytest.mark.gpu
-
-LONG = 50_000_000
-"""Cycles for which a stream is kept busy: some 30 ms, much longer than anything else here."""
-
-
-def rows(count: int, width: int = 1024) -> dict[str, torch.Tensor]:
-    return {f"/f/{n}": torch.full((width,), float(n)) for n in range(count)}
-
-
-def new_backend() -> AcceleratorBackend:
-    assert ACCELERATOR is not None
-    return AcceleratorBackend(TorchRuntime(resolve_device(ACCELERATOR)))
-
-
-def first_column(batch: torch.Tensor) -> list[int]:
-    return [int(n) for n in batch[:, 17].tolist()]
-
-
-# The edges. Each work keeps one of the streams busy, so that what does not wait is too early.
-
-
-def read_while_it_is_uploaded(backend: AcceleratorBackend) -> bool:
-    """uploaded: a gather that is issued while the copy stream has not copied yet."""
-    files = rows(8)
-    with GPUFeatureStore(backend, load_fn=files.__getitem__, asynchronous=False) as store:
-        store.warm(list(files)[:4], progress=False)
-        torch.accelerator.synchronize()
-        with backend._runtime.on(backend._copy_stream):
-            torch.cuda._sleep(LONG)
-        return first_column(store.get_batch(list(files)[4:]).collate()) == [4, 5, 6, 7]
-
-
-def refill_what_is_being_read(backend: AcceleratorBackend) -> bool:
-    """read_done: pages that are given to others while a gather of them has not run yet."""
-    files = rows(8)
-    options: dict[str, Any] = {"max_cache_items": 4, "policy": "lru", "asynchronous": False}
-    with GPUFeatureStore(backend, load_fn=files.__getitem__, **options) as store:
-        names = list(files)
-        store.get_batch(names[:4])
-        torch.accelerator.synchronize()
-        consumer = torch.cuda.Stream()
-        with torch.cuda.stream(consumer):
-            torch.cuda._sleep(LONG)
-            batch = store.get_batch(names[:4]).collate()
-        store.get_batch(names[4:])
-        store.get_batch(names[4:])
-        consumer.synchronize()
-        return first_column(batch) == [0, 1, 2, 3]
-
-
-def write_to_staging_that_is_being_read(backend: AcceleratorBackend) -> bool:
-    """staging_free: host memory that is written to while its copy has not run yet."""
-    files = rows(32)
-    with GPUFeatureStore(backend, load_fn=files.__getitem__, asynchronous=False) as store:
-        names = list(files)
-        store.get(names[0])
-        torch.accelerator.synchronize()
-        with backend._runtime.on(backend._copy_stream):
-            torch.cuda._sleep(LONG)
-        for start in range(1, 29, 4):
-            store.prefetch(names[start : start + 4])
-        return first_column(store.get_batch(names[1:29]).collate()) == list(range(1, 29))
-
-
-def without_uploaded(backend: AcceleratorBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    drop(backend, lambda log: log is backend._uploads)
-
-
-def without_read_done(backend: AcceleratorBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    drop(backend, lambda log: log is backend._gathers)
-
-
-def without_staging_free(backend: AcceleratorBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerator.StagingLane, "busy_until", lambda self, event: None)
-
-
-def drop(backend: AcceleratorBackend, these: Callable[[Any], bool]) -> None:
-    wait_for = backend._wait_for
-    backend._wait_for = lambda log, *rest: (  # type: ignore[method-assign]
-        None if these(log) else wait_for(log, *rest)
-    )
-
-
-EDGES = [
-    (read_while_it_is_uploaded, without_uploaded),
-    (refill_what_is_being_read, without_read_done),
-    (write_to_staging_that_is_being_read, without_staging_free),
-]
-
-
-@cuda
-@pytest.mark.parametrize(("work", "without"), EDGES)
-def test_an_edge_holds_and_is_needed(
-    work: Callable[..., bool], without: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert all(work(new_backend()) for _ in range(5))
-
-    def broken() -> AcceleratorBackend:
-        backend = new_backend()
-        without(backend, monkeypatch)
-        return backend
-
-    assert not all(work(broken()) for _ in range(5))
 
 
 @cuda
