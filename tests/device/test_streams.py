@@ -264,6 +264,7 @@ def after_a_move(haste: float, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_a_gather_waits_for_the_arena_to_move(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing_arena, "FIRST_BYTES", 2 * 192)
+    monkeypatch.setattr(growing_arena, "LEAST_BYTES", 192)
     after_a_move((0, 0.3)[seed % 2], seed)
     add = OperationLog.add
 
