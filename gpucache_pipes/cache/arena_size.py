@@ -47,11 +47,13 @@ class ArenaSize:
     Attributes:
         pages_per_file: an estimate, before enough files have been read.
         files_in_flight: the most files that pipelines have said they hold in pending batches.
+        files_to_come: the most files that a pipeline has said it will request.
     """
 
     def __init__(self, owner: Owner, grow: Grow, shrink: Callable[[int], None]) -> None:
         self.pages_per_file = 0.0
         self.files_in_flight = 0
+        self.files_to_come = 0
         self._owner = owner
         self._ledger = owner.ledger
         self._grow = grow
@@ -115,7 +117,7 @@ class ArenaSize:
         each = self.pages_per_file or float(pages)
         if ledger.cached_items >= _ENOUGH:
             each = ledger.cached_pages / ledger.cached_items
-        need = len(self._owner.entries.paths) * each
+        need = max(self.files_to_come, len(self._owner.entries.paths)) * each
         need = math.ceil(need if each == int(each) else need * (1 + _SLACK))
         budgets = [] if ledger.useful_pages is None else [ledger.useful_pages]
         if ledger.max_items is not None:

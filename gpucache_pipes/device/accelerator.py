@@ -92,6 +92,8 @@ class AcceleratorBackend(Backend):
         runtime: streams, events and memory of the device.
     """
 
+    allocates_ahead = True
+
     def __init__(self, runtime: Runtime) -> None:
         self.device = runtime.device
         self.page_bytes = 0

@@ -40,10 +40,12 @@ class Backend(Protocol):
     Attributes:
         device: where the pages and the results of gathers are.
         page_bytes: size of a page, a multiple of 16. 0 before `configure` and after `reset`.
+        allocates_ahead: whether `grow` looks at `known`.
     """
 
     device: torch.device
     page_bytes: int
+    allocates_ahead: bool = False
 
     @property
     def reserved_bytes(self) -> int:

@@ -23,8 +23,9 @@ so they need few segments, and waste less than a twentieth."""
 _MARGIN = 16
 """The part of the device that stays free for what no allocator counts: NCCL, cuBLAS, fragments."""
 
-_LARGEST_SEGMENT = 8
-"""The part of the device that one segment takes at most, without a budget."""
+_SMALL_SEGMENT = 16
+"""Without a budget, a segment takes half of what is spare at most, unless it is less than this part
+of the device: so there are few, and the last ones, which are returned first, are small."""
 
 LEAST_BYTES = 2 << 20
 """Bytes of the smallest segment: CUDA has no smaller ones."""
@@ -161,11 +162,11 @@ def segment_beside_model(
 
     >>> segment_beside_model(1, None, 1000, pages=100, first=50, total=10_000)
     100
-    >>> segment_beside_model(1, 5000, 9000, pages=100, first=50, total=10_000)
-    1250
+    >>> segment_beside_model(1, 5000, 8000, pages=100, first=50, total=10_000)
+    4000
     >>> segment_beside_model(1, 5000, 600, pages=100, first=50, total=10_000)
     600
     """
     wanted = max(known or 0, pages, first)
-    wanted = min(wanted, spare, max(first, total // _LARGEST_SEGMENT))
+    wanted = min(wanted, spare, max(first, spare // 2, total // _SMALL_SEGMENT))
     return wanted if wanted >= needed else needed if spare >= needed else 0

@@ -41,6 +41,15 @@ class MemoryTracker:
         self._clearing = False
         self._batches = 0
 
+    @property
+    def lacks_size(self) -> bool:
+        """Whether the device would like to know how many files there are. Takes no lock."""
+        return self._backend.allocates_ahead and not self._cache.arena.files_to_come
+
+    def expect_files(self, count: int) -> None:
+        """So many different files will be requested. A hint; takes no lock."""
+        self._cache.arena.files_to_come = max(count, self._cache.arena.files_to_come)
+
     def clear(self) -> None:
         """Stop caching everything, and free the memory as soon as no batch is in flight."""
         with self._lock:

@@ -200,7 +200,12 @@ class RequestManager:
     ) -> None:
         """See GPUFeatureStore."""
         if not self._shared.cache.ledger.bounded:
-            return  # nothing will ever have to be evicted
+            # Nothing will ever have to be evicted. But one allocation for all files is the best.
+            if self._shared.memory.lacks_size and callable(upcoming):
+                upcoming = upcoming()
+            if isinstance(upcoming, Upcoming):
+                self._shared.memory.expect_files(len(upcoming.files))
+            return
         # What takes long is done without the lock.
         if callable(upcoming):
             upcoming = upcoming()
