@@ -47,6 +47,7 @@ class ArenaSize:
     Attributes:
         pages_per_file: an estimate, before enough files have been read.
         files_in_flight: the most files that pipelines have said they hold in pending batches.
+        shrinking: whether pages have been retired that are still in the arena.
         files_to_come: the most files that a pipeline has said it will request.
     """
 
@@ -58,18 +59,12 @@ class ArenaSize:
         self._ledger = owner.ledger
         self._grow = grow
         self._shrink = shrink
-        # Pages have been retired and are still in the arena.
-        self._shrinking = False
+        self.shrinking = False
 
     def forget(self) -> None:
         """There is no arena any more."""
         self.pages_per_file = 0.0
-        self._shrinking = False
-
-    def expect(self, files: int) -> None:
-        """A pipeline will have this many files in pending batches at a time."""
-        if files > self.files_in_flight:
-            self.files_in_flight = files
+        self.shrinking = False
 
     # Growing
 
@@ -94,7 +89,7 @@ class ArenaSize:
             # Batches in flight hold the rest. They may grow the arena beyond the budget.
             if ledger.retiring:
                 ledger.keep_all(owner.entries.values())
-                self._shrinking = False
+                self.shrinking = False
                 shortage = pages - ledger.free_pages - sum(len(entry.pages) for entry in victims)
             if shortage > 0 and self._add(shortage, 0, None) < shortage:
                 return False
@@ -145,10 +140,10 @@ class ArenaSize:
     def retire(self, count: int) -> None:
         """Return the last `count` pages to the device, once no batch in flight needs them."""
         ledger = self._ledger
-        if self._shrinking or count > ledger.pages:
+        if self.shrinking or count > ledger.pages:
             return
         ledger.retire(ledger.pages - count)
-        self._shrinking = True
+        self.shrinking = True
         lost = [entry for entry in self._owner.entries.values()
                 if len(ledger.kept(entry.pages)) < len(entry.pages)]  # fmt: skip
         self._owner.release(lost)
@@ -156,16 +151,16 @@ class ArenaSize:
 
     def settle(self) -> None:
         """Finish what `retire` began, if nothing holds the pages any more."""
-        if self._shrinking and not self._ledger.retiring:
-            self._shrinking = False
+        if self.shrinking and not self._ledger.retiring:
+            self.shrinking = False
             self._shrink(self._ledger.pages)
 
     def needed_pages(self) -> list[int]:
         """Drop all but what batches in flight need; the pages of that, in order."""
         owner = self._owner
-        if self._shrinking:
+        if self.shrinking:
             self._ledger.keep_all(owner.entries.values())
-            self._shrinking = False
+            self.shrinking = False
         pinned = owner.pins.numbers()
         owner.release([entry for entry in owner.entries.values()
                        if entry.cached and entry.number not in pinned])  # fmt: skip

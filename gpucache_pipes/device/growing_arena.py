@@ -72,7 +72,7 @@ class GrowingArena:
         """Free all pages. Nothing reads or writes them any more."""
         self.arena = None
         self._left_behind = 0
-        self._model.full = False
+        self._model.short = self._model.full = False
 
     def grow(self, needed: int, useful: int | None, known: int | None, batches: int) -> int:
         """See Backend. `batches` have been gathered so far."""
@@ -216,10 +216,10 @@ class GrowingArena:
         memory, arena = self._runtime.memory(), self.arena
         if memory is None or arena is None or not arena.pages:
             return 0
-        is_short = self._model.look(memory, arena.nbytes)
+        self._model.look(memory, arena.nbytes)
         lack = self._model.missing(memory, arena.nbytes) - memory.free
-        if is_short or (batches >= STEPS and lack > 0):
-            self._model.full = True
+        if self._model.short or (batches >= STEPS and lack > 0):
+            self._model.short, self._model.full = False, True
             return -_last_segments(arena, max(1, lack))
         if self._model.full:
             return 0

@@ -98,17 +98,19 @@ class ModelMemory:
 
     Attributes:
         peak: the most bytes that all tensors but the cache have taken at one time.
+        short: whether the model has run short, and nothing has been returned for it.
         full: whether the cache must not grow any more, since the model has run short once.
     """
 
     def __init__(self) -> None:
         self.peak = 0
+        self.short = False
         self.full = False
         self._last_peak = 0
         self._shortages: int | None = None
 
-    def look(self, memory: DeviceMemory, ours: int) -> bool:
-        """Note the model's peak; whether the model has run short since the last look.
+    def look(self, memory: DeviceMemory, ours: int) -> None:
+        """Note the model's peak, and whether it has run short since the last look.
 
         Args:
             memory: of the device.
@@ -117,9 +119,9 @@ class ModelMemory:
         if memory.peak != self._last_peak:
             self.peak = max(self.peak, memory.peak - ours)
             self._last_peak = memory.peak
-        is_short = self._shortages is not None and memory.shortages > self._shortages
+        if self._shortages is not None and memory.shortages > self._shortages:
+            self.short = self.full = True
         self._shortages = memory.shortages
-        return is_short
 
     def absorb(self, memory: DeviceMemory) -> None:
         """The cache has grown: what this did to the counters is not the model's doing."""

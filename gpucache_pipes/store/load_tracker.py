@@ -10,6 +10,7 @@ from gpucache_pipes.device import Backend, DeviceMemoryError
 from gpucache_pipes.store.lock import StoreLock
 from gpucache_pipes.store.pending_batch import PendingBatch
 from gpucache_pipes.store.read_task import OpenEntry, ReadTask
+from gpucache_pipes.store.refusal import Refusal
 from gpucache_pipes.store.stats import Counters
 
 _NONE_FAILED: Mapping[Entry, BaseException] = {}
@@ -20,7 +21,7 @@ class Owner(Protocol):
 
     lock: StoreLock
     cache: Cache
-    refusal: str | BaseException | None
+    refusal: Refusal
 
     def end(self, error: BaseException) -> None:
         """See SharedCache."""
@@ -48,7 +49,7 @@ class LoadTracker:
 
     def require_running(self) -> None:
         """Raise RuntimeError if the store was closed. Takes no lock."""
-        if self._owner.refusal is not None:
+        if self._owner.refusal.reason is not None:
             raise RuntimeError("the store was closed")
 
     def end(self, error: BaseException) -> None:

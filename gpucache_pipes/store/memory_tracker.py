@@ -7,9 +7,6 @@ from gpucache_pipes.device import Backend
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.lock import StoreLock
 
-_BATCHES = 32
-"""Batches between two looks at what the model needs. A look takes up to 0.1 ms."""
-
 _PATIENCE = 5.0
 """Seconds to wait for gathers that other threads are issuing."""
 
@@ -30,6 +27,9 @@ class MemoryTracker:
 
     A part of SharedCache: `clear` and `shed` are whole steps under its lock, the others parts of
     such steps.
+
+    Attributes:
+        unfinished: whether `settle` has something to do.
     """
 
     def __init__(self, owner: Owner, backend: Backend) -> None:
@@ -39,7 +39,7 @@ class MemoryTracker:
         self._backend = backend
         # clear() was called, and memory is to be freed when no batch is in flight.
         self._clearing = False
-        self._batches = 0
+        self.unfinished = False
 
     @property
     def lacks_size(self) -> bool:
@@ -55,7 +55,7 @@ class MemoryTracker:
         with self._lock:
             self._owner.require_open()
             self._cache.release(list(self._cache.entries.values()))
-            self._clearing = True
+            self._clearing = self.unfinished = True
             self.settle()
 
     def settle(self) -> None:
@@ -65,18 +65,17 @@ class MemoryTracker:
             self._clearing = False
             if not self._cache.ledger.held_pages:
                 self._owner.loads.free_arena()
+        self.unfinished = self._clearing or self._cache.arena.shrinking
 
     def balance(self) -> None:
-        """Now and then, where there is no budget: leave the model what it needs. After a gather."""
+        """Where there is no budget: leave the model what it needs. Called now and then."""
         ledger = self._cache.ledger
         if ledger.max_bytes is not None or ledger.max_items is not None:
-            return
-        self._batches += 1
-        if self._batches % _BATCHES:
             return
         pages = self._backend.balance()
         if pages < 0:
             self._cache.arena.retire(-pages)
+            self.unfinished = True
         elif pages and ledger.ceiling is not None:
             ledger.set_ceiling(None)  # the cache may grow again
 

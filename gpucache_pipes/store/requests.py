@@ -52,7 +52,8 @@ class RequestManager:
 
     def _resolve(self, paths: Iterable[PathLike]) -> tuple[list[int], Sequence[PathLike]]:
         """The numbers of the entries of `paths`, and the paths, absolute."""
-        self._shared.refuse_now()
+        if self._shared.refusal.reason is not None:
+            self._shared.refusal.check()
         numbers, absolute = self._paths.resolve(paths)
         if absolute is None:
             absolute = list(map(self._shared.cache.entries.paths.__getitem__, numbers))
@@ -190,7 +191,7 @@ class RequestManager:
         lock = self._shared.lock
         if not lock.is_entered():
             return False
-        lock.postpone(lambda: call() if self._shared.refusal is None else None)
+        lock.postpone(lambda: call() if self._shared.refusal.reason is None else None)
         return True
 
     def announce(

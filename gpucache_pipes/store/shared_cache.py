@@ -24,6 +24,7 @@ from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.lock import StoreLock
 from gpucache_pipes.store.memory_tracker import MemoryTracker
 from gpucache_pipes.store.pending_batch import Issuer, PendingBatch, concatenate
+from gpucache_pipes.store.refusal import Refusal
 from gpucache_pipes.store.stats import Counters, StoreStats
 from gpucache_pipes.store.tracing import trace
 
@@ -32,6 +33,9 @@ _log = getLogger("gpucache_pipes")
 OldVersion = tuple[Entry, bytes | None]
 """A READY entry, and the version of its file that was read."""
 
+_BATCHES = 32
+"""Batches between two looks at the memory of the device. A look takes up to 0.1 ms."""
+
 _USED = "this batch has been used or cancelled; request its paths again"
 
 
@@ -39,10 +43,10 @@ class SharedCache:
     """Entries, pending batches and counters, behind one lock.
 
     Every public method is one whole step: it takes the lock once, and leaves everything consistent.
-    Two parts of it have the steps of the loader (`loads`) and those that free memory (`memory`).
-    Besides these only the path table takes the lock, to number files. No other class changes an
-    entry or a counter, or closes a batch. Under the lock no file is opened or read, and a thread
-    waits for nothing but the lock's own condition, and for the device where memory is freed.
+    Its parts have the steps of the loader (`loads`) and those that free memory (`memory`). Besides
+    these only the path table takes the lock, to number files. No other class changes an entry or a
+    counter, or closes a batch. Under the lock no file is opened or read, and a thread waits only
+    for the lock's own condition, and for the device where memory is freed.
 
     Steps that begin something fill a list of the caller (`loading`, `held`) instead of returning
     it: an interrupt between the end of a step and the assignment of its result would lose that.
@@ -51,18 +55,18 @@ class SharedCache:
         lock: the lock.
         loads: what the loader reports to.
         memory: what frees memory of the device.
-        refusal: why the store does not work any more: a text once it is closed or in a forked
-            process, or the error that has ended its device.
+        refusal: why the store does not work any more.
     """
 
     def __init__(self, ledger: Ledger, policy: Policy, backend: Backend) -> None:
         self.lock = StoreLock()
-        self.refusal: str | BaseException | None = None
+        self.refusal = Refusal()
         self.cache = Cache(ledger, policy, backend.grow, backend.shrink)
         self._backend = backend
         self._counters = Counters()
         self.loads = LoadTracker(self, backend, self._counters)
         self.memory = MemoryTracker(self, backend)
+        self._gathered = 0
         # Files that have been left out and named in the log.
         self._logged: set[int] = set()
 
@@ -97,7 +101,8 @@ class SharedCache:
         with self.lock:
             self.require_open()
             cache = self.cache
-            cache.arena.expect(len(numbers) * (1 + ahead))
+            if len(numbers) * (1 + ahead) > cache.arena.files_in_flight:
+                cache.arena.files_in_flight = len(numbers) * (1 + ahead)
             numbers = self._renew(numbers, stale)
             rows = list(map(cache.rows.__getitem__, numbers))
             least = min(rows, default=NOT_READY)
@@ -186,7 +191,9 @@ class SharedCache:
         if len(held) == len(batches) > 0:
             with self.lock:
                 self._close(held)
-                self.memory.balance()
+                self._gathered += 1
+                if not self._gathered % _BATCHES:
+                    self.memory.balance()
         else:
             self.cancel(batches, held)
 
@@ -237,7 +244,8 @@ class SharedCache:
         """Unpin, and wake the threads that wait for batches or for their end."""
         self.cache.close_batches(numbers)
         self.lock.changed.notify_all()
-        self.memory.settle()
+        if self.memory.unfinished:
+            self.memory.settle()
 
     # The store
 
@@ -283,7 +291,7 @@ class SharedCache:
         """Wait until nothing is LOADING, at most this long. Returns whether that is so."""
         with self.lock:
             # Of a closed store, files may stay LOADING that no reader reads.
-            self.lock.wait_for(lambda: not self.cache.loading or self.refusal is not None, seconds)
+            self.lock.wait_for(lambda: not self.cache.loading or self._is_ended(), seconds)
             return not self.cache.loading
 
     def _measure(self) -> StoreStats:
@@ -306,34 +314,26 @@ class SharedCache:
     # The end
 
     def require_open(self) -> None:
-        """Raise what `refuse_now` raises, or make the calls that were queued. With the lock."""
-        self.refuse_now()
+        """Raise if calls are refused, or make those that were queued. With the lock."""
+        if self.refusal.reason is not None:
+            self.refusal.check()
         self._run_queued()
-
-    def refuse_now(self) -> None:
-        """Raise RuntimeError if the store was closed, or what has ended its device. No lock."""
-        if isinstance(self.refusal, BaseException):
-            raise self.refusal
-        if self.refusal is not None:
-            raise RuntimeError(self.refusal)
 
     def _run_queued(self) -> None:
         if self.cache.pins.gone:
             self.cache.close_lost_batches()
         if self.lock.queued:
             self.lock.run_queued()
-        self.memory.settle()
+        if self.memory.unfinished:
+            self.memory.settle()
 
-    def refuse(self) -> None:
-        """Serve no new requests. Takes no lock."""
-        if self.refusal is None:
-            self.refusal = "this GPUFeatureStore is closed"
+    def _is_ended(self) -> bool:
+        return self.refusal.reason is not None
 
     def end(self, error: BaseException) -> None:
         """The device has failed for good: every call raises `error` from now on."""
         with self.lock:
-            if self.refusal is None:
-                self.refusal = error
+            self.refusal.fail(error)
             self.lock.changed.notify_all()
 
     def await_uses(self, seconds: float) -> None:
@@ -345,7 +345,4 @@ class SharedCache:
     def refuse_after_fork(self) -> None:
         """In a forked child: refuse all further calls."""
         self.lock.reset()
-        self.refusal = (
-            "this GPUFeatureStore was made before a fork and does not work in the new process; "
-            "make it where it is used (DataLoader workers need only paths)"
-        )
+        self.refusal.fork()

@@ -50,7 +50,7 @@ class Shutdown:
         the store closes as soon as the interrupted call is done with its memory. A second thread
         that closes waits for the first.
         """
-        self._shared.refuse()
+        self._shared.refusal.close()
         self._loader.stop()
         lock = self._shared.lock
         if lock.is_entered():

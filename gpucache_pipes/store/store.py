@@ -199,7 +199,7 @@ class GPUFeatureStore:
         Waits until the files being read are in memory; other requests are served afterwards. A
         batch that lacks files raises RuntimeError in it. Other consumers must not run meanwhile.
         """
-        self._shared.refuse_now()
+        self._shared.refusal.check()
         with self._loader.gate.held():
             self._backend.drain()
             yield

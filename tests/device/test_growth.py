@@ -51,7 +51,7 @@ class Run:
                 known = len(self.cache.entries.paths)
                 numbers = [self._number_of(path, known) for path in numbers]
             if self.known:
-                self.cache.arena.expect(batch_size * (1 + depth))
+                self.cache.arena.files_in_flight = batch_size * (1 + depth)
             self.pending.append(self.cache.open_batch(numbers, None))
             for number in numbers:
                 self._load(number)
