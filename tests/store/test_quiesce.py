@@ -202,11 +202,16 @@ def test_one_rank_of_several_does_not_repeat_a_step(monkeypatch: pytest.MonkeyPa
         assert store.yield_memory_to(lambda: 1, collective_free=True) == 1
 
 
-def retire(store: GPUFeatureStore, pages: int) -> None:
-    """Return the last pages, as a model that runs short has it done."""
+def retire_last_segment(store: GPUFeatureStore) -> None:
+    """Return it to the device, as a model that runs short has it done. Not if it is the only one."""
     backend = store._backend
+    assert isinstance(backend, AcceleratorBackend)
     with pytest.MonkeyPatch.context() as patch, store._shared.lock:
-        patch.setattr(backend, "balance", lambda: -pages)
+        arena = backend._pages.arena
+        if arena is None or len(arena.segments) < 2:
+            return
+        last = arena.segments[-1]
+        patch.setattr(backend, "balance", lambda: -last)
         patch.setattr(store._shared.cache.ledger, "max_bytes", None)
         store._shared.memory.balance()
 
@@ -252,9 +257,7 @@ def test_batches_are_exact_while_the_arena_shrinks(
             wanted = [choose.randrange(40) for _ in range(choose.randint(1, 6))]
             pending.append((store.request([PATHS[n] for n in wanted]), wanted))
             if choose.random() < 0.3:
-                arena = backend._pages.arena
-                if arena is not None and len(arena.segments) > 1:
-                    retire(store, arena.segments[-1])
+                retire_last_segment(store)
             if choose.random() < 0.2:
                 with store.quiesce():
                     store._shared.memory.shed()
@@ -283,7 +286,7 @@ def test_retired_pages_go_when_the_last_batch_that_needs_them_has_them() -> None
         segments = backend._pages.arena.segments  # type: ignore[union-attr]
         assert len(segments) > 2
         before = store.stats().reserved_bytes
-        retire(store, segments[-1])
+        retire_last_segment(store)
         assert store.stats().reserved_bytes == before, "a pending batch needs the pages"
         store.check()
         assert first(held.result()) == [39]
