@@ -203,7 +203,7 @@ def test_one_rank_of_several_does_not_repeat_a_step(monkeypatch: pytest.MonkeyPa
 
 
 def retire_last_segment(store: GPUFeatureStore) -> None:
-    """Return it to the device, as a model that runs short has it done. Not if it is the only one."""
+    """As a model that runs short has it done. Not if it is the only one."""
     backend = store._backend
     assert isinstance(backend, AcceleratorBackend)
     with pytest.MonkeyPatch.context() as patch, store._shared.lock:
