@@ -99,4 +99,4 @@ class MemoryTracker:
                     batch.forget_rows()
             else:
                 self._owner.loads.free_arena()
-            return before - self._backend.reserved_bytes
+            return max(0, before - self._backend.reserved_bytes)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchdata.nodes as tn
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
@@ -37,6 +37,7 @@ WRAPPED: list[Callable[[Any], Any]] = [
 ]
 
 
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 1000),
     wrap=st.sampled_from(WRAPPED),

@@ -1,5 +1,6 @@
 """How much memory an arena takes, by a model of torch's allocator."""
 
+import itertools
 import random
 from typing import Any
 
@@ -76,13 +77,16 @@ class Run:
             self.cache.finish_loading(entry, "layout", ())
 
 
-CASES = [(4 * MiB, in_flight) for in_flight in (0.2, 0.6, 1.25)] + [(4096, 1.25)]
+CASES = [
+    *itertools.product((8, 20, 40, 60), (4 * MiB,), (0.2, 0.6, 1.25), (True, False), (True, False)),
+    # Features of 16,384 pages take a second or more.
+    *itertools.product((8, 60), (4096,), (1.25,), (True, False), (True,)),
+]
 
 
-@pytest.mark.parametrize("budget", [8, 20, 40, 60])
-@pytest.mark.parametrize(("page_bytes", "in_flight"), CASES)
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("returns_memory", [True, False])
+@pytest.mark.parametrize(
+    ("budget", "page_bytes", "in_flight", "known", "returns_memory"), CASES, ids=str
+)
 def test_a_budget_is_what_is_reserved(
     budget: int, page_bytes: int, in_flight: float, known: bool, returns_memory: bool
 ) -> None:

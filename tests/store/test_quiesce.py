@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Gate, wait_for_readers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
@@ -222,6 +222,7 @@ BACKENDS: list[Callable[[int], AcceleratorBackend]] = [
 ]
 
 
+@settings(max_examples=30)
 @given(
     make=st.sampled_from(BACKENDS),
     seed=st.integers(0, 10_000),
