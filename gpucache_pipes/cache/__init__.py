@@ -4,6 +4,7 @@ Needs no torch, starts no threads and takes no locks; the store holds its lock w
 """
 
 from gpucache_pipes.cache.access_plan import AccessPlan
+from gpucache_pipes.cache.arena_size import NoPagesError
 from gpucache_pipes.cache.cache import LAYOUT_SHIFT, Cache
 from gpucache_pipes.cache.check import check_cache
 from gpucache_pipes.cache.entry import NOT_READY, SCATTERED, Entry, State
@@ -23,6 +24,7 @@ __all__ = [
     "Entry",
     "Future",
     "Ledger",
+    "NoPagesError",
     "Policy",
     "Served",
     "Simulation",

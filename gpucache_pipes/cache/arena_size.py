@@ -18,6 +18,10 @@ _SLACK = 0.02
 """More pages than a mean of a sample says, where files differ."""
 
 
+class NoPagesError(MemoryError):
+    """The device has no pages for a feature: batches in flight need all that there are."""
+
+
 class Owner(Protocol):
     """The Cache that an ArenaSize is a part of."""
 
@@ -91,7 +95,9 @@ class ArenaSize:
                 ledger.keep_all(owner.entries.values())
                 self.shrinking = False
                 shortage = pages - ledger.free_pages - sum(len(entry.pages) for entry in victims)
-            if shortage > 0 and self._add(shortage, 0, None) < shortage:
+            # At once for all batches in flight: a batch issues operations for each segment.
+            wish = max(shortage, self._in_flight(pages) - ledger.bypassed_pages)
+            if shortage > 0 and self._add(shortage, wish, wish) < shortage:
                 return False
         owner.evict(list(victims))
         # Batches in flight need the rest: a cache that took it again would evict for each of them.
@@ -109,22 +115,29 @@ class ArenaSize:
         `pages` are those of the entry that needs some now.
         """
         ledger = self._ledger
-        each = self.pages_per_file or float(pages)
-        if ledger.cached_items >= _ENOUGH:
-            each = ledger.cached_pages / ledger.cached_items
+        each = self._pages_each(pages)
         need = max(self.files_to_come, len(self._owner.entries.paths)) * each
         need = math.ceil(need if each == int(each) else need * (1 + _SLACK))
-        budgets = [] if ledger.useful_pages is None else [ledger.useful_pages]
+        in_flight = self._in_flight(pages)
         if ledger.max_items is not None:
-            budgets.append(math.ceil(ledger.max_items * each))
-        if not budgets:
+            need = min(need, math.ceil(ledger.max_items * each) + in_flight)
+        if ledger.useful_pages is None:
             return None, need - ledger.pages
-        budget = min(budgets)
         # Batches in flight take pages beyond the budget once that is used up.
-        pinned = max(self.files_in_flight, len(self._owner.pins.numbers()))
-        in_flight = math.ceil(pinned * each)
-        useful = budget + in_flight - ledger.pages
-        return useful, min(useful, need - ledger.pages) if need <= budget else useful
+        useful = ledger.useful_pages + in_flight - ledger.pages
+        return useful, min(useful, need - ledger.pages)
+
+    def _pages_each(self, pages: int) -> float:
+        """The mean number of pages of a feature, one of which has `pages`."""
+        ledger = self._ledger
+        if ledger.cached_items >= _ENOUGH:
+            return ledger.cached_pages / ledger.cached_items
+        return self.pages_per_file or float(pages)
+
+    def _in_flight(self, pages: int) -> int:
+        """About how many pages the features of all batches in flight take."""
+        files = max(self.files_in_flight, len(self._owner.pins.numbers()))
+        return math.ceil(files * self._pages_each(pages))
 
     def _evictable(self, wanted: Entry) -> Iterator[Entry]:
         """What may be evicted where pages must be found: the policy's victims, then any entry."""

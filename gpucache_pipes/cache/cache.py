@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gpucache_pipes.cache.access_plan import AccessPlan
-from gpucache_pipes.cache.arena_size import ArenaSize, Grow
+from gpucache_pipes.cache.arena_size import ArenaSize, Grow, NoPagesError
 from gpucache_pipes.cache.entries import Entries
 from gpucache_pipes.cache.entry import NOT_READY, SCATTERED, Entry, State
 from gpucache_pipes.cache.ledger import Ledger
@@ -134,7 +134,7 @@ class Cache:
             return False
         while not ledger.take(entry, pages, charge, nbytes, cached=cached):
             if not self.arena.find_pages(entry, pages, cached):
-                raise MemoryError(
+                raise NoPagesError(
                     f"no device memory for {entry.path!r}: {pages} pages of {ledger.page_bytes} "
                     f"bytes needed, {ledger.free_pages} of {ledger.pages} free, the device has no "
                     "more and in-flight batches need the rest; lower depth, batch size or "

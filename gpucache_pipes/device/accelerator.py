@@ -92,7 +92,7 @@ class AcceleratorBackend(Backend):
         runtime: streams, events and memory of the device.
     """
 
-    allocates_ahead = True
+    shares_memory = True
 
     def __init__(self, runtime: Runtime) -> None:
         self.device = runtime.device
@@ -109,8 +109,6 @@ class AcceleratorBackend(Backend):
         # Where uploads land that are scattered from there; on the copy stream only.
         self._landing: Reservation | None = None
         self._pages = GrowingArena(runtime, self._copy_stream, self._uploads, self._gathers)
-        # That have been gathered.
-        self._batches = 0
 
     @property
     def reserved_bytes(self) -> int:
@@ -137,12 +135,12 @@ class AcceleratorBackend(Backend):
     def grow(self, needed: int, useful: int | None, known: int | None = None) -> int:
         """See Backend. Takes less than it would like to if the device has less memory."""
         with self._runtime.on_device():
-            return self._pages.grow(needed, useful, known, self._batches)
+            return self._pages.grow(needed, useful, known)
 
     def balance(self) -> int:
         """See Backend."""
         with self._runtime.on_device():
-            return self._pages.balance(self._batches)
+            return self._pages.balance()
 
     def shrink(self, pages: int) -> None:
         """See Backend."""
@@ -197,14 +195,16 @@ class AcceleratorBackend(Backend):
 
     def _copy(self, arena: Arena, rows: torch.Tensor, pages: Sequence[int]) -> None:
         """Copy rows of staging into pages, on the copy stream."""
-        most = max(1, _PIECE // self.page_bytes)
         runs = list(arena.runs(pages))
         if len(runs) * _LONG_RUN <= max(_LONG_RUN, rows.numel()):
             for start, target in runs:
-                for at in range(0, len(target), most):
-                    source = rows[start + at : start + min(at + most, len(target))]
-                    target[at : at + most].copy_(source, non_blocking=True)
+                source = rows[start : start + len(target)].view(-1)
+                flat = target.view(-1)
+                for at in range(0, len(flat), _PIECE):
+                    piece = slice(at, at + _PIECE)
+                    flat[piece].copy_(source[piece], non_blocking=True)
             return
+        most = _PIECE // self.page_bytes  # no longer than a stretch that is worth a copy
         for at in range(0, len(pages), most):
             source, places = rows[at : at + most], pages[at : at + most]
             try:
@@ -237,7 +237,7 @@ class AcceleratorBackend(Backend):
             self._uploads.hold_back(stream, pages)  # edge: uploaded
             results = arena.gather(pages, columns, self._runtime.index)
             self._gathers.add(stream, pages, arena)
-        self._batches += 1
+        self._pages.batches += 1
         return results
 
     def join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -293,6 +293,7 @@ class AcceleratorBackend(Backend):
             # After a device-side assert every call raises. What is left is to drop everything.
             _log.exception("%s has failed; what it held is dropped", self.device)
             try:
-                self._drop_memory()
+                with self._runtime.on_device():
+                    self._drop_memory()
             except Exception:
                 _log.exception("%s cannot free its memory", self.device)

@@ -40,12 +40,13 @@ class Backend(Protocol):
     Attributes:
         device: where the pages and the results of gathers are.
         page_bytes: size of a page, a multiple of 16. 0 before `configure` and after `reset`.
-        allocates_ahead: whether `grow` looks at `known`.
+        shares_memory: whether a model uses the same memory: then `grow` looks at `known`, and
+            `balance`, `shrink` and `rebuild` leave the model what it needs.
     """
 
     device: torch.device
     page_bytes: int
-    allocates_ahead: bool = False
+    shares_memory: bool = False
 
     @property
     def reserved_bytes(self) -> int:

@@ -1,13 +1,16 @@
 """Errors of a device, which are nobody's file's fault."""
 
-from typing import Any
-
 import torch
-
-_AcceleratorError: Any = getattr(torch, "AcceleratorError", None)
 
 _CAPTURE = range(900, 911)
 """The codes of cudaError_t that concern the capture of a graph."""
+
+
+_OUT_OF_MEMORY = (
+    "error: out of memory",
+    "MPS backend out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 class DeviceMemoryError(torch.OutOfMemoryError, MemoryError):
@@ -21,17 +24,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device has no memory: torch has a class for most cases, and none for others."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "error: out of memory" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def is_device_error(error: BaseException) -> bool:
     """Whether the device has failed, in any way but a lack of memory."""
-    if is_out_of_memory(error):
-        return False
-    if _AcceleratorError is not None and isinstance(error, _AcceleratorError):
-        return True
-    # Before torch 2.8 there is no class for it.
-    return type(error) is RuntimeError and str(error).startswith(("CUDA error", "XPU error"))
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
 def ends_the_device(error: BaseException) -> bool:

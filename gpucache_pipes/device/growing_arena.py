@@ -24,10 +24,6 @@ from gpucache_pipes.device.runtime import DeviceMemory, Reservation, Runtime
 _log = logging.getLogger("gpucache_pipes")
 
 
-_PIECE = 4 << 20
-"""Bytes that are copied from one arena to another at once."""
-
-
 class GrowingArena:
     """An arena that grows and shrinks while the device reads it.
 
@@ -42,6 +38,7 @@ class GrowingArena:
     Attributes:
         arena: the pages; None before `configure` and after `drop`. A thread that uses them keeps
             its reference: the arena may be replaced meanwhile.
+        batches: how many have been gathered.
         writing: held while the arena changes, and while a reader thread issues writes to it.
     """
 
@@ -50,6 +47,7 @@ class GrowingArena:
     ) -> None:
         self.arena: Arena | None = None
         self.writing = threading.Lock()
+        self.batches = 0
         self._runtime = runtime
         self._copy_stream = copy_stream
         self._uploads = uploads
@@ -58,6 +56,8 @@ class GrowingArena:
         # Bytes of segments that the arena has left, if the allocator keeps them.
         self._left_behind = 0
         self._warned = False
+        # Pages that the device had no memory for, and what it had then.
+        self._refused: tuple[int, tuple[int, int]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -69,36 +69,58 @@ class GrowingArena:
         self.arena = Arena(page_bytes, self._runtime.device)
 
     def drop(self) -> None:
-        """Free all pages. Nothing reads or writes them any more."""
+        """Free all pages. Nothing reads or writes them any more, but the device may."""
+        self._look()
         self.arena = None
         self._left_behind = 0
         self._model.short = self._model.full = False
+        self._refused = None
 
-    def grow(self, needed: int, useful: int | None, known: int | None, batches: int) -> int:
-        """See Backend. `batches` have been gathered so far."""
+    def grow(self, needed: int, useful: int | None, known: int | None) -> int:
+        """See Backend."""
         arena = self.arena
         assert arena is not None
         # The arena may have moved before, and nothing may have been issued since: drop the old one.
         self._uploads.forget_finished()
         self._gathers.forget_finished()
-        memory = self._runtime.memory()
+        memory = self._look()
         if useful is not None:
             pages, moves = self._step_within_budget(arena, needed, useful, known, memory)
         else:
             moves = False
-            pages = self._step_beside_model(arena, needed, known, memory, batches)
+            pages = self._step_beside_model(arena, needed, known, memory)
             if not pages and not arena.pages:
                 pages = needed  # a batch needs the first pages, whatever the model needs
             elif not pages:
-                return 0 if batches < STEPS else self._leave_to_model(arena)
+                return 0 if self.batches < STEPS else self._leave_to_model(arena)
+        # A vain try makes the allocator free its cache. One is enough while nothing has changed.
+        state = None if memory is None else (memory.free, memory.reserved)
+        if self._refused is not None and state == self._refused[1] and needed >= self._refused[0]:
+            return self._refuse(arena, needed)
         while pages >= needed:
             try:
                 return self._add(arena, pages, moves)
             except torch.OutOfMemoryError:
+                self._absorb()
                 if pages == needed:
                     break
                 pages, moves = max(needed, pages // 2), False
+        if (memory := self._runtime.memory()) is not None:
+            self._refused = (needed, (memory.free, memory.reserved))
         return self._refuse(arena, needed)
+
+    def _look(self) -> DeviceMemory | None:
+        """Note what the model has needed so far. Before each change of the arena."""
+        memory = self._runtime.memory()
+        if memory is not None:
+            self._model.look(memory, self.nbytes, self.batches)
+        return memory
+
+    def _absorb(self) -> None:
+        """What the change of the arena did to the counters is not the model's doing. After it."""
+        memory = self._runtime.memory()
+        if memory is not None:
+            self._model.absorb(memory)
 
     def _step_within_budget(
         self,
@@ -131,14 +153,12 @@ class GrowingArena:
         needed: int,
         known: int | None,
         memory: DeviceMemory | None,
-        batches: int,
     ) -> int:
         size = arena.page_bytes
         first = FIRST_BYTES // size
         if memory is None:
             return max(needed, arena.pages, first)
-        self._model.look(memory, arena.nbytes)
-        spare = 0 if self._model.full else self._model.spare(memory, arena.nbytes, batches)
+        spare = 0 if self._model.full else self._model.spare(memory, arena.nbytes, self.batches)
         return segment_beside_model(
             needed,
             known,
@@ -190,8 +210,7 @@ class GrowingArena:
                 self._move(arena, self.reserve((arena.pages + pages) * arena.page_bytes))
             else:
                 arena.add_segment(self.reserve(pages * arena.page_bytes))
-        if (memory := self._runtime.memory()) is not None:
-            self._model.absorb(memory)
+        self._absorb()
         return pages
 
     def reserve(self, nbytes: int) -> Reservation:
@@ -211,19 +230,18 @@ class GrowingArena:
         self._left_behind += arena.nbytes
         self.arena = larger
 
-    def balance(self, batches: int) -> int:
-        """See Backend. `batches` have been gathered so far."""
-        memory, arena = self._runtime.memory(), self.arena
+    def balance(self) -> int:
+        """See Backend."""
+        memory, arena = self._look(), self.arena
         if memory is None or arena is None or not arena.pages:
             return 0
-        self._model.look(memory, arena.nbytes)
         lack = self._model.missing(memory, arena.nbytes) - memory.free
-        if self._model.short or (batches >= STEPS and lack > 0):
+        if self._model.short or (self.batches >= STEPS and lack > 0):
             self._model.short, self._model.full = False, True
             return -_last_segments(arena, max(1, lack))
         if self._model.full:
             return 0
-        return max(0, self._model.spare(memory, arena.nbytes, batches) // arena.page_bytes)
+        return max(0, self._model.spare(memory, arena.nbytes, self.batches) // arena.page_bytes)
 
     def shrink(self, pages: int) -> None:
         """See Backend."""
@@ -242,20 +260,36 @@ class GrowingArena:
         """See Backend."""
         old = self.arena
         assert old is not None
+        self._look()
+        nbytes = len(pages) * old.page_bytes
+        smaller = Arena(old.page_bytes, self._runtime.device)
         with self.writing, self._runtime.on(self._copy_stream):
-            smaller = Arena(old.page_bytes, self._runtime.device)
-            smaller.add_segment(self.reserve(len(pages) * old.page_bytes))
             # The copies of uploads are on this stream as well.
-            most = max(1, _PIECE // old.page_bytes)
-            for start in range(0, len(pages), most):
-                places = pages[start : start + most]
-                [rows] = old.gather(places, [(0, old.page_bytes)], self._runtime.index)
-                for _, target in smaller.runs(range(start, start + len(places))):
-                    target.copy_(rows.view(torch.uint8).view(target.shape))
+            try:
+                smaller.add_segment(self.reserve(nbytes))
+            except torch.OutOfMemoryError:
+                # There is no memory for both arenas. The pages wait on the host.
+                rows = torch.empty(nbytes, dtype=torch.uint8, device="cpu").view(len(pages), -1)
+                for start, source in old.runs(pages):
+                    rows[start : start + len(source)].copy_(source)
+                self.arena = None
+                self._gathers.synchronize()
+                del old, source
+                self._uploads.synchronize()
+                smaller.add_segment(self.reserve(nbytes))
+                for start, target in smaller.runs(range(len(pages))):
+                    target.copy_(rows[start : start + len(target)])
+                old = None
+            else:
+                for start, source in old.runs(pages):
+                    for _, target in smaller.runs(range(start, start + len(source))):
+                        target.copy_(source)
             self._uploads.add(self._copy_stream, None, old)
             self.arena = smaller
         del old
         self._return_memory()
+        # The shortage that this is for is over.
+        self._model.short = self._model.full = False
 
     def _return_memory(self) -> None:
         """The arena has become smaller: return the rest once the device does not read it."""
@@ -263,8 +297,7 @@ class GrowingArena:
         # not, the logs hold the memory.
         self._uploads.synchronize()
         self._gathers.synchronize()
-        if (memory := self._runtime.memory()) is not None:
-            self._model.absorb(memory)
+        self._absorb()
 
 
 def _last_segments(arena: Arena, nbytes: int) -> int:

@@ -11,7 +11,7 @@ device segment by segment. The rest of the device belongs to the model: see `Mod
 
 from typing import NamedTuple
 
-from gpucache_pipes.device.runtime import DeviceMemory
+from gpucache_pipes.device.runtime import SMALLEST_RESERVATION, DeviceMemory
 
 FIRST_BYTES = 64 << 20
 """Bytes of the first segment, where it is not known that more are needed."""
@@ -27,8 +27,13 @@ _SMALL_SEGMENT = 16
 """Without a budget, a segment takes half of what is spare at most, unless it is less than this part
 of the device: so there are few, and the last ones, which are returned first, are small."""
 
-LEAST_BYTES = 2 << 20
-"""Bytes of the smallest segment: CUDA has no smaller ones."""
+LEAST_BYTES = SMALLEST_RESERVATION
+"""Bytes of the smallest segment beyond the first."""
+
+SHARES = ((1000, 1), (100, 2), (10, 4), (0, 8))
+"""How far the peak of the model is trusted: after so many batches in which it has not risen, the
+cache may take the whole of what is spare, a half of what is free, and so on. The first batches may
+be those of statistics, of a validation, or of an optimizer that has not made its state."""
 
 STEPS = 10
 """Batches after which the peak of a training step is taken to be known."""
@@ -106,19 +111,27 @@ class ModelMemory:
         self.peak = 0
         self.short = False
         self.full = False
+        self._risen = 0
         self._last_peak = 0
         self._shortages: int | None = None
 
-    def look(self, memory: DeviceMemory, ours: int) -> None:
+    def look(self, memory: DeviceMemory, ours: int, batches: int) -> None:
         """Note the model's peak, and whether it has run short since the last look.
 
         Args:
             memory: of the device.
             ours: bytes of the cache since the last look.
+            batches: that have been gathered.
         """
+        # After the cache has been larger, a peak of the model alone does not raise the counter. But
+        # what the allocator has reserved for the model tells it as well.
+        peak = min(memory.peak, memory.reserved) - ours
         if memory.peak != self._last_peak:
-            self.peak = max(self.peak, memory.peak - ours)
+            peak = max(peak, memory.peak - ours)
             self._last_peak = memory.peak
+        if peak > self.peak + self.peak // 100:
+            self._risen = batches
+        self.peak = max(self.peak, peak)
         if self._shortages is not None and memory.shortages > self._shortages:
             self.short = self.full = True
         self._shortages = memory.shortages
@@ -139,14 +152,17 @@ class ModelMemory:
     def spare(self, memory: DeviceMemory, ours: int, batches: int) -> int:
         """Bytes that the cache may take now: little before the peak of a training step is known.
 
+        See SHARES.
+
         Args:
             memory: of the device.
             ours: bytes of the cache.
             batches: that have been gathered.
         """
-        if batches < STEPS:
-            return (memory.free + ours) // 8 - ours
-        return memory.free - self.missing(memory, ours) - memory.total // _MARGIN
+        stable = batches - self._risen
+        share = next(share for least, share in SHARES if stable >= least)
+        most = memory.free - self.missing(memory, ours) - memory.total // _MARGIN
+        return most if share == 1 else min(most, (memory.free + ours) // share - ours)
 
 
 def segment_beside_model(
@@ -169,6 +185,7 @@ def segment_beside_model(
     >>> segment_beside_model(1, 5000, 600, pages=100, first=50, total=10_000)
     600
     """
-    wanted = max(known or 0, pages, first)
+    # The first segment is not returned to the device, so it is small.
+    wanted = max(known or 0, pages, first) if pages else first
     wanted = min(wanted, spare, max(first, spare // 2, total // _SMALL_SEGMENT))
     return wanted if wanted >= needed else needed if spare >= needed else 0

@@ -52,38 +52,43 @@ class OperationLog:
     def add(self, stream: Any, pages: Sequence[int] | None, held: object = None) -> Operation:
         """Add the operation that has just been issued on `stream`."""
         with self._lock:
-            self._forget_finished()
+            finished = self._take_finished()
             operation = Operation(self._events.record(stream), pages, held)
             self._streams.setdefault(stream, deque()).append(operation)
+        _release(finished)
         return operation
 
     def hold_back(self, stream: Any, pages: Sequence[int]) -> None:
         """Make `stream` wait for the unfinished operations that touch `pages`."""
         with self._lock:
-            self._forget_finished()
-            if not self._streams:
-                return
-            mine = frozenset(pages)
+            finished = self._take_finished()
+            mine = frozenset(pages) if self._streams else frozenset()
             # Under the lock: another thread must not use an event again before it is waited for.
             for operations in self._streams.values():
                 for operation in operations:
                     if operation.pages is None or not mine.isdisjoint(operation.pages):
                         stream.wait_event(operation.event)
+        _release(finished)
 
     def forget_finished(self) -> None:
         """Drop what the device has finished, and what that held."""
         with self._lock:
-            self._forget_finished()
+            finished = self._take_finished()
+        _release(finished)
 
-    def _forget_finished(self) -> None:
+    def _take_finished(self) -> list[Operation]:
+        """Take out the operations that the device has finished, and use their events again."""
+        finished: list[Operation] = []
         for stream, operations in list(self._streams.items()):
             while operations and operations[0].event.query():
                 operation = operations.popleft()
                 # Nobody waits for the event any more, before it marks something else.
-                event, operation.event, operation.held = operation.event, None, None
+                event, operation.event = operation.event, None
                 self._events.give_back(event)
+                finished.append(operation)
             if not operations:
                 del self._streams[stream]
+        return finished
 
     def synchronize(self) -> None:
         """Let the host wait for all operations, and drop them."""
@@ -98,6 +103,12 @@ class OperationLog:
         """Drop all operations, finished or not."""
         with self._lock:
             self._streams.clear()
+
+
+def _release(finished: list[Operation]) -> None:
+    """Let go of what operations held. Without the lock: it may be an arena, which takes long."""
+    for operation in finished:
+        operation.held = None
 
 
 class EventPool:

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+SMALLEST_RESERVATION = 10 << 20
+"""Bytes. For less, torch's allocator takes 20 MiB from the driver, to split them."""
+
 
 class DeviceMemory(NamedTuple):
     """The memory of a device, as this process sees it. All but `shortages` in bytes.

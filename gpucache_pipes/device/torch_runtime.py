@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from gpucache_pipes.device.runtime import DeviceMemory, Reservation, host_bytes
-
-SMALLEST_RESERVATION = 10 << 20
-"""Bytes. For less, torch's allocator takes 20 MiB from the driver, to split them."""
+from gpucache_pipes.device.runtime import (
+    SMALLEST_RESERVATION,
+    DeviceMemory,
+    Reservation,
+    host_bytes,
+)
 
 
 class TorchRuntime:

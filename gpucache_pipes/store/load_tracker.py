@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import get_ident
 from typing import Protocol
 
-from gpucache_pipes.cache import Cache, Entry
+from gpucache_pipes.cache import Cache, Entry, NoPagesError
 from gpucache_pipes.device import Backend, DeviceMemoryError
 from gpucache_pipes.store.lock import StoreLock
 from gpucache_pipes.store.pending_batch import PendingBatch
@@ -111,7 +111,7 @@ class LoadTracker:
                         self._tell(dict.fromkeys(self._cache.fail_loading(entry), 1))
                 except Exception as error:
                     failed[entry] = error
-                    if isinstance(error, MemoryError) and self._backend.device.type != "cpu":
+                    if isinstance(error, NoPagesError) and self._backend.device.type != "cpu":
                         failed[entry] = DeviceMemoryError(str(error))
         return placed, failed
 

@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
-from threading import TIMEOUT_MAX, current_thread, get_ident
+from threading import TIMEOUT_MAX, current_thread
 from typing import Any
 
 from gpucache_pipes.cache import Entry
@@ -89,16 +89,17 @@ class Loader:
             return
         if self._pool is None:
             require_stack(_FRAMES)
-            use, uses = object(), self._loads.uses
+            use, uses, inside = object(), self._loads.uses, self.gate.inside
             # All inside the `try`: a deferred signal is handled where the lock is released.
             try:
-                self.gate.enter(get_ident())
+                self.gate.enter(use)
                 self._loads.begin_use(use)
                 self._load(entries.copy(), entries)
             finally:
                 # By one operation, and not within a function: an interrupt may come at its entry.
                 uses.pop(use, None)
-                self.gate.leave(get_ident())
+                inside.pop(use, None)
+                self.gate.leave(use)
                 self._loads.run_postponed()
             return
         # Fewer files in a task when there are few, so that all readers have work.
@@ -113,6 +114,17 @@ class Loader:
             # reader or this one.
             entries[:] = [entry for boxed in tasks for entry in _take(boxed)]
             raise
+
+    def drain(self) -> None:
+        """Wait until the device has finished all uploads and gathers. While readers are held."""
+        use, uses = object(), self._loads.uses
+        # A use, so that a signal handler that closes the store meanwhile is made to wait.
+        try:
+            self._loads.begin_use(use)
+            self._backend.drain()
+        finally:
+            uses.pop(use, None)
+            self._loads.run_postponed()
 
     def stop(self) -> None:
         """End the reader threads after the file at hand; drop what has not begun. No lock."""

@@ -1,11 +1,15 @@
 """What becomes of the memory of the device: freeing it, and leaving it to the model."""
 
+import logging
 from typing import Protocol
 
 from gpucache_pipes.cache import Cache
 from gpucache_pipes.device import Backend
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.lock import StoreLock
+from gpucache_pipes.store.refusal import Refusal
+
+_log = logging.getLogger("gpucache_pipes")
 
 _PATIENCE = 5.0
 """Seconds to wait for gathers that other threads are issuing."""
@@ -17,6 +21,7 @@ class Owner(Protocol):
     lock: StoreLock
     cache: Cache
     loads: LoadTracker
+    refusal: Refusal
 
     def require_open(self) -> None:
         """See SharedCache."""
@@ -44,7 +49,7 @@ class MemoryTracker:
     @property
     def lacks_size(self) -> bool:
         """Whether the device would like to know how many files there are. Takes no lock."""
-        return self._backend.allocates_ahead and not self._cache.arena.files_to_come
+        return self._backend.shares_memory and not self._cache.arena.files_to_come
 
     def expect_files(self, count: int) -> None:
         """So many different files will be requested. A hint; takes no lock."""
@@ -70,9 +75,13 @@ class MemoryTracker:
     def balance(self) -> None:
         """Where there is no budget: leave the model what it needs. Called now and then."""
         ledger = self._cache.ledger
-        if ledger.max_bytes is not None or ledger.max_items is not None:
+        if ledger.max_bytes is not None:
             return
-        pages = self._backend.balance()
+        try:
+            pages = self._backend.balance()
+        except Exception:  # of a device that has failed: the batch at hand is complete
+            _log.exception("the memory of the device is not known")
+            return
         if pages < 0:
             self._cache.arena.retire(-pages)
             self.unfinished = True
@@ -89,11 +98,16 @@ class MemoryTracker:
             self._owner.require_open()
             self._lock.await_uses(_PATIENCE)
             before = self._backend.reserved_bytes
-            if self._lock.uses or not before:
+            if self._lock.uses or not before or not self._backend.shares_memory:
                 return 0
             pages = self._cache.arena.needed_pages()
             if pages:
-                self._backend.rebuild(pages)
+                try:
+                    self._backend.rebuild(pages)
+                except Exception as error:
+                    if not self._backend.reserved_bytes:  # what batches in flight need is lost
+                        self._owner.refusal.fail(error)
+                    raise
                 self._cache.arena.renumber(pages)
                 for batch in self._cache.pins.holders():
                     batch.forget_rows()

@@ -2,11 +2,12 @@
 
 import queue
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 _NEXT_LOOK = 0.1
-"""Seconds after which a reader that is held looks whether the store was closed."""
+"""Seconds after which a thread that waits here looks again: an interrupt may have lost a mark."""
 
 
 class ReaderGate:
@@ -20,39 +21,36 @@ class ReaderGate:
 
     Attributes:
         holder: the identifier of the thread that holds the readers, or None.
+        inside: for each task under way a token, with the identifier of its thread. Single
+            operations on it are atomic; `inside.pop(token, None)` ends one.
     """
 
     def __init__(self) -> None:
         self.holder: int | None = None
+        self.inside: dict[object, int] = {}
         # Of several threads that want to hold readers, one does.
         self._holding = threading.RLock()
-        # Who is inside a task. Adding and discarding an item of a set is atomic.
-        self._inside: set[Hashable] = set()
         self._left: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._opened = threading.Event()
         self._is_open_for_ever = False
 
-    def enter(self, reader: Hashable) -> None:
-        """A reader begins a task. Waits while another thread holds the readers."""
-        self._inside.add(reader)
-        while self.is_held_by_another() and not self._is_open_for_ever:
-            self.leave(reader)
+    def enter(self, token: object) -> None:
+        """The calling thread begins a task. Waits while another thread holds the readers."""
+        self.inside[token] = get_ident()
+        while self.holder not in (None, get_ident()) and not self._is_open_for_ever:
+            self.leave(token)
             self._opened.wait(_NEXT_LOOK)
-            self._inside.add(reader)
+            self.inside[token] = get_ident()
+
+    def leave(self, token: object) -> None:
+        """A task has ended, or its reader has been replaced. May be called again."""
+        self.inside.pop(token, None)
+        if self.holder is not None:
+            self._left.put(None)
 
     def held_by(self) -> int | None:
         """The identifier of the thread that holds the readers, or None."""
         return self.holder
-
-    def is_held_by_another(self) -> bool:
-        """Whether a thread holds the readers that is not the calling one."""
-        return self.holder not in (None, threading.get_ident())
-
-    def leave(self, reader: Hashable) -> None:
-        """A reader has ended its task, or has been replaced. May be called again."""
-        self._inside.discard(reader)
-        if self.holder is not None:
-            self._left.put(None)
 
     def open_for_ever(self) -> None:
         """Let held readers go on, since the store was closed. Takes no lock."""
@@ -60,17 +58,23 @@ class ReaderGate:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A context in which no reader is inside a task but the calling thread."""
+        """A context in which no thread is inside a task but the calling one."""
         with self._holding:
-            me = threading.get_ident()
+            me = get_ident()
             before = self.holder
             try:
                 self.holder = me
                 self._opened.clear()
-                while self._inside - {me}:
-                    self._left.get()
+                while any(thread != me for thread in list(self.inside.values())):
+                    self._wait_for_mark()
                 yield
             finally:
                 self.holder = before
                 if before is None:
                     self._opened.set()
+
+    def _wait_for_mark(self) -> None:
+        try:
+            self._left.get(timeout=_NEXT_LOOK)
+        except queue.Empty:
+            return

@@ -83,13 +83,18 @@ class ReaderPool:
         """Run `task(argument)` in one of the threads. It must not raise. Takes no lock."""
         self._tasks.put((task, argument))
 
-    def stop(self) -> None:
-        """End the threads after the task at hand, and drop what waits. Takes no lock."""
+    def stop(self, last: Callable[[], object] | None = None) -> None:
+        """End the threads after the task at hand, and drop what waits. Takes no lock.
+
+        `last` is called by one of them before it ends.
+        """
         try:
             while True:
                 self._tasks.get_nowait()
         except queue.Empty:
             pass
+        if last is not None:
+            self._tasks.put((_call, last))
         # One for each thread that was ever started: a thread that was replaced leaves its own.
         for _ in range(self._started):
             self._tasks.put(None)
@@ -120,6 +125,13 @@ def _work(
             return
         # An idle thread must not keep the store of its last task alive.
         del item, task, argument
+
+
+def _call(last: Callable[[], object]) -> None:
+    try:
+        last()
+    except Exception:
+        _log.exception("what a reader thread does last has failed")
 
 
 def _watch(

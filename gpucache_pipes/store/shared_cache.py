@@ -290,6 +290,8 @@ class SharedCache:
     def wait_idle(self, seconds: float | None) -> bool:
         """Wait until nothing is LOADING, at most this long. Returns whether that is so."""
         with self.lock:
+            if self.cache.loading:
+                self.loads.require_running_readers()
             # Of a closed store, files may stay LOADING that no reader reads.
             self.lock.wait_for(lambda: not self.cache.loading or self._is_ended(), seconds)
             return not self.cache.loading

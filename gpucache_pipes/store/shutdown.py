@@ -86,6 +86,9 @@ class Shutdown:
 
 def _release(pid: int, pool: ReaderPool | None, backend: Backend) -> None:
     if os.getpid() == pid:
+        # Not here, if a reader can do it: the garbage collector may have called this in the midst
+        # of an upload, whose locks `close` takes.
         if pool is not None:
-            pool.stop()
-        backend.close()
+            pool.stop(backend.close)
+        else:
+            backend.close()

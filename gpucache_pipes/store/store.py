@@ -20,7 +20,7 @@ from gpucache_pipes.store.process_hooks import register
 from gpucache_pipes.store.stats import StoreStats
 from gpucache_pipes.store.upcoming import Upcoming
 from gpucache_pipes.store.warmup import warm_up
-from gpucache_pipes.store.yielding import call_twice, held_without, require_no_collective
+from gpucache_pipes.store.yielding import call_twice, require_no_collective
 from gpucache_pipes.units import require_hashable
 
 _CLOSE_SECONDS = 5.0
@@ -201,7 +201,7 @@ class GPUFeatureStore:
         """
         self._shared.refusal.check()
         with self._loader.gate.held():
-            self._backend.drain()
+            self._loader.drain()
             yield
 
     def yield_memory_to(
@@ -216,17 +216,17 @@ class GPUFeatureStore:
             loss = store.yield_memory_to(step, batch, zero_grad=optimizer.zero_grad)
 
         Between the two calls all features are dropped but those of batches in flight, their memory
-        is returned to the device, the random numbers are restored, and `zero_grad` is called. So
-        `function` may be the forward and the backward pass, but not the optimizer's step. Readers
-        are held during the second call; afterwards the cache grows again beside what it has needed.
+        is returned to the device, torch's random numbers are restored, and `zero_grad` is called.
+        So `function` may be the forward and the backward pass, but not the optimizer's step. During
+        the second call readers are held; then the cache grows again beside what it has needed.
 
         Raises torch.OutOfMemoryError if there is nothing to drop, or if it still does not suffice;
         RuntimeError with several ranks of torch.distributed, since one alone must not repeat a
         collective operation, unless `collective_free` states that there is none inside.
         """
         require_no_collective(collective_free)
-        without_cache = partial(held_without, self.quiesce, self._shared.memory.shed)
-        return call_twice(partial(function, *args), without_cache, zero_grad, self.device)
+        call, shed = partial(function, *args), self._shared.memory.shed
+        return call_twice(call, self.quiesce, shed, zero_grad, self.device)
 
     def wait_idle(self, timeout: float | None = None) -> bool:
         """Wait until no file is being read, at most `timeout` seconds; returns whether that is so.

@@ -1,7 +1,7 @@
 """Calling what may run out of device memory, with the memory of the cache as a reserve."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from traceback import clear_frames
 from typing import Any
 
@@ -26,18 +26,10 @@ def require_no_collective(is_free_of_collectives: bool) -> None:
         )
 
 
-@contextmanager
-def held_without(
-    quiesce: Callable[[], AbstractContextManager[None]], shed: Callable[[], int]
-) -> Iterator[int]:
-    """A context in which readers are held and the memory of the cache is free: how many bytes."""
-    with quiesce():
-        yield shed()
-
-
 def call_twice(
     call: Callable[[], Any],
-    without_cache: Callable[[], AbstractContextManager[int]],
+    quiesce: Callable[[], AbstractContextManager[None]],
+    shed: Callable[[], int],
     zero_grad: Callable[[], object] | None,
     device: torch.device,
 ) -> Any:
@@ -45,8 +37,8 @@ def call_twice(
 
     Args:
         call: what may be called twice.
-        without_cache: a context in which the memory of the cache is free; it gives the number of
-            bytes. With 0, the error is raised.
+        quiesce: a context in which nothing else uses the device, for the second call.
+        shed: frees memory; returns how many bytes. With 0, the error is raised.
         zero_grad: called in between, to undo what an unfinished backward pass has added.
         device: whose random numbers are restored, with those of the CPU.
     """
@@ -57,9 +49,12 @@ def call_twice(
         if not is_out_of_memory(error):
             raise
         failed = error
-    # The frames of the call hold its tensors, and the traceback holds the frames.
-    clear_frames(failed.__traceback__)
-    with without_cache() as freed:
+    _clear(failed)
+    with quiesce():
+        try:
+            freed = shed()
+        except Exception as error:
+            raise failed from error
         if not freed:
             raise failed
         random.restore()
@@ -68,8 +63,20 @@ def call_twice(
         return call()
 
 
+def _clear(error: BaseException) -> None:
+    """Free the tensors of a call: its frames hold them, and the tracebacks hold the frames."""
+    seen: set[int] = set()
+    errors: list[BaseException | None] = [error]
+    while errors:
+        one = errors.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            clear_frames(one.__traceback__)
+            errors += [one.__cause__, one.__context__]
+
+
 class _RandomState:
-    """The random numbers of the CPU and of a device."""
+    """Torch's random numbers of the CPU and of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_host = torch.get_rng_state()

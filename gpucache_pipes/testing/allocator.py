@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gpucache_pipes.device import DeviceMemory, InOrderRuntime, Reservation
-from gpucache_pipes.device.torch_runtime import SMALLEST_RESERVATION
+from gpucache_pipes.device.runtime import SMALLEST_RESERVATION
 
 _ROUND = 512
 _SMALL = 1 << 20

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from gpucache_pipes import GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.cache import Cache, Ledger, make_policy
-from gpucache_pipes.device import AcceleratorBackend, DeviceMemory, growing_arena
-from gpucache_pipes.device.growth import STEPS, ModelMemory
+from gpucache_pipes.device import AcceleratorBackend, DeviceMemory, growing_arena, growth
+from gpucache_pipes.device.growth import ModelMemory
 from gpucache_pipes.testing.allocator import Block, CountingRuntime, SimulatedAllocator
 
 MiB, GiB = 1 << 20, 1 << 30
@@ -143,6 +143,7 @@ def test_a_budget_beyond_the_device_takes_what_the_driver_has() -> None:
 @pytest.fixture
 def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growing_arena, "FIRST_BYTES", 4 * MiB)
+    monkeypatch.setattr(growth, "SHARES", ((10, 1), (0, 8)))
 
 
 class Model:
@@ -280,18 +281,22 @@ def test_little_is_taken_before_the_peak_of_a_step_is_known() -> None:
     memory = DeviceMemory(
         free=70 * GiB, total=80 * GiB, reserved=9 * GiB, peak=9 * GiB, shortages=0
     )
-    model.look(memory, 0)
-    assert model.spare(memory, 0, batches=STEPS - 1) <= 10 * GiB
+    model.look(memory, 0, 0)
+    spare = [model.spare(memory, 0, batches) // GiB for batches in (0, 9, 10, 99, 100, 999)]
+    assert spare == [8, 8, 17, 17, 35, 35]
     # Afterwards the model keeps its peak and a tenth, of which it has reserved a part.
     expected = 70 * GiB - int(0.9 * GiB) - 5 * GiB
-    assert abs(model.spare(memory, 0, batches=STEPS) - expected) < MiB
+    assert abs(model.spare(memory, 0, 1000) - expected) < MiB
+    # A peak that rises is not trusted yet.
+    model.look(memory._replace(peak=20 * GiB, reserved=20 * GiB), 0, 1500)
+    assert model.spare(memory, 0, 1501) // GiB == 8
 
 
 def test_idle_memory_of_the_model_is_not_spare() -> None:
     model = ModelMemory()
     memory = DeviceMemory(free=GiB, total=80 * GiB, reserved=79 * GiB, peak=70 * GiB, shortages=0)
-    model.look(memory, 0)
-    assert model.spare(memory, 0, batches=STEPS) <= 0
+    model.look(memory, 0, 0)
+    assert model.spare(memory, 0, 1000) <= 0
 
 
 class Failing(CountingRuntime):

@@ -201,10 +201,13 @@ def test_closing_after_the_device_has_failed(caplog: pytest.LogCaptureFixture) -
 def test_which_errors_are_the_devices() -> None:
     assert is_device_error(an_assert()) and ends_the_device(an_assert())
     assert is_device_error(a_capture()) and not ends_the_device(a_capture())
-    # Before torch 2.8 there is no class for them.
-    old = RuntimeError("CUDA error: an illegal memory access was encountered")
-    assert ends_the_device(old)
-    full = RuntimeError("CUDA error: out of memory")
-    assert is_out_of_memory(full) and not is_device_error(full)
+    for text in (
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
+    ):
+        full = RuntimeError(text)
+        assert is_out_of_memory(full) and not is_device_error(full)
+    # Of cuBLAS, in a load_fn: the device goes on working.
+    assert not is_device_error(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
     for other in (RuntimeError("shapes differ"), ValueError("CUDA error"), OSError(5, "I/O error")):
         assert not is_device_error(other) and not is_out_of_memory(other)
