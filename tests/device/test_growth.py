@@ -276,6 +276,90 @@ def test_a_data_set_that_fits_takes_one_segment_or_two(how: str, budget: int | N
         assert allocator.peak_reserved <= 1.05 * 64 * MiB + 20 * MiB
 
 
+@pytest.mark.usefixtures("small_device")
+@pytest.mark.parametrize("pending", [0, 3])
+def test_the_cache_grows_again_beside_what_a_large_step_has_needed(pending: int) -> None:
+    allocator = SimulatedAllocator(1536 * MiB)
+    backend = AcceleratorBackend(CountingRuntime(allocator))
+    feature = torch.zeros(512 << 10, dtype=torch.uint8)
+    paths = [f"/{n}" for n in range(1600)]
+    with GPUFeatureStore(backend, load_fn=lambda path: feature, asynchronous=False) as store:
+        model = Model(allocator, MiB)
+
+        def epoch(step: int) -> None:
+            held = []
+            for start in range(0, 1600, 64):
+                held.append(store.request(paths[start : start + 64]))
+                if len(held) > pending:
+                    held.pop(0).result()
+                    store.yield_memory_to(model.step, step)
+            for batch in held:
+                batch.result()
+
+        for _ in range(3):
+            epoch(200 * MiB)
+        retries = allocator.retries
+        epoch(1000 * MiB)
+        assert allocator.retries > retries, "the large step fits without yielding"
+        assert 1000 * MiB <= backend._pages._model.peak <= 1100 * MiB
+        retries = allocator.retries
+        for _ in range(3):
+            epoch(1000 * MiB)
+        assert len(store) > 300, "the cache has not grown again"
+        assert allocator.retries == retries, "the cache has taken the room of the step"
+        arena = backend._pages.arena
+        assert arena is not None and len(arena.segments) <= 8
+        held = sum(r.pool._block.size for r in arena._reservations)  # type: ignore[attr-defined]
+        assert held <= 1.1 * arena.nbytes, "more is reserved than the arena uses"
+        store.check()
+
+
+@pytest.mark.usefixtures("small_device")
+@pytest.mark.parametrize("accumulate", [1, 16, 64])
+@pytest.mark.parametrize("statistics", [0, 40, 70])
+def test_batches_without_a_step_do_not_show_what_a_model_needs(
+    accumulate: int, statistics: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the shares as they are
+    allocator = SimulatedAllocator(GiB)
+    backend = AcceleratorBackend(CountingRuntime(allocator))
+    feature = torch.zeros(256 << 10, dtype=torch.uint8)
+    with GPUFeatureStore(backend, load_fn=lambda path: feature, asynchronous=False) as store:
+        model: Model | None = None
+        for batch in range(160):
+            store.get_batch([f"/{n}" for n in range(batch * 32, batch * 32 + 32)])
+            if batch < statistics:
+                continue
+            model = model or Model(allocator, 80 * MiB)
+            model.step(160 * MiB)
+            if (batch + 1) % accumulate == 0:
+                allocator.malloc(120 * MiB, stream=0)  # the optimizer's state, which stays
+                accumulate = 1 << 30
+        assert allocator.failures == 0
+
+
+@pytest.mark.usefixtures("small_device")
+def test_a_number_of_items_is_no_leave_to_take_the_device() -> None:
+    allocator = SimulatedAllocator(GiB)
+    backend = AcceleratorBackend(CountingRuntime(allocator))
+    feature = torch.zeros(MiB, dtype=torch.uint8)
+    with GPUFeatureStore(backend, load_fn=lambda path: feature, max_cache_items=5000) as store:
+        store.get_batch([f"/{n}" for n in range(4)])
+        assert allocator.reserved <= GiB // 8
+
+
+def test_what_the_device_cannot_have_is_not_tried_again_and_again() -> None:
+    allocator = SimulatedAllocator(256 * MiB)
+    backend = AcceleratorBackend(CountingRuntime(allocator))
+    feature = torch.zeros(8 * MiB, dtype=torch.uint8)
+    with GPUFeatureStore(backend, load_fn=lambda path: feature, asynchronous=False) as store:
+        held = [store.request([f"/{n}"]) for n in range(60)]
+        errors = [batch for batch in held if batch.wait()]
+        assert len(errors) > 20
+        assert allocator.retries <= 4, "each file made the allocator free its cache"
+        assert not backend._pages._model.short, "the failures of the store are the model's"
+
+
 def test_little_is_taken_before_the_peak_of_a_step_is_known() -> None:
     model = ModelMemory()
     memory = DeviceMemory(

@@ -12,7 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
-from gpucache_pipes.device import AcceleratorBackend, accelerator, growing_arena
+from gpucache_pipes.device import (
+    AcceleratorBackend,
+    InOrderRuntime,
+    accelerator,
+    growing_arena,
+)
 from gpucache_pipes.device.operations import OperationLog
 from gpucache_pipes.device.staging import StagingLane
 from gpucache_pipes.testing import SimulatedRuntime, UnorderedAccessError, assert_same
@@ -376,7 +381,29 @@ def rebuild_what_is_being_read(runtime: SimulatedRuntime) -> None:
     backend.close()
 
 
-FREEING = [reuse_what_is_being_read, rebuild_what_is_being_read]
+def rebuild_without_room(runtime: SimulatedRuntime) -> None:
+    """There is no memory for the old and the new arena: the pages wait on the host."""
+    reserve, lacking = runtime.reserve, [True]
+
+    def refuse(nbytes: int) -> Any:
+        if lacking:
+            lacking.clear()
+            raise torch.OutOfMemoryError("no memory")
+        return reserve(nbytes)
+
+    rebuild = AcceleratorBackend.rebuild
+
+    def rebuild_then(backend: AcceleratorBackend, pages: Any) -> None:
+        runtime.reserve = refuse  # type: ignore[method-assign]
+        rebuild(backend, pages)
+        assert not lacking
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AcceleratorBackend, "rebuild", rebuild_then)
+        rebuild_what_is_being_read(runtime)
+
+
+FREEING = [rebuild_without_room, reuse_what_is_being_read, rebuild_what_is_being_read]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -399,6 +426,42 @@ def test_freeing_waits_for_what_is_being_read(
     monkeypatch.setattr(OperationLog, "synchronize", OperationLog.clear)
     with pytest.raises(UnorderedAccessError):
         free(SimulatedRuntime(0, haste=0))
+
+
+@pytest.mark.parametrize("page_bytes", [1 << 16, 20 << 20])
+def test_an_upload_goes_in_small_pieces(page_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    copy = torch.Tensor.copy_
+
+    def counted(target: torch.Tensor, source: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if options:
+            sizes.append(source.numel())
+        return copy(target, source, *args, **options)
+
+    backend = AcceleratorBackend(InOrderRuntime(torch.device("cpu")))
+    backend.configure(page_bytes)
+    count = (40 << 20) // page_bytes
+    backend.grow(count, count)
+    monkeypatch.setattr(torch.Tensor, "copy_", counted)
+    upload(backend, list(range(count)), 3)
+    assert sum(sizes) == count * page_bytes and max(sizes) == 4 << 20
+    backend.close()
+
+
+@pytest.mark.parametrize("call", ["reset", "close"])
+def test_pinned_memory_is_returned(call: str) -> None:
+    runtime = InOrderRuntime(torch.device("cpu"))
+    returned: list[int] = []
+    backend = AcceleratorBackend(runtime)
+    runtime.release_pinned = lambda: returned.append(  # type: ignore[method-assign]
+        backend.staging_bytes
+    )
+    backend.configure(64)
+    backend.grow(2, 2)
+    upload(backend, [0], 1)
+    assert backend.staging_bytes > 0
+    getattr(backend, call)()
+    assert returned == [0]
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,6 +1,9 @@
 """`quiesce` holds the readers; `yield_memory_to` and a model that runs short take pages away."""
 
+import gc
+import os
 import random
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime, growing_arena
+from gpucache_pipes.store import memory_tracker
 from gpucache_pipes.testing import SimulatedRuntime
 
 FILES = {f"/{n}": torch.full((50 + n % 3 * 20,), float(n)) for n in range(40)}
@@ -112,6 +116,83 @@ def test_a_reader_that_hangs_and_was_replaced_is_not_waited_for() -> None:
         wait_for_readers(store)
 
 
+def test_a_signal_handler_that_closes_while_the_device_is_drained() -> None:
+    runtime = SimulatedRuntime(0, haste=0)
+    backend = AcceleratorBackend(runtime)
+    store = GPUFeatureStore(backend, load_fn=FILES.__getitem__)
+    store.get_batch(PATHS[:8])
+    waiting: list[int] = []
+
+    class Streams(dict[Any, Any]):
+        def values(self) -> Any:
+            # In the midst of the drain, with the lock of the log held.
+            if threading.current_thread() is threading.main_thread() and not waiting:
+                waiting.append(1)
+                os.kill(os.getpid(), signal.SIGUSR1)
+                for _ in range(10):
+                    pass
+            return super().values()
+
+    backend._gathers._streams = Streams(backend._gathers._streams)
+    before = signal.signal(signal.SIGUSR1, lambda *_: store.close())
+    try:
+        with store.quiesce():
+            assert waiting
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with pytest.raises(RuntimeError, match="closed"):
+        store.get(PATHS[0])
+    assert store.stats().reserved_bytes == 0
+
+
+def test_a_store_that_is_collected_by_its_own_reader_in_the_midst_of_an_upload() -> None:
+    dropped, collected = threading.Event(), threading.Event()
+
+    class Collecting(SimulatedRuntime):
+        def new_event(self) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                assert dropped.wait(60)
+                gc.collect()  # it may run at any allocation, here with the lock of the log held
+                collected.set()
+            return super().new_event()
+
+    backend = AcceleratorBackend(Collecting(0))
+    store = GPUFeatureStore(backend, load_fn=FILES.__getitem__)
+    [reader] = store._loader._pool.threads  # type: ignore[union-attr]
+    store.prefetch(PATHS[:4])
+    store.cycle = store  # type: ignore[attr-defined]
+    del store
+    dropped.set()
+    reader.join(60)
+    assert not reader.is_alive() and collected.is_set()
+    assert backend.reserved_bytes == 0
+
+
+def test_waiting_for_readers_that_the_thread_holds_is_an_error() -> None:
+    with GPUFeatureStore(staged(), load_fn=FILES.__getitem__) as store:
+        with store.quiesce():
+            assert store.wait_idle()
+            store.prefetch(PATHS)
+            with pytest.raises(RuntimeError, match="quiesce"):
+                store.wait_idle()
+        assert store.wait_idle(60)
+
+
+@pytest.mark.parametrize("reader_threads", [0, 1])
+def test_a_load_fn_that_holds_the_readers_does_not_wait_for_itself(reader_threads: int) -> None:
+    held: list[str] = []
+
+    def load(path: str) -> Any:
+        with store.quiesce():
+            held.append(path)
+        return FILES[path]
+
+    store = GPUFeatureStore(staged(), load_fn=load, asynchronous=reader_threads > 0)
+    with store:
+        assert first(store.get_batch(PATHS[:3])) == [0, 1, 2]
+    assert held == PATHS[:3]
+
+
 # Memory for the model
 
 
@@ -154,6 +235,82 @@ def test_only_a_lack_of_device_memory_is_tried_again() -> None:
         with pytest.raises(torch.OutOfMemoryError):
             store.yield_memory_to(fail, torch.OutOfMemoryError("z"))
         assert len(calls) == 5 and len(store) == 0
+
+
+def test_a_cache_in_other_memory_is_kept() -> None:
+    error = torch.OutOfMemoryError("of the model, on its GPU")
+
+    def fail() -> None:
+        raise error
+
+    with GPUFeatureStore("cpu", load_fn=FILES.__getitem__) as store:
+        store.get_batch(PATHS)
+        pending = store.request(PATHS[:3])
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            store.yield_memory_to(fail)
+        assert caught.value is error and len(store) == 40
+        assert first(pending.result()) == [0, 1, 2]
+
+
+def test_pages_are_not_moved_while_another_thread_gathers_them() -> None:
+    backend = staged()
+    inside, leave = threading.Event(), threading.Event()
+    gather = backend.gather
+
+    def slow(pages: Any, columns: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert leave.wait(60)
+        return gather(pages, columns)
+
+    backend.gather = slow  # type: ignore[method-assign]
+    results: list[list[int]] = []
+    with GPUFeatureStore(backend, load_fn=FILES.__getitem__) as store:
+        store.get_batch(PATHS)
+        wanted = [39, 3, 17]
+        thread = threading.Thread(
+            target=lambda: results.append(first(store.get_batch([PATHS[n] for n in wanted])))
+        )
+        thread.start()
+        assert inside.wait(60)
+        memory = store._shared.memory
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory_tracker, "_PATIENCE", 0.05)
+            assert memory.shed() == 0, "pages were moved under a gather"
+        leave.set()
+        thread.join(60)
+        assert results == [wanted]
+        assert memory.shed() > 0
+
+
+def test_errors_that_led_to_the_error_do_not_keep_tensors_either() -> None:
+    alive: set[int] = set()
+
+    class Held:
+        def __init__(self) -> None:
+            alive.add(id(self))
+
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    def inner() -> None:
+        activation = Held()
+        raise ValueError(str(activation))
+
+    seen: list[int] = []
+
+    def step() -> None:
+        seen.append(len(alive))
+        if len(seen) == 1:
+            try:
+                inner()
+            except ValueError as error:
+                raise torch.OutOfMemoryError("no memory") from error
+
+    with GPUFeatureStore(staged(), load_fn=FILES.__getitem__) as store:
+        store.get_batch(PATHS)
+        store.yield_memory_to(step)
+    assert seen == [0, 0]
 
 
 def test_the_frames_of_the_first_call_do_not_keep_its_tensors() -> None:
