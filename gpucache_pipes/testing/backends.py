@@ -190,6 +190,8 @@ class _Pages:
         self._backend = backend
         self._data = data
         self._count = 0
+        # How many of them there are on any device: draws must not depend on free memory.
+        self._least = 0
         # By page: the bytes that were uploaded. They may end before the page does.
         self._content: dict[int, bytes] = {}
         self._held: list[tuple[torch.Tensor, bytes]] = []
@@ -200,7 +202,8 @@ class _Pages:
     def begin(self) -> None:
         self._backend.configure(self._draw(_PAGE_BYTES))
         assert self._backend.reserved_bytes == 0, "pages before the first grow"
-        self._count, self._content = 0, {}
+        self._count = self._least = 0
+        self._content = {}
         self.grow()
 
     def reset(self) -> None:
@@ -217,13 +220,14 @@ class _Pages:
         assert added == 0 or added >= needed, f"{added} pages added, {needed} needed"
         assert added or self._count, "no pages at all, and no MemoryError"
         self._count += added
+        self._least += min(added, needed)
         assert self._backend.reserved_bytes == self._count * self._backend.page_bytes
         self.check()
 
     def upload(self) -> None:
         size = self._backend.page_bytes
         # Among few pages, so that pages are filled again.
-        pages = self._draw(st.permutations(range(min(self._count, 12))))
+        pages = self._draw(st.permutations(range(min(self._least, 12))))
         sizes = self._draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
         placements: list[Sequence[int]] = []
         for number in sizes:
@@ -232,8 +236,8 @@ class _Pages:
                 pages = pages[number:]
         if self._draw(st.booleans()):
             # Fresh pages of a feature are consecutive; the store passes a range.
-            first = self._draw(st.integers(0, self._count - 1))
-            placements = [range(first, min(first + 3, self._count))]
+            first = self._draw(st.integers(0, self._least - 1))
+            placements = [range(first, min(first + 3, self._least))]
         contents = []
         for placement in placements:
             missing = self._draw(st.one_of(st.just(0), st.just(0), st.integers(1, size - 1)))

@@ -13,6 +13,7 @@ from edges import new_backend
 from gpu_common import ON_CUDA, STRESS_SECONDS, keep_busy, own_stream, rows, wrong_rows
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, Padded, PathLister
+from gpucache_pipes.device import growing_arena
 from gpucache_pipes.testing.contracts import in_threads
 
 pytestmark = pytest.mark.gpu
@@ -29,11 +30,13 @@ def full(path: str) -> torch.Tensor:
 @pytest.mark.parametrize("max_cache_bytes", [None, "3GiB"])
 @pytest.mark.parametrize("consumers", [1, 4])
 def test_batches_are_exact_while_the_arena_grows_under_gathers_of_several_streams(
-    consumers: int, max_cache_bytes: str | None
+    consumers: int, max_cache_bytes: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a budget it grows by segments, with one it moves. Each consumer has an order of its
     own, and so reads files that are not loaded, which makes the arena grow, while gathers of the
     others read it."""
+    monkeypatch.setattr(growing_arena, "FIRST_BYTES", 1 << 20)
+    monkeypatch.setattr(growing_arena, "LEAST_BYTES", 1 << 20)
     wrong: list[int] = []
     sizes: list[int] = []
     with GPUFeatureStore(
