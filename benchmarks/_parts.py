@@ -88,7 +88,10 @@ def test_steps(options: Options) -> list[Step]:
     seconds = max(_FILE_SECONDS, 1.5 * options.test_seconds)
     judge = _judge_of_tests(options.test_seconds)
     names = [path.relative_to(ROOT).as_posix() for path in files]
-    return [Step(name, (*pytest, name), seconds, judge=judge) for name in names]
+    return [
+        Step(name, (*pytest, name), 2 * seconds if "sanitizers" in name else seconds, judge=judge)
+        for name in names
+    ]
 
 
 def _judge_of_tests(test_seconds: float) -> Callable[[Result, list[str]], None]:

@@ -52,13 +52,15 @@ class ArenaSize:
         pages_per_file: an estimate, before enough files have been read.
         files_in_flight: the most files that pipelines have said they hold in pending batches.
         shrinking: whether pages have been retired that are still in the arena.
-        files_to_come: the most files that a pipeline has said it will request.
+        files_to_come: how many different files each pipeline has said it will request.
     """
 
     def __init__(self, owner: Owner, grow: Grow, shrink: Callable[[int], None]) -> None:
         self.pages_per_file = 0.0
         self.files_in_flight = 0
-        self.files_to_come = 0
+        self.files_to_come: dict[object, int] = {}
+        # Files that were known before there was this arena.
+        self._known_before = 0
         self._owner = owner
         self._ledger = owner.ledger
         self._grow = grow
@@ -69,6 +71,8 @@ class ArenaSize:
         """There is no arena any more."""
         self.pages_per_file = 0.0
         self.shrinking = False
+        self.files_to_come.clear()
+        self._known_before = len(self._owner.entries.paths)
 
     # Growing
 
@@ -116,16 +120,20 @@ class ArenaSize:
         """
         ledger = self._ledger
         each = self._pages_each(pages)
-        need = max(self.files_to_come, len(self._owner.entries.paths)) * each
+        named = len(self._owner.entries.paths) - self._known_before
+        need = max(sum(self.files_to_come.values()), named) * each
         need = math.ceil(need if each == int(each) else need * (1 + _SLACK))
         in_flight = self._in_flight(pages)
         if ledger.max_items is not None:
             need = min(need, math.ceil(ledger.max_items * each) + in_flight)
+        known = need - ledger.pages
+        if not self.files_to_come:
+            known = max(known, ledger.pages)  # more files will be named: double the arena
         if ledger.useful_pages is None:
-            return None, need - ledger.pages
+            return None, known
         # Batches in flight take pages beyond the budget once that is used up.
         useful = ledger.useful_pages + in_flight - ledger.pages
-        return useful, min(useful, need - ledger.pages)
+        return useful, min(useful, known)
 
     def _pages_each(self, pages: int) -> float:
         """The mean number of pages of a feature, one of which has `pages`."""
@@ -188,6 +196,7 @@ class ArenaSize:
                 if entry.state is State.READY:
                     self._owner.set_row(entry)
         self._ledger.renumbered(len(pages))
+        self._ledger.set_ceiling(None)  # the device had no more before; now it has
 
 
 _ENOUGH = 64

@@ -57,7 +57,7 @@ class GrowingArena:
         self._left_behind = 0
         self._warned = False
         # Pages that the device had no memory for, and what it had then.
-        self._refused: tuple[int, tuple[int, int]] | None = None
+        self._refused: tuple[int, tuple[int, int, int]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +94,7 @@ class GrowingArena:
             elif not pages:
                 return 0 if self.batches < STEPS else self._leave_to_model(arena)
         # A vain try makes the allocator free its cache. One is enough while nothing has changed.
-        state = None if memory is None else (memory.free, memory.reserved)
+        state = None if memory is None else (memory.free, memory.reserved, memory.allocated)
         if self._refused is not None and state == self._refused[1] and needed >= self._refused[0]:
             return self._refuse(arena, needed)
         while pages >= needed:
@@ -106,7 +106,7 @@ class GrowingArena:
                     break
                 pages, moves = max(needed, pages // 2), False
         if (memory := self._runtime.memory()) is not None:
-            self._refused = (needed, (memory.free, memory.reserved))
+            self._refused = (needed, (memory.free, memory.reserved, memory.allocated))
         return self._refuse(arena, needed)
 
     def _look(self) -> DeviceMemory | None:
@@ -165,6 +165,7 @@ class GrowingArena:
             spare // size,
             pages=arena.pages,
             first=min(first, memory.total // 64 // size),
+            least=LEAST_BYTES // size,
             total=memory.total // size,
         )
 
@@ -237,7 +238,7 @@ class GrowingArena:
             return 0
         lack = self._model.missing(memory, arena.nbytes) - memory.free
         if self._model.short or (self.batches >= STEPS and lack > 0):
-            self._model.short, self._model.full = False, True
+            self._model.full = True
             return -_last_segments(arena, max(1, lack))
         if self._model.full:
             return 0
@@ -252,7 +253,7 @@ class GrowingArena:
         with self.writing:
             self.arena = arena.first_segments(ends.index(pages) + 1)
         # The model has run short. A cache that grew again would make it run short again.
-        self._model.full = True
+        self._model.short, self._model.full = False, True
         del arena
         self._return_memory()
 

@@ -166,7 +166,7 @@ class ModelMemory:
 
 
 def segment_beside_model(
-    needed: int, known: int | None, spare: int, *, pages: int, first: int, total: int
+    needed: int, known: int | None, spare: int, *, pages: int, first: int, least: int, total: int
 ) -> int:
     """How many pages to add to an arena without a budget; 0 if the model needs the rest.
 
@@ -175,17 +175,20 @@ def segment_beside_model(
         known: how many more are needed for all files that are known; None if nothing is known.
         spare: how many the cache may take.
         pages: in the arena.
-        first: the least number that is worth a segment.
+        first: how many the first segment has.
+        least: how many the smallest segment has.
         total: how many the whole device could hold.
 
-    >>> segment_beside_model(1, None, 1000, pages=100, first=50, total=10_000)
+    >>> segment_beside_model(1, None, 1000, pages=100, first=50, least=1, total=10_000)
     100
-    >>> segment_beside_model(1, 5000, 8000, pages=100, first=50, total=10_000)
+    >>> segment_beside_model(1, 5000, 8000, pages=100, first=50, least=1, total=10_000)
     4000
-    >>> segment_beside_model(1, 5000, 600, pages=100, first=50, total=10_000)
+    >>> segment_beside_model(1, 5000, 600, pages=100, first=50, least=1, total=10_000)
     600
     """
     # The first segment is not returned to the device, so it is small.
-    wanted = max(known or 0, pages, first) if pages else first
+    wanted = first
+    if pages:
+        wanted = max(pages, first) if known is None else max(known, pages // _BEYOND, least)
     wanted = min(wanted, spare, max(first, spare // 2, total // _SMALL_SEGMENT))
     return wanted if wanted >= needed else needed if spare >= needed else 0

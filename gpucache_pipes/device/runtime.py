@@ -20,6 +20,7 @@ class DeviceMemory(NamedTuple):
             activations of the model.
         total: what this process may use at most.
         reserved: what torch's allocator has taken from the driver.
+        allocated: what tensors take now.
         peak: the most that tensors have taken at one time.
         shortages: how often the allocator had to free its cache to find memory, or found none.
     """
@@ -27,6 +28,7 @@ class DeviceMemory(NamedTuple):
     free: int
     total: int
     reserved: int
+    allocated: int
     peak: int
     shortages: int
 

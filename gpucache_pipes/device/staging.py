@@ -44,8 +44,8 @@ class StagingLane:
         if free is not None:
             free.synchronize()  # edge: staging_free
         if buffer is None or not nbytes <= buffer.numel() <= max(_USUAL, 8 * nbytes):
-            # One file that was much larger than the others does not keep its buffer for ever. The
-            # old buffer is freed first: both together may be more than there is.
+            # One file that was much larger than the others does not keep its buffer for ever. What
+            # is given up stays in the cache of torch's pinned memory until `release_pinned`.
             buffer = None
             self._slots[self._turn] = (None, None)
             with torch.inference_mode(False):

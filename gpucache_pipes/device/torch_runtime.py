@@ -64,15 +64,20 @@ class TorchRuntime:
         """See Runtime."""
         if self._has_pools:
             try:
-                pool = torch.cuda.MemPool()
-                with torch.cuda.use_mem_pool(pool, device=self.device):
-                    return Reservation(self._empty(nbytes), pool)
+                return self._in_new_pool(nbytes)
             except torch.OutOfMemoryError:
-                raise
+                # For an allocation in a pool, torch does not free its cache before it gives up.
+                torch.cuda.empty_cache()
+                return self._in_new_pool(nbytes)
             except RuntimeError:
                 # A pluggable allocator, cudaMallocAsync, or an old torch with expandable segments.
                 self._has_pools = False
         return Reservation(self._empty(nbytes))
+
+    def _in_new_pool(self, nbytes: int) -> Reservation:
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool, device=self.device):
+            return Reservation(self._empty(nbytes), pool)
 
     def _empty(self, nbytes: int) -> torch.Tensor:
         least = max(nbytes, SMALLEST_RESERVATION)
@@ -97,6 +102,7 @@ class TorchRuntime:
             int(free),
             int(total),
             reserved,
+            _total_of(stats, "allocated_bytes", "current"),
             _total_of(stats, "allocated_bytes", "peak"),
             stats.get("num_alloc_retries", 0) + stats.get("num_ooms", 0),
         )

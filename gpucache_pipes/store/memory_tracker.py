@@ -46,14 +46,13 @@ class MemoryTracker:
         self._clearing = False
         self.unfinished = False
 
-    @property
-    def lacks_size(self) -> bool:
-        """Whether the device would like to know how many files there are. Takes no lock."""
-        return self._backend.shares_memory and not self._cache.arena.files_to_come
+    def lacks_size(self, owner: object) -> bool:
+        """Whether the device would like to know how many files a pipeline has. Takes no lock."""
+        return self._backend.shares_memory and owner not in self._cache.arena.files_to_come
 
-    def expect_files(self, count: int) -> None:
+    def expect_files(self, owner: object, count: int) -> None:
         """So many different files will be requested. A hint; takes no lock."""
-        self._cache.arena.files_to_come = max(count, self._cache.arena.files_to_come)
+        self._cache.arena.files_to_come[owner] = count
 
     def clear(self) -> None:
         """Stop caching everything, and free the memory as soon as no batch is in flight."""

@@ -202,10 +202,10 @@ class RequestManager:
         """See GPUFeatureStore."""
         if not self._shared.cache.ledger.bounded:
             # Nothing will ever have to be evicted. But one allocation for all files is the best.
-            if self._shared.memory.lacks_size and callable(upcoming):
+            if self._shared.memory.lacks_size(owner) and callable(upcoming):
                 upcoming = upcoming()
             if isinstance(upcoming, Upcoming):
-                self._shared.memory.expect_files(len(upcoming.files))
+                self._shared.memory.expect_files(owner, len(upcoming.files))
             return
         # What takes long is done without the lock.
         if callable(upcoming):

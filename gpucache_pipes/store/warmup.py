@@ -23,7 +23,7 @@ def warm_up(
     if isinstance(paths, (str, os.PathLike)):
         raise TypeError(f"a sequence of paths is needed, not the single path {paths!r}")
     paths = list(paths)
-    shared.memory.expect_files(len(paths))
+    shared.memory.expect_files(warm_up, len(paths))
     parts: deque[PendingBatch] = deque()
     full = False
     with tqdm(total=len(paths), desc="warming", unit="file", disable=not progress) as bar:

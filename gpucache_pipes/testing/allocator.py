@@ -2,7 +2,8 @@
 
 `SimulatedAllocator` follows CUDACachingAllocator of torch 2.13 in what decides how much memory a
 process takes: blocks that are split from segments, a cache of free blocks for each stream, the
-sizes of segments, private pools, and what is tried before an allocation fails. It does not model
+sizes of segments, private pools, and what is tried before an allocation fails: the cache is freed
+first, but not for an allocation in a private pool. It does not model
 expandable segments, nor the rounding of `roundup_power2_divisions`.
 """
 
@@ -92,7 +93,7 @@ class SimulatedAllocator:
         size = max(_ROUND, -(-nbytes // _ROUND) * _ROUND)
         pool = (private, stream, size <= _SMALL)
         block = self._find(pool, size) or self._new_segment(pool, size)
-        if block is None:
+        if block is None and private is None:
             self.retries += 1
             self.empty_cache()
             block = self._new_segment(pool, size)
@@ -173,6 +174,7 @@ class SimulatedAllocator:
             max(0, self.free_bytes),
             self.total,
             self.reserved,
+            self.allocated,
             self.peak,
             self.retries + self.failures,
         )
@@ -198,7 +200,15 @@ class CountingRuntime(InOrderRuntime):
     def reserve(self, nbytes: int) -> Reservation:
         """See Runtime."""
         private = object() if self.returns_memory else None
-        block = self.allocator.malloc(max(nbytes, SMALLEST_RESERVATION), _COPY_STREAM, private)
+        size = max(nbytes, SMALLEST_RESERVATION)
+        try:
+            block = self.allocator.malloc(size, _COPY_STREAM, private)
+        except torch.OutOfMemoryError:
+            if private is None:
+                raise
+            self.allocator.empty_cache()  # as TorchRuntime does
+            self.allocator.retries += 1
+            block = self.allocator.malloc(size, _COPY_STREAM, private)
         memory = torch.empty(nbytes, dtype=torch.uint8, device=self._holder)
         return Reservation(memory, _Pool(self.allocator, block, private))
 

@@ -30,7 +30,7 @@ def test_memory_that_torch_has_reserved_is_not_free(monkeypatch: pytest.MonkeyPa
         mem_get_info=lambda device: (1000, 8000),
         memory_stats_as_nested_dict=lambda device: STATS,
     )
-    assert runtime.memory() == DeviceMemory(1000, 8000, 600, 550, 3)
+    assert runtime.memory() == DeviceMemory(1000, 8000, 600, 300, 550, 3)
 
 
 @pytest.mark.parametrize(("share", "free"), [(1.0, 5000), (0.5, 3400), (0.05, 0)])
@@ -64,7 +64,7 @@ def test_an_allocator_without_statistics(monkeypatch: pytest.MonkeyPatch) -> Non
         mem_get_info=lambda device: (5000, 8000),
         memory_stats_as_nested_dict=refuse,
     )
-    assert runtime.memory() == DeviceMemory(5000, 8000, 0, 0, 0)
+    assert runtime.memory() == DeviceMemory(5000, 8000, 0, 0, 0, 0)
 
 
 class Pools:
@@ -105,11 +105,19 @@ def test_a_reservation_has_a_pool_of_its_own_where_there_are_any(
 
 def test_a_lack_of_memory_is_not_taken_for_a_lack_of_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     pools = Pools(torch.OutOfMemoryError("no memory"))
-    runtime = runtime_on(monkeypatch, MemPool=pools.mem_pool, use_mem_pool=pools.use)
+    emptied: list[int] = []
+    runtime = runtime_on(
+        monkeypatch,
+        MemPool=pools.mem_pool,
+        use_mem_pool=pools.use,
+        empty_cache=lambda: emptied.append(1),
+    )
     monkeypatch.setattr(runtime, "_has_pools", True)
     with pytest.raises(torch.OutOfMemoryError):
         runtime.reserve(100)
     assert runtime.returns_memory
+    # Torch does not do it for an allocation in a pool.
+    assert emptied == [1]
 
 
 def test_mps_has_no_class_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 Run by itself, under compute-sanitizer and with other allocators, by test_allocators.py.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,17 +24,22 @@ from gpucache_pipes.device import AcceleratorBackend
 
 pytestmark = [pytest.mark.gpu, cuda]
 
+SERIAL = itertools.count(1)
+
 # Each work keeps one of the streams busy, so that what does not wait is too early.
 
 
 def read_while_it_is_uploaded(backend: AcceleratorBackend) -> bool:
     """uploaded: a gather that is issued while the copy stream has not copied yet."""
-    files = rows(8)
+    # Other values each time: the pages may be where those of an earlier store were.
+    base = 100 * next(SERIAL)
+    files = {name: row + base for name, row in rows(8).items()}
     with GPUFeatureStore(backend, load_fn=files.__getitem__, asynchronous=False) as store:
         store.warm(list(files)[:4], progress=False)
         torch.accelerator.synchronize()
         keep_copy_stream_busy(backend)
-        return first_column(store.get_batch(list(files)[4:]).collate()) == [4, 5, 6, 7]
+        found = first_column(store.get_batch(list(files)[4:]).collate())
+        return found == [base + 4, base + 5, base + 6, base + 7]
 
 
 def refill_what_is_being_read(backend: AcceleratorBackend) -> bool:

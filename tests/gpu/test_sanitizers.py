@@ -34,7 +34,8 @@ def test_no_kernel_makes_a_wrong_access(tool: str, caching: bool) -> None:
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     done = subprocess.run(
         [
-            SANITIZER, "--tool", tool, "--error-exitcode", str(ERRORS),
+            # Calls that fail without harm, as torch makes some, are not what this is about.
+            SANITIZER, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", str(ERRORS),
             sys.executable, *PYTEST, "-k", "holds", "tests/gpu/test_edges.py",
         ],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110,

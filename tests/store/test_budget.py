@@ -116,7 +116,7 @@ def test_what_is_left_to_others_does_not_stop_a_batch(
 ) -> None:
     paths = make_files(40)
     runtime = InOrderRuntime(torch.device("cpu"))
-    monkeypatch.setattr(runtime, "memory", lambda: DeviceMemory(5 << 30, 80 << 30, 0, 0, 0))
+    monkeypatch.setattr(runtime, "memory", lambda: DeviceMemory(5 << 30, 80 << 30, 0, 0, 0, 0))
     with GPUFeatureStore(AcceleratorBackend(runtime)) as store:
         for count in (1, 2, 40, 3):
             batch = store.get_batch(paths[:count])
