@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from gpucache_pipes.cache import make_policy
 from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
 from gpucache_pipes.store import GPUFeatureStore, process_hooks
 from gpucache_pipes.testing import SimulatedRuntime
+
+LONG_COLLECTION = 0.03
+"""Seconds for the garbage of one test. It takes longer only if modules have been imported."""
 
 torch.set_num_threads(1)
 # A shell that starts a job in the background has it ignore SIGINT, which tests send themselves.
@@ -68,7 +72,11 @@ def do_not_look_at_modules() -> None:
 def check_every_store() -> Iterator[None]:
     """After each test every store is consistent, and closing it leaves no reader behind."""
     yield
+    start = time.perf_counter()
     gc.collect()  # pipelines with threads of their own end before their store does
+    if time.perf_counter() - start > LONG_COLLECTION:
+        # Tests import large parts of torch. Those were looked at hundreds of times.
+        gc.freeze()
     for store in list(process_hooks.registered()):
         assert isinstance(store, GPUFeatureStore)
         store.check()
