@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from _device import Device, Figures, in_threads
+from _device import Device, Figures
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher
 from gpucache_pipes.cli.bench import CONTENDERS, Contender, Work
 from gpucache_pipes.cli.bench.contender import Run
 from gpucache_pipes.cli.bench.loaders import Batches, Files
 from gpucache_pipes.files import file_size
+from gpucache_pipes.testing.contracts import in_threads
 
 
 def with_readers(threads: int) -> Contender:

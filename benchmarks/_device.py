@@ -3,13 +3,14 @@
 import os
 import resource
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+from gpucache_pipes.testing.contracts import in_threads
 
 Figures = dict[str, Any]
 
@@ -140,22 +141,3 @@ def read_all(
             os.close(fd)
 
     in_threads(read, threads)
-
-
-def in_threads(work: Callable[[int], Any], count: int) -> None:
-    """Call `work` in `count` threads, each with its number, and raise the first error of them."""
-    errors: list[BaseException] = []
-
-    def call(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=call, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]

@@ -50,7 +50,7 @@ class Options:
         scale: of the amounts of data.
         test_seconds: the longest that one test may take.
         scratch: makes from a name the path of a report whose content goes into the record.
-        beside: makes from a name the path of a report that is kept beside the record.
+        beside: makes from a name the path of a report that is kept next to the record.
     """
 
     device: str | None
@@ -136,7 +136,7 @@ def device_steps(options: Options) -> list[Step]:
 
 
 def scenario_steps(options: Options) -> list[Step]:
-    """The fixed scenarios on the device, beside a few contenders."""
+    """The fixed scenarios on the device, compared with a few contenders."""
     steps = []
     for name in SCENARIOS:
         report = options.beside(name)
@@ -153,7 +153,7 @@ def scenario_steps(options: Options) -> list[Step]:
 
 
 def peer_steps(options: Options) -> list[Step]:
-    """Each peer beside gpucache_pipes, on small and on large files."""
+    """Each peer compared with gpucache_pipes, on small and on large files."""
     steps = []
     for files in ("small", "large"):
         for peer in PEERS:

@@ -42,12 +42,12 @@ def cold(device: Device, scale: float, threads: int = 16) -> Figures:
 
 
 def cold_small(device: Device, scale: float) -> Figures:
-    """Measure first epochs over files of 6 KB, by numbers of readers, beside other loaders."""
+    """Measure first epochs over files of 6 KB, by number of readers, against other loaders."""
     return _cold_beside_others(device, max(64, int(8000 * scale)), 1024, 256)
 
 
 def cold_large(device: Device, scale: float) -> Figures:
-    """Measure first epochs over files of 4 MB, by numbers of readers, beside other loaders."""
+    """Measure first epochs over files of 4 MB, by number of readers, against other loaders."""
     return _cold_beside_others(device, max(8, int(256 * scale)), 1 << 20, 8)
 
 
@@ -134,7 +134,7 @@ def _beside_training(device: Device, scale: float, one: Callable[[], Any]) -> Fi
 
 
 def small_copies(device: Device, scale: float) -> Figures:
-    """Measure a copy of 1 KiB to the device, as of an index: idle, and beside uploads.
+    """Measure a copy of 1 KiB to the device, such as an index: idle, and during uploads.
 
     The uploads are those of a store that reads files of 4 MiB, and, to compare with, copies of
     32 MiB from pinned memory one after the other.

@@ -96,8 +96,7 @@ class ArenaSize:
         if shortage > 0:
             # Batches in flight hold the rest. They may grow the arena beyond the budget.
             if ledger.retiring:
-                ledger.keep_all(owner.entries.values())
-                self.shrinking = False
+                self._keep_retired()
                 shortage = pages - ledger.free_pages - sum(len(entry.pages) for entry in victims)
             # At once for all batches in flight: a batch issues operations for each segment.
             wish = max(shortage, self._in_flight(pages) - ledger.bypassed_pages)
@@ -170,6 +169,11 @@ class ArenaSize:
         self._owner.release(lost)
         self.settle()
 
+    def _keep_retired(self) -> None:
+        """Take `retire` back."""
+        self._ledger.keep_all(self._owner.entries.values())
+        self.shrinking = False
+
     def settle(self) -> None:
         """Finish what `retire` began, if nothing holds the pages any more."""
         if self.shrinking and not self._ledger.retiring:
@@ -180,8 +184,7 @@ class ArenaSize:
         """Drop all but what batches in flight need; the pages of that, in order."""
         owner = self._owner
         if self.shrinking:
-            self._ledger.keep_all(owner.entries.values())
-            self.shrinking = False
+            self._keep_retired()
         pinned = owner.pins.numbers()
         owner.release([entry for entry in owner.entries.values()
                        if entry.cached and entry.number not in pinned])  # fmt: skip
