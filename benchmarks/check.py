@@ -63,7 +63,7 @@ def measure(name: str) -> bench.Report:
     from scenarios import SCENARIOS, run
 
     scenario = SCENARIOS[name]
-    report = run(scenario, torch.device("cpu"), scenario.rounds, progress=False)
+    report = run(scenario, torch.device("cpu"), progress=False)
     if not report["complete"]:
         raise KeyboardInterrupt
     return {"scenario": name, **report}

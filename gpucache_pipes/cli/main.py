@@ -37,7 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="compare with other loaders on your files")
     bench.set_defaults(run=_bench)
     bench.add_argument("--device", default="auto", help='"cuda", "cpu"; by default the GPU')
-    bench.add_argument("--batch-size", type=int, default=256)
+    bench.add_argument(
+        "--batch-size",
+        type=whole_numbers,
+        action="extend",
+        metavar="N[,N...]",
+        help="256; or several",
+    )
     bench.add_argument(
         "--cache", type=float, default=0.5, metavar="PART", help="of the data, where not all fits"
     )
@@ -47,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--bytes", default="512MiB", metavar="SIZE", help="how much, at most")
     bench.add_argument(
         "--overlap", action="store_true", help="also with training steps, which takes longer"
+    )
+    bench.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="also beside N processes that are busy"
     )
     bench.add_argument(
         "--cold-storage", action="store_true", help="read from the disk, not from the page cache"
@@ -74,6 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def whole_numbers(text: str) -> list[int]:
+    """The numbers of a list such as "8,32". Raises ValueError for anything else."""
+    return [int(part) for part in text.split(",")]
+
+
 def _bench(args: argparse.Namespace) -> int:
     # SIGTERM acts like Ctrl-C: temporary files are removed, and a partial table is printed.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -90,42 +104,41 @@ def _measure(args: argparse.Namespace) -> int:
 
     if not 0 < args.cache <= 1:
         raise ValueError(f"--cache={args.cache}: a part of the data, above 0 and at most 1")
-    for name, least in (("batch_size", 1), ("rounds", 1), ("files", 2), ("epochs", 2)):
-        positive_int(f"--{name.replace('_', '-')}", getattr(args, name), least)
+    for name, least in (("rounds", 1), ("files", 2), ("epochs", 2), ("busy", 0)):
+        positive_int(f"--{name}", getattr(args, name), least)
+    sizes = [positive_int("--batch-size", size) for size in args.batch_size or [256]]
     most_bytes = parse_bytes("--bytes", args.bytes)
     contenders = bench.choose(args.only)
     if args.plot is not None:
         charts.require_plot(args.plot)  # before the measurement, which takes long
     device = bench.find_device(args.device)
     paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
-    with bench.Work(
-        bench.sample(paths, args.files, most_bytes, seed=0),
-        args.batch_size,
-        device,
-        known=len(paths),
-        epochs=args.epochs,
-        weights_only=not args.unsafe,
-        cold_storage=args.cold_storage,
-    ) as work:
+    sample = bench.sample(paths, args.files, most_bytes, seed=0)
+    reports = []
+    for size in sizes:
+        with bench.Work(
+            sample, size, device, known=len(paths), epochs=args.epochs,
+            weights_only=not args.unsafe, cold_storage=args.cold_storage,
+        ) as work:  # fmt: skip
+            if not args.json:
+                _print(f"{work}\n")
+            report = bench.bench(
+                work, contenders=contenders, rounds=args.rounds, share=args.cache,
+                overlap=args.overlap, busy=args.busy, progress=not args.json,
+            )  # fmt: skip
+        reports.append(report)
         if not args.json:
-            _print(f"{work}\n")
-        report = bench.bench(
-            work,
-            contenders=contenders,
-            rounds=args.rounds,
-            share=args.cache,
-            overlap=args.overlap,
-            progress=not args.json,
-        )
+            _print(f"{bench.as_text(report)}\n\n{bench.advice(report, bench.free_bytes(device))}\n")
+        if args.plot is not None and bench.headings(report):
+            name, suffix = os.path.splitext(args.plot)
+            bench.draw(report, f"{name}-{size}{suffix}" if len(sizes) > 1 else args.plot)
+        if not report["complete"]:
+            break
     if args.json:
-        _print(json.dumps(report, indent=1))
-    else:
-        _print(f"{bench.as_text(report)}\n\n{bench.advice(report, bench.free_bytes(device))}")
-    if args.plot is not None and bench.headings(report):
-        bench.draw(report, args.plot)
+        _print(json.dumps(reports if len(sizes) > 1 else report, indent=1))
     if not report["complete"]:
         return 130
-    return 1 if report["contenders"][bench.OURS.name]["problem"] else 0
+    return int(any(report["contenders"][bench.OURS.name]["problem"] for report in reports))
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import re
 import signal
 import statistics
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +23,12 @@ from torch.utils.data import default_collate
 
 from gpucache_pipes import Padded
 from gpucache_pipes.cli import bench
+from gpucache_pipes.cli.bench import limits, measuring
+from gpucache_pipes.cli.bench.beside import busy_processes
 from gpucache_pipes.cli.bench.collation import Collation, checksum
 from gpucache_pipes.cli.bench.contender import Contender, NotApplicableError, Run
 from gpucache_pipes.cli.bench.figures import as_json, limit_seconds, spread
-from gpucache_pipes.cli.bench.measuring import Measurement, Series
+from gpucache_pipes.cli.bench.measuring import CASES, Measurement, Series
 from gpucache_pipes.cli.main import main
 from gpucache_pipes.testing import assert_same, features
 
@@ -35,6 +38,9 @@ CPU = torch.device("cpu")
 BY_NAME = {contender.name: contender for contender in bench.CONTENDERS}
 FAST = ["gpucache_pipes", "DataLoader, 0 workers", "preadv of the bytes",
         "index_select of resident tensors"]  # fmt: skip
+
+USUAL = {"first": 1, "later": 1, "partial": 1}
+"""The times of a round without options."""
 
 BUILT_IN = [contender for contender in bench.CONTENDERS if contender.needs is None]
 OPTIONAL = [contender for contender in bench.CONTENDERS if contender.needs is not None]
@@ -64,6 +70,7 @@ NOT_APPLICABLE = {
     ("unlike", "safetensors files"): "the features do not have one structure",
     ("unlike", "one tensordict memory map"): "the features do not have one shape",
     ("unlike", "index_select of resident tensors"): "the features cannot be stacked",
+    ("unlike", "index_select in one thread"): "the features cannot be stacked",
 }
 
 
@@ -75,7 +82,8 @@ def problems_of(report: bench.Report) -> dict[str, str]:
 
 def rounds_of(report: bench.Report, name: str) -> dict[str, int]:
     """How many times were measured of a contender, by case."""
-    return {case: len(times) for case, times in report["contenders"][name]["seconds"].items()}
+    measured = report["contenders"][name]["seconds"].items()
+    return {case: len(times) for case, times in measured if times}
 
 
 def check_report(report: bench.Report) -> None:
@@ -109,22 +117,25 @@ def printed(text: str, name: str) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_contenders_make_the_same_batches(tmp_path: Path, kind: str) -> None:
+def test_all_contenders_make_the_same_batches(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "BUSY_SECONDS", 0)
     contenders = [c for c in BUILT_IN if not c.name.endswith(("4 workers", "8 workers"))]
     with bench.Work(write(tmp_path, kind), 4, CPU, epochs=3) as work:
         modes = {"ragged": "pad", "unlike": "list"}
         assert work.collation.mode == modes.get(kind, "stack")
-        report = bench.bench(work, contenders=contenders, rounds=1, overlap=True, progress=False)
+        report = bench.bench(
+            work, contenders=contenders, rounds=1, overlap=True, busy=1, progress=False
+        )
     assert problems_of(report) == {n: why for (k, n), why in NOT_APPLICABLE.items()
                                    if k == kind and n in {c.name for c in contenders}}  # fmt: skip
     check_report(report)
-    assert list(bench.headings(report)) == ["first", "later", "partial", "overlap"]
+    assert list(bench.headings(report)) == list(CASES)
     for contender in contenders:
         if contender.kind != "limit":
-            assert set(rounds_of(report, contender.name).values()) == {1}
-    assert rounds_of(report, "preadv of the bytes") == {
-        "first": 1, "later": 0, "partial": 0, "overlap": 1,
-    }  # fmt: skip
+            assert rounds_of(report, contender.name) == dict.fromkeys(CASES, 1)
+    assert rounds_of(report, "preadv of the bytes") == {"first": 1, "overlap": 1}
     ours = report["contenders"]["gpucache_pipes"]
     assert 0.3 < ours["hit_rate"] < 0.7
     faster = f"{ours['cases']['first']['times_as_fast'][0]:.3g} times as fast in a first epoch"
@@ -144,8 +155,92 @@ def test_an_optional_contender_makes_the_same_batches(
         )
     reason = NOT_APPLICABLE.get((kind, contender.name))
     assert problems_of(report) == ({} if reason is None else {contender.name: reason})
-    assert set(rounds_of(report, contender.name).values()) == {1 if reason is None else 0}
+    assert rounds_of(report, contender.name) == (USUAL | {"overlap": 1} if reason is None else {})
     check_report(report)
+
+
+@pytest.mark.parametrize("kind", ["nested", "plain values", "ragged"])
+def test_the_limit_does_nothing_but_gather(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strings in features made the limit collate them, and 13 times slower than a loader."""
+    limit = BY_NAME["index_select of resident tensors"]
+    with bench.Work(write(tmp_path, kind), 4, CPU, epochs=2) as work, limit.open(work, 1.0) as run:
+        expected = work.expected(1)
+        monkeypatch.setattr(Collation, "by_hand", None)
+        monkeypatch.setattr(limits, "build", None)
+        called = []
+        select = torch.index_select
+        monkeypatch.setattr(
+            torch, "index_select", lambda *args, **out: called.append(select(*args, **out))
+        )
+        assert [checksum(batch) for batch in run.epoch(1)] == expected
+        leaves = len(work.layouts[0].leaves)
+    assert len(called) == leaves * len(expected)
+
+
+def test_the_limit_is_the_faster_one_of_a_round(tmp_path: Path) -> None:
+    measured = measurement(
+        limit={"later": [3.0, 1.0]}, limit2={"later": [2.0, 4.0]}, limit3={"first": [9.0, 9.0]},
+        ours={"later": [4.0, 4.0]},
+    )  # fmt: skip
+    with bench.Work(write(tmp_path, "flat"), 4, CPU) as work:
+        report = as_json(work, measured)
+    assert report["limit_seconds"] == {
+        "first": [9.0, 9.0], "later": [2.0, 1.0], "busy": [], "overlap": [],
+        "partial": limit_seconds(work, measured, "partial"),
+    }  # fmt: skip
+    assert report["contenders"][bench.OURS.name]["cases"]["later"]["to_limit"] == [3.0, 2.0, 4.0]
+
+
+def runs(process: int) -> bool:
+    """Whether a process exists and has not ended."""
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat")
+        return sys.platform != "linux" or state.read_text().rpartition(") ")[2][0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def ticks(process: int) -> int:
+    """Processor time that a process has used."""
+    user, system = Path(f"/proc/{process}/stat").read_text().split()[13:15]
+    return int(user) + int(system)
+
+
+def test_busy_processes_are_busy_until_an_interrupt() -> None:
+    processes = []
+
+    def interrupted() -> None:
+        with busy_processes(2) as started:
+            processes.extend(started)
+            assert len(set(started)) == 2 and all(map(runs, started))
+            for process in started if sys.platform == "linux" else ():
+                began = ticks(process)
+                while ticks(process) == began:
+                    os.sched_yield()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(processes) == 2 and not any(map(runs, processes))
+
+
+def test_busy_processes_end_with_the_process_that_started_them() -> None:
+    script = (
+        "import os, signal\n"
+        "from gpucache_pipes.cli.bench.beside import busy_processes\n"
+        "with busy_processes(2) as processes:\n"
+        "    print(*processes, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as killed:
+        assert killed.stdout is not None
+        processes = [int(word) for word in killed.stdout.readline().split()]
+    assert killed.returncode == -signal.SIGKILL and len(processes) == 2
+    while any(map(runs, processes)):
+        os.sched_yield()
 
 
 def one_more(make: Callable[[Any], Iterator[Any]], name: str = "mine") -> Contender:
@@ -187,10 +282,10 @@ def test_a_contender_with_other_batches_is_not_measured(
             work, contenders=[one_more(make), bench.BASELINE, bench.OURS], rounds=1, progress=False
         )
     assert problems_of(report) == {"mine": problem}
-    assert set(rounds_of(report, "mine").values()) == {0}
+    assert rounds_of(report, "mine") == {}
     assert f"mine: not measured: {problem}" in bench.as_text(report)
     for name in (bench.BASELINE.name, bench.OURS.name):
-        assert rounds_of(report, name) == {"first": 1, "later": 1, "partial": 1, "overlap": 0}
+        assert rounds_of(report, name) == USUAL
     check_report(report)
 
 
@@ -208,7 +303,7 @@ def test_a_contender_that_fails_is_left_out_of_later_rounds(tmp_path: Path) -> N
         )
     assert problems_of(report) == {"mine": "OSError: the disk is full"}
     # It made two epochs to be compared and two in the first round, and failed in the second.
-    assert rounds_of(report, "mine") == {"first": 1, "later": 1, "partial": 1, "overlap": 0}
+    assert rounds_of(report, "mine") == USUAL
     assert rounds_of(report, bench.BASELINE.name)["first"] == report["rounds"] == 3
 
 
@@ -390,10 +485,10 @@ def test_the_command_prints_a_table(make_files: Files, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("options", "share", "files", "overlap"),
+    ("options", "share", "files", "more"),
     [
-        (["--overlap", "--cache", "0.25"], 0.25, 12, 1),
-        (["--files", "8", "--cold-storage"], 0.5, 8, 0),
+        (["--overlap", "--cache", "0.25", "--busy", "1"], 0.25, 12, {"overlap": 1, "busy": 1}),
+        (["--files", "8", "--cold-storage"], 0.5, 8, {}),
     ],
 )
 def test_the_command_prints_json(
@@ -402,18 +497,18 @@ def test_the_command_prints_json(
     options: list[str],
     share: float,
     files: int,
-    overlap: int,
+    more: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(measuring, "BUSY_SECONDS", 0)
     assert main(command(make_files(12), "--json", *options)) == 0
     report = json.loads(capsys.readouterr().out)
     check_report(report)
     assert report["complete"] is True and report["share"] == share and report["rounds"] == 1
     assert set(report["contenders"]) == set(FAST) and problems_of(report) == {}
-    expected = {"first": 1, "later": 1, "partial": 1, "overlap": overlap}
-    assert rounds_of(report, "gpucache_pipes") == expected
-    assert rounds_of(report, "index_select of resident tensors") == {
-        "first": 0, "later": 1, "partial": 0, "overlap": 0,
-    }  # fmt: skip
+    assert rounds_of(report, "gpucache_pipes") == USUAL | more
+    limit = rounds_of(report, "index_select of resident tensors")
+    assert limit == {case: 1 for case in ("later", "busy") if case in USUAL | more}
     work = report["work"]
     assert (work["files"], work["known_files"], work["batches"]) == (files, 12, files // 4)
     assert (work["batch_size"], work["epochs"], work["device"]) == (4, 2, "cpu")
@@ -421,6 +516,28 @@ def test_the_command_prints_json(
     assert work["example"] == {"['feature']": "float32[8]", "['label']": "int64[1]"}
     assert report["command"].startswith("python ")
     assert report["versions"]["torch"] == importlib.metadata.version("torch")
+
+
+def test_several_batch_sizes(
+    make_files: Files, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    paths = make_files(12)
+    several = command(paths, "--batch-size", "3,6")  # and 4
+    assert main([*several, "--json"]) == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert [report["work"]["batch_size"] for report in reports] == [4, 3, 6]
+    assert [report["work"]["batches"] for report in reports] == [3, 4, 2]
+    for report in reports:
+        check_report(report)
+    pictures = []
+    if importlib.util.find_spec("matplotlib") is not None:
+        pictures = ["--plot", str(tmp_path / "bars.svg")]
+    assert main([*several, *pictures]) == 0
+    out = capsys.readouterr().out
+    for size in (4, 3, 6):
+        assert f"batches of {size}, on cpu" in out
+        assert not pictures or (tmp_path / f"bars-{size}.svg").stat().st_size
+    assert len(re.findall(r"^gpucache_pipes +\d", out, re.MULTILINE)) == 3
 
 
 def test_the_command_draws_a_picture(
@@ -440,10 +557,11 @@ def test_the_command_draws_a_picture(
     [
         (["--cache", "0"], "--cache=0.0: a part of the data"),
         (["--rounds", "0"], "--rounds=0 must be a positive whole number"),
-        (["--batch-size", "0"], "--batch-size=0 must be a positive whole number"),
+        (["--batch-size", "8,0"], "--batch-size=0 must be a positive whole number"),
+        (["--busy", "-1"], "--busy=-1 must be a whole number of at least 0"),
         (["--files", "1"], "--files=1 must be a whole number of at least 2"),
         (["--bytes", "many"], "--bytes='many' is not a size in bytes"),
-        (["--only", "grian"], "'grian' is none of the contenders: gpucache_pipes, DataLoader"),
+        (["--only", "grian"], "'grian' is none of the contenders: gpucache_pipes, GPUCollator"),
         (["--device", "nothing"], "device='nothing' is not a device"),
         pytest.param(["--plot", "no/such/place.png"], "no such directory", marks=needs_matplotlib),
         pytest.param(
@@ -552,7 +670,7 @@ def test_ctrl_c_leaves_a_partial_table(
     assert main([*run, "--json"]) == 130
     report = json.loads(capsys.readouterr().out)
     assert report["complete"] is False and problems_of(report) == {}
-    assert rounds_of(report, "mine") == {"first": 1, "later": 1, "partial": 1, "overlap": 0}
+    assert rounds_of(report, "mine") == USUAL
     for name in (bench.OURS.name, bench.BASELINE.name):
         assert 1 <= rounds_of(report, name)["first"] <= 2
     check_report(report)
@@ -633,7 +751,10 @@ def test_the_scenarios(scripts: None, tmp_path: Path, monkeypatch: pytest.Monkey
 
     short = {
         "quick": scenarios.Scenario(
-            lambda where, scale: scenarios.write_ragged(where, 12), 4, 1, scenarios.LIMITS
+            lambda where, scale: scenarios.write_ragged(where, scenarios.log_normal(12)),
+            4,
+            1,
+            scenarios.LIMITS,
         )
     }
     monkeypatch.setattr(scenarios, "SCENARIOS", short)
@@ -646,7 +767,7 @@ def test_the_scenarios(scripts: None, tmp_path: Path, monkeypatch: pytest.Monkey
     assert report["scenario"] == "quick" and report["work"]["collation"] == "pad"
     assert report["work"]["files"] == 12 and report["rounds"] == 1
     assert problems_of(report) == {}
-    assert len(report["contenders"]) == 2 + len(scenarios.LIMITS)
+    assert len(report["contenders"]) == 5  # two limits begin with "index_select"
     check_report(report)
 
 

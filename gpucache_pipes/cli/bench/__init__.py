@@ -1,14 +1,21 @@
 """`python -m gpucache_pipes bench`: gpucache_pipes and other loaders on the user's files.
 
 `Work` holds the files and their batches. Each `Contender` turns them into batches on the device;
-`contender.py` says what one needs, and the modules `loaders`, `libraries`, `formats` and `limits`
+`contender.py` says what one needs, and the modules `loaders`, `libraries` and `limits`
 define those that exist. `measuring` runs them, `figures` computes ratios, `report` writes them.
 """
 
 from gpucache_pipes.cli.bench.contender import Contender
+from gpucache_pipes.cli.bench.figures import (
+    CONTENDERS,
+    Report,
+    bench,
+    choose,
+    find_device,
+    free_bytes,
+)
 from gpucache_pipes.cli.bench.loaders import BASELINE, OURS
-from gpucache_pipes.cli.bench.report import Report, advice, as_text, draw, headings
-from gpucache_pipes.cli.bench.running import CONTENDERS, bench, choose, find_device, free_bytes
+from gpucache_pipes.cli.bench.report import advice, as_text, draw, headings
 from gpucache_pipes.cli.bench.work import Work, sample
 
 __all__ = [

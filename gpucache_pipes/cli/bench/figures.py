@@ -1,4 +1,4 @@
-"""The report of a measurement: times, and their ratios to the baseline and to the limits."""
+"""Runs a benchmark, and computes its report: times, and ratios to the baseline and the limits."""
 
 import os
 import platform
@@ -11,15 +11,86 @@ from typing import Any
 
 import torch
 
-from gpucache_pipes.cli.bench.loaders import BASELINE
-from gpucache_pipes.cli.bench.measuring import CASES, Measurement
+from gpucache_pipes.cli.bench.contender import Contender
+from gpucache_pipes.cli.bench.libraries import LIBRARIES
+from gpucache_pipes.cli.bench.limits import LIMITS
+from gpucache_pipes.cli.bench.loaders import BASELINE, LOADERS, OURS
+from gpucache_pipes.cli.bench.measuring import CASES, Measurement, measure
 from gpucache_pipes.cli.bench.work import Work
+from gpucache_pipes.device import available_host_bytes, resolve_device
+
+Report = dict[str, Any]
+"""Result of `bench`, which `json.dumps` accepts."""
+
+CONTENDERS: list[Contender] = [*LOADERS, *LIBRARIES, *LIMITS]
+"""All contenders. To measure another loader, add a `Contender` of your own."""
 
 _PACKAGES = ("torch", "torchdata", "spdl", "grain", "monai", "tensordict", "safetensors")
+_FREE_SHARE = 0.9
+"""Fraction of the free memory that a cache may use."""
 
 
-def as_json(work: Work, measurement: Measurement, missing: Sequence[str] = ()) -> dict[str, Any]:
-    """Build the report of a measurement, which `json.dumps` accepts.
+def bench(work: Work, *, contenders: Sequence[Contender] = (), **options: Any) -> Report:
+    """Measure the contenders that are installed.
+
+    Args:
+        work: the files and their batches.
+        contenders: some of CONTENDERS, or your own; empty means all of CONTENDERS.
+        options: of `measure`.
+
+    Raises:
+        ValueError: as `measure`.
+    """
+    wanted = list(contenders) or CONTENDERS
+    installed = [contender for contender in wanted if contender.installed]
+    missing = [contender.name for contender in wanted if not contender.installed]
+    return as_json(work, measure(work, installed, **options), missing)
+
+
+def choose(names: Sequence[str] | None) -> list[Contender]:
+    """The contenders whose names begin with one of `names`, with OURS and BASELINE.
+
+    Args:
+        names: beginnings of names; None or empty means all contenders.
+
+    Raises:
+        ValueError: a name matches no contender.
+
+    >>> [contender.name for contender in choose(["preadv"])]
+    ['gpucache_pipes', 'DataLoader, 0 workers', 'preadv of the bytes']
+    """
+    if not names:
+        return CONTENDERS
+    for name in names:
+        if not any(contender.name.startswith(name) for contender in CONTENDERS):
+            known = ", ".join(contender.name for contender in CONTENDERS)
+            raise ValueError(f"{name!r} is none of the contenders: {known}")
+    return [c for c in CONTENDERS if c.name.startswith(tuple(names)) or c in (OURS, BASELINE)]
+
+
+def find_device(name: str) -> torch.device:
+    """Resolve the name of a device.
+
+    Args:
+        name: as in `torch.device`, or "auto" for the accelerator, or the CPU if there is none.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    return resolve_device(None if name == "auto" else name)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that a cache could use on `device`; None if that is unknown."""
+    if device.type == "cpu":
+        return int(available_host_bytes() * _FREE_SHARE)
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _FREE_SHARE)
+    return None
+
+
+def as_json(work: Work, measurement: Measurement, missing: Sequence[str] = ()) -> Report:
+    """Build the report of a measurement.
 
     For each contender and case, `times_as_fast` is the time of the baseline divided by that of the
     contender, and `to_limit` is the time of the contender divided by that of the limit. Both are
@@ -30,33 +101,26 @@ def as_json(work: Work, measurement: Measurement, missing: Sequence[str] = ()) -
         measurement: result of `measure`.
         missing: names of contenders that are not installed.
     """
-    rounds = {name: series.seconds for name, series in measurement.series.items()}
+    series = measurement.series
     limits = {case: limit_seconds(work, measurement, case) for case in CASES}
     entries: dict[str, Any] = {}
-    for name, series in measurement.series.items():
+    for name, mine in series.items():
         ratios: dict[str, Any] = {}
-        for case in CASES:
-            mine = series.seconds[case]
-            base = rounds.get(BASELINE.name, {}).get(case, [])
+        for case, seconds in mine.seconds.items():
+            base = series[BASELINE.name].seconds[case] if BASELINE.name in series else []
             ratios[case] = {
-                "median_seconds": statistics.median(mine) if mine else None,
-                "times_as_fast": spread(base, mine),
-                "to_limit": spread(mine, limits[case]),
+                "median_seconds": statistics.median(seconds) if seconds else None,
+                "times_as_fast": spread(base, seconds),
+                "to_limit": spread(seconds, limits[case]),
             }
-        entries[name] = {
-            "kind": series.kind,
-            "caches": series.caches,
-            "problem": series.problem,
-            "hit_rate": series.hit_rate,
-            "seconds": series.seconds,
-            "cases": ratios,
-        }
+        entries[name] = {**vars(mine), "cases": ratios}
     return {
         **environment(),
         "complete": measurement.complete,
         "work": work.as_json(),
         "share": measurement.share,
-        "rounds": max((len(s["first"]) for s in rounds.values()), default=0),
+        "busy": measurement.busy,
+        "rounds": max((len(mine.seconds["first"]) for mine in series.values()), default=0),
         "limit_seconds": limits,
         "not_installed": list(missing),
         "contenders": entries,
@@ -66,9 +130,9 @@ def as_json(work: Work, measurement: Measurement, missing: Sequence[str] = ()) -
 def limit_seconds(work: Work, measurement: Measurement, case: str) -> list[float]:
     """Seconds that no contender can beat, one for each round; empty if they are unknown.
 
-    The limit of "partial" is derived: a first epoch that reads everything, then epochs that read
-    the fraction that is not cached and gather the rest. The limit of "overlap" is the compute
-    alone.
+    Of several limits, the fastest of the round. The limit of "partial" is derived: a first epoch
+    that reads everything, then epochs that read the fraction that is not cached and gather the
+    rest. The limit of "overlap" is the compute alone.
 
     Args:
         work: what was measured.
@@ -77,14 +141,16 @@ def limit_seconds(work: Work, measurement: Measurement, case: str) -> list[float
     """
     if case == "overlap":
         return measurement.compute
-    of_limits = [s for s in measurement.series.values() if s.kind == "limit"]
-    times = {case: [t for s in of_limits for t in s.seconds[case]] for case in ("first", "later")}
     if case != "partial":
-        return times[case]
+        limits = [s.seconds[case] for s in measurement.series.values() if s.kind == "limit"]
+        return [min(times) for times in zip(*filter(None, limits), strict=False)]
+    if measurement.share is None:
+        return []
     share, later = measurement.share, work.epochs - 1
+    first, gather = (limit_seconds(work, measurement, case) for case in ("first", "later"))
     return [
-        first + later * ((1 - share) * first + share * gather)
-        for first, gather in zip(times["first"], times["later"], strict=False)
+        read + later * ((1 - share) * read + share * picked)
+        for read, picked in zip(first, gather, strict=False)
     ]
 
 
@@ -100,7 +166,7 @@ def spread(above: Sequence[float], below: Sequence[float]) -> list[float] | None
     return [statistics.median(ratios), min(ratios), max(ratios)] if ratios else None
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Report:
     """What the figures depend on: command, date, machine and versions."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = "cpu" if accelerator is None else str(accelerator)
@@ -112,8 +178,11 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    # The program as a user types it after `python`.
+    module = sys.argv[0].endswith("__main__.py")
+    program = ["-m", "gpucache_pipes"] if module else [sys.argv[0]]
     return {
-        "command": " ".join(["python", *_program(), *sys.argv[1:]]),
+        "command": " ".join(["python", *program, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -121,9 +190,3 @@ def environment() -> dict[str, Any]:
         "device": device,
         "versions": versions,
     }
-
-
-def _program() -> list[str]:
-    """The program as a user types it after `python`."""
-    module = sys.argv[0].endswith("__main__.py")
-    return ["-m", "gpucache_pipes"] if module else [sys.argv[0]]

@@ -1,7 +1,7 @@
 """Contenders without further requirements: gpucache_pipes, loaders of torch, caches by hand."""
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torchdata.nodes as tn
@@ -16,16 +16,19 @@ _README_BUDGET = 8 << 30
 """Bytes that the example of the README may cache."""
 
 
-def gpucache_pipes(work: Work, share: float) -> Iterator[Run]:
-    """The pipeline of the README, with a budget that holds everything or `share` of the data."""
+def gpucache_pipes(work: Work, share: float, own_collate: bool = False) -> Iterator[Run]:
+    """The pipeline of the README, with a budget that holds everything or `share` of the data.
+
+    With `own_collate` batches are made by the function that other contenders call as well.
+    """
+    collation = (
+        {"collate_fn": work.collation.by_hand} if own_collate else work.collation.for_nodes()
+    )
     budget = max(_README_BUDGET, 2 * work.budget(1)) if share == 1 else work.budget(share)
     with GPUFeatureStore(
         work.device, max_cache_bytes=budget, weights_only=work.weights_only
     ) as store:
-        nodes = GPUCollator(
-            GPUPrefetcher(work.lister(), store, depth=4), **work.collation.for_nodes()
-        )
-        batches = tn.Loader(nodes)
+        batches = tn.Loader(GPUCollator(GPUPrefetcher(work.lister(), store, depth=4), **collation))
         after_first = store.stats()
 
         def epoch(number: int) -> Iterable[Any]:
@@ -133,6 +136,12 @@ OURS = Contender("gpucache_pipes", "ours", gpucache_pipes, caches=True)
 BASELINE = Contender("DataLoader, 0 workers", "peer", _dataloader(0))
 LOADERS = [
     OURS,
+    Contender(
+        "GPUCollator with a collate_fn",
+        "ours",
+        partial(gpucache_pipes, own_collate=True),
+        caches=True,
+    ),
     BASELINE,
     Contender("DataLoader, torch.load(mmap=True)", "peer", _dataloader(0, mmap=True)),
     *(

@@ -7,18 +7,22 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from gpucache_pipes.cli.bench.beside import Step, busy_processes, measure_overlap
 from gpucache_pipes.cli.bench.collation import checksum
-from gpucache_pipes.cli.bench.contender import Contender, NotApplicableError
+from gpucache_pipes.cli.bench.contender import Contender, NotApplicableError, Run
 from gpucache_pipes.cli.bench.loaders import BASELINE
-from gpucache_pipes.cli.bench.overlap import Step, measure_overlap
 from gpucache_pipes.cli.bench.work import Work
 
-CASES = ("first", "later", "partial", "overlap")
+CASES = ("first", "later", "partial", "overlap", "busy")
 """What is measured; see `Series`."""
+
+BUSY_SECONDS = 1.0
+"""How long the case "busy" is measured in a turn: shorter, and a thread that has just been idle is
+preferred to the busy processes."""
 
 
 @dataclass
@@ -28,9 +32,11 @@ class Series:
     Attributes:
         kind: a key of KINDS.
         caches: whether the contender caches.
-        seconds: times by case. "first": the first epoch. "later": an epoch with everything cached.
-            "partial": all epochs together, with only a fraction of the data cached. "overlap": a
-            first epoch with a training step after each batch.
+        seconds: times by case. "first": the first epoch, from making the loader on. "later": an
+            epoch with everything cached, of the same loader. "partial": all epochs together, with
+            only a fraction of the data cached. "overlap": a first epoch with a training step after
+            each batch. "busy": as "later", beside busy processes, and the mean and not the median:
+            what makes it slow is rare and takes long.
         hit_rate: of the epochs of "partial" after the first, in the last round.
         problem: why there are no times; None if there are.
     """
@@ -48,13 +54,15 @@ class Measurement:
 
     Attributes:
         series: by name of the contender.
-        share: fraction of the data that "partial" may cache.
+        share: fraction of the data that "partial" may cache; None if it was left out.
+        busy: number of processes in the case "busy"; 0 if it was left out.
         compute: seconds of the training steps of one epoch without loading, one for each round.
         complete: False if Ctrl-C ended the measurement.
     """
 
     series: dict[str, Series]
-    share: float
+    share: float | None
+    busy: int = 0
     compute: list[float] = field(default_factory=list)
     complete: bool = True
 
@@ -64,8 +72,9 @@ def measure(
     contenders: Sequence[Contender],
     *,
     rounds: int = 3,
-    share: float = 0.5,
+    share: float | None = 0.5,
     overlap: bool = False,
+    busy: int = 0,
     progress: bool = True,
 ) -> Measurement:
     """Verify that all contenders produce the same batches, then measure them in rounds.
@@ -80,15 +89,16 @@ def measure(
         work: files and batches.
         contenders: what to measure. Each must be installed.
         rounds: turns of each contender.
-        share: fraction of the data that may be cached in the case "partial".
+        share: fraction of the data that may be cached in the case "partial"; None leaves it out.
         overlap: measure also the case "overlap". Needs the baseline among `contenders`.
+        busy: measure also the case "busy", with this many processes.
         progress: show a progress bar on stderr.
 
     Raises:
         ValueError: `overlap` without the baseline.
     """
     found = {c.name: Series(c.kind, c.caches) for c in contenders}
-    result = Measurement(found, share)
+    result = Measurement(found, share, busy)
     step = Step(work) if overlap else None
     if overlap and BASELINE.name not in found:
         raise ValueError(f"overlap needs {BASELINE.name!r} among the contenders")
@@ -112,7 +122,7 @@ def measure(
                 for contender in ready.copy():
                     bar.set_description(f"round {number + 1}: {contender.name}")
                     try:
-                        _measure_one(contender, work, share, found[contender.name])
+                        _measure_one(contender, work, share, busy, found[contender.name])
                     except Exception as error:
                         found[contender.name].problem = _in_a_line(error)
                         ready.remove(contender)
@@ -127,10 +137,10 @@ def measure(
     return result
 
 
-def _problem(contender: Contender, work: Work, share: float) -> str | None:
+def _problem(contender: Contender, work: Work, share: float | None) -> str | None:
     """Why a contender cannot be measured; None if its batches are those of `torch.load`."""
     try:
-        for part in (1.0, share) if contender.caches else (1.0,):
+        for part in (1.0, share) if contender.caches and share is not None else (1.0,):
             with contender.open(work, part) as run:
                 for number in range(min(2, work.epochs)):
                     if not contender.makes_batches:
@@ -168,42 +178,57 @@ def _exhaust(batches: Iterable[Any], work: Work) -> None:
         raise RuntimeError(f"{count} batches instead of {len(work.batches[0])}")
 
 
-def _measure_one(contender: Contender, work: Work, share: float, series: Series) -> None:
+class _Turn(NamedTuple):
+    """Seconds of the epochs of one turn, those of the case "busy", and the hit rate."""
+
+    seconds: list[float]
+    busy: list[float]
+    hit_rate: float | None
+
+
+def _measure_one(
+    contender: Contender, work: Work, share: float | None, busy: int, series: Series
+) -> None:
     """One turn of a contender: append a time to each case that applies to it."""
-    epochs = len(work.batches) if contender.caches or contender.cases == ("later",) else 2
-    seconds, _ = _timed(contender, work, 1.0, epochs)
     cases = contender.cases or CASES
-    if "first" in cases:
-        series.seconds["first"].append(seconds[0])
-    later = statistics.median(seconds[1:])
-    if "later" in cases:
-        series.seconds["later"].append(later)
-    if "partial" not in cases:
-        return
-    if contender.caches:
-        seconds, series.hit_rate = _timed(contender, work, share, work.epochs)
-        series.seconds["partial"].append(sum(seconds))
-    else:
-        series.seconds["partial"].append(seconds[0] + (work.epochs - 1) * later)
+    epochs = len(work.batches) if contender.caches or "first" not in cases else 2
+    turn = _take_turn(contender, work, 1.0, epochs, busy if "busy" in cases else 0)
+    times = {"first": turn.seconds[0], "later": statistics.median(turn.seconds[1:])}
+    if turn.busy:
+        times["busy"] = statistics.mean(turn.busy)
+    if share is not None and not contender.caches:
+        times["partial"] = times["first"] + (work.epochs - 1) * times["later"]
+    elif share is not None:
+        partial = _take_turn(contender, work, share, work.epochs)
+        times["partial"], series.hit_rate = sum(partial.seconds), partial.hit_rate
+    for case in times.keys() & cases:
+        series.seconds[case].append(times[case])
 
 
-def _timed(
-    contender: Contender, work: Work, share: float, epochs: int
-) -> tuple[list[float], float | None]:
-    """Seconds of each epoch, and the hit rate. The first epoch includes opening the contender."""
+def _take_turn(contender: Contender, work: Work, share: float, epochs: int, busy: int = 0) -> _Turn:
+    """Open a contender and run its epochs. The first one includes opening it."""
     gc.collect()
     work.evict_page_cache()
-    seconds = []
     start = time.perf_counter()
     with contender.open(work, share) as run:
-        for number in range(epochs):
-            if number:
-                work.evict_page_cache()
-                start = time.perf_counter()
-            _exhaust(run.epoch(number), work)
-            work.wait()
-            seconds.append(time.perf_counter() - start)
-        return seconds, None if run.hit_rate is None else run.hit_rate()
+        seconds = [_seconds(run, work, 0, start)]
+        seconds += [_seconds(run, work, number) for number in range(1, epochs)]
+        beside: list[float] = []
+        if busy:
+            with busy_processes(busy):
+                while not beside or sum(beside) < BUSY_SECONDS:
+                    beside.append(_seconds(run, work, 1 + len(beside) % (epochs - 1)))
+        return _Turn(seconds, beside, None if run.hit_rate is None else run.hit_rate())
+
+
+def _seconds(run: Run, work: Work, number: int, start: float | None = None) -> float:
+    """Run an epoch; returns the seconds from `start`, or from its beginning, to its end."""
+    if start is None:
+        work.evict_page_cache()
+        start = time.perf_counter()
+    _exhaust(run.epoch(number), work)
+    work.wait()
+    return time.perf_counter() - start
 
 
 def _overlap(contenders: Sequence[Contender], work: Work, step: Step, result: Measurement) -> None:

@@ -1,16 +1,12 @@
 """A report of a measurement as a table, a picture and a summary in sentences."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from gpucache_pipes.cli.bench.contender import KINDS
-from gpucache_pipes.cli.bench.figures import spread
+from gpucache_pipes.cli.bench.figures import Report, spread
 from gpucache_pipes.cli.bench.loaders import BASELINE, OURS
 from gpucache_pipes.cli.charts import require_matplotlib
 from gpucache_pipes.units import format_bytes
-
-Report = dict[str, Any]
-"""Result of `figures.as_json`."""
 
 _FEW = 4
 """With fewer batches in an epoch, the text says that the times mean little."""
@@ -18,12 +14,12 @@ _FEW = 4
 
 def headings(report: Report) -> dict[str, str]:
     """The cases that were measured, with their column titles."""
-    part, epochs = f"{report['share']:.0%}", report["work"]["epochs"]
     named = {
         "first": "first epoch",
         "later": "later, all cached",
-        "partial": f"{epochs} epochs, {part} cached",
+        "partial": f"{report['work']['epochs']} epochs, {report['share'] or 0:.0%} cached",
         "overlap": "first, with compute",
+        "busy": f"later, {report['busy']} busy processes",
     }
     measured = [e["cases"] for e in report["contenders"].values()]
     return {c: name for c, name in named.items() if any(e[c]["times_as_fast"] for e in measured)}
@@ -63,8 +59,17 @@ def as_text(report: Report) -> str:
 def _cell(values: Sequence[float] | None) -> str:
     if values is None:
         return "-"
-    middle, least, most = (f"{value:.3g}" for value in values)
+    middle, least, most = map(three_digits, values)
     return f"{middle} ({least} - {most})"
+
+
+def three_digits(value: float) -> str:
+    """A number with at least three significant digits, and without an exponent if it is large.
+
+    >>> three_digits(0.12345), three_digits(2360.4)
+    ('0.123', '2360')
+    """
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _order(entry: Report, cases: dict[str, str]) -> float:
@@ -122,7 +127,7 @@ def advice(report: Report, room: int | None = None) -> str:
     if room is not None:
         there = f"{format_bytes(room)} that are free on {work['device']}"
         lines[0] += f", which fit into the {there}" if fits else f", more than the {there}"
-    speeds = (f"{ours['cases'][c]['times_as_fast'][0]:.3g} times as fast {n}"
+    speeds = (f"{three_digits(ours['cases'][c]['times_as_fast'][0])} times as fast {n}"
               for c, n in told.items())  # fmt: skip
     lines[0] += "."
     lines.append(f"gpucache_pipes is {' and '.join(speeds)} as {BASELINE.name}.")

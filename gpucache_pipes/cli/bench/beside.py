@@ -1,14 +1,52 @@
-"""The case "overlap": a first epoch with a training step after each batch."""
+"""What runs beside a loader: training steps (the case "overlap") and busy processes ("busy")."""
 
 import gc
+import os
 import random
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from gpucache_pipes.cli.bench.contender import Contender
 from gpucache_pipes.cli.bench.work import Work
+
+_SPIN = """
+import os, sys
+print(flush=True)
+while os.getppid() == int(sys.argv[1]):
+    for _ in range(100_000):
+        pass
+"""
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[list[int]]:
+    """A context in which `count` processes keep a core busy each; yields their ids.
+
+    All of them run when the context is entered, and have ended when it is left. If this process is
+    killed they end by themselves.
+    """
+    command = [sys.executable, "-S", "-c", _SPIN, str(os.getpid())]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(count):
+            # Ctrl-C reaches them as well, and their tracebacks would be noise.
+            processes.append(  # noqa: PERF401
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            )
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield [process.pid for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
 
 
 class Step:
@@ -33,14 +71,12 @@ class Step:
 
     def calibrate(self, seconds: float) -> None:
         """Choose `repeats` so that a call takes about `seconds`, by measuring the current speed."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        self.repeats = 20
-        self()
-        start = time.perf_counter()
-        self()
-        self.repeats = max(1, round(seconds / ((time.perf_counter() - start) / 20)))
-        torch.set_num_threads(threads)
+        with threads(1):
+            self.repeats = 20
+            self()
+            start = time.perf_counter()
+            self()
+            self.repeats = max(1, round(seconds / ((time.perf_counter() - start) / 20)))
 
     def __call__(self) -> None:
         """Train, and wait for the device, as most training loops do with `loss.item()`."""
@@ -68,19 +104,15 @@ def measure_overlap(
         keep: called with the name of a contender and its seconds; with None for the compute alone.
         seed: seed of the order.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     turns: list[Contender | None] = [None, *contenders]
     random.Random(seed).shuffle(turns)
-    try:
+    with threads(1):
         for turn in turns:
             gc.collect()
             if turn is None:
                 keep(None, _alone(work, step))
             else:
                 keep(turn.name, _overlapped(turn, work, step))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _alone(work: Work, step: Step) -> float:
@@ -98,3 +130,14 @@ def _overlapped(contender: Contender, work: Work, step: Step) -> float:
             step()
             del batch
         return time.perf_counter() - start
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """A context in which torch uses `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
