@@ -109,11 +109,12 @@ def run(
     device: torch.device,
     rounds: int | None = None,
     *,
+    contenders: Sequence[bench.Contender] = (),
     progress: bool = True,
     cold_storage: bool = False,
     scale: float = 1.0,
 ) -> bench.Report:
-    """Write the files of a scenario, measure it, and return the report."""
+    """Write the files of a scenario, measure its contenders or these, and return the report."""
     with temporary_directory() as directory:
         paths = scenario.write(directory, scale)
         batch_size = min(scenario.batch_size, len(paths) // 2)
@@ -121,7 +122,7 @@ def run(
             print(f"{work}\n")
             return bench.bench(
                 work,
-                contenders=bench.choose(scenario.only),
+                contenders=contenders or bench.choose(scenario.only),
                 rounds=rounds or scenario.rounds,
                 share=scenario.share,
                 overlap=scenario.overlap,

@@ -1,47 +1,75 @@
-"""Write the tables of docs/benchmarks.md from the reports of `scenarios.py`.
+"""Write the tables of docs/benchmarks.md and README.md from the reports in benchmarks/results.
 
-Each table is between two marks, and depends on benchmarks/results/<scenario>.json only. A test
-verifies that the page matches the reports.
+Each table is between two marks, and depends on the reports of `scenarios.py` and `aims.py` only. A
+test verifies that the pages match the reports.
 
     python benchmarks/tables.py
 """
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpucache_pipes.cli.bench import BASELINE, OURS
+from gpucache_pipes.cli.bench import BASELINE, OURS, Report, headings
+from gpucache_pipes.cli.bench.figures import spread
+from gpucache_pipes.cli.bench.report import three_digits
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
-MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
+MARKS = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CASES = {
     "first": "first epoch",
     "later": "later, all cached",
     "partial": "5 epochs, half cached",
     "overlap": "first epoch beside training: total / compute",
+    "busy": "later, beside two busy processes",
 }
 KINDS = {"ours": "", "peer": "", "format": " (another format)", "limit": " (limit)"}
+GAINS = [
+    ("small", "first", "4,000 files of 6 KB: a first epoch"),
+    ("small", "later", "later, everything cached"),
+    ("busy", "busy", "the same beside two busy processes"),
+    ("small", "partial", "five epochs, room for half"),
+    ("small", "overlap", "beside training: total time / training alone"),
+    ("large", "first", "64 files of 4 MB: a first epoch"),
+    ("large", "later", "later, everything cached"),
+    ("ragged", "later", "4,000 sequences of 8 KB, padded, everything cached"),
+    ("ragged-large", "later", "600 sequences of 16 to 260 KB, padded, everything cached"),
+]
+"""The rows of the README: scenario, case and title."""
 
 
-def table(report: dict[str, Any]) -> str:
-    """A table of all contenders, and one of gpucache_pipes against the best peer and the limit."""
+def load(name: str) -> Report:
+    report: Report = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return report
+
+
+def source(name: str, report: Report) -> str:
+    """Where the figures of a table come from."""
+    file = f"[{name}.json](../benchmarks/results/{name}.json)"
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    rounds = f", {report['rounds']} rounds" if "rounds" in report else ""
+    return (
+        f"`{report['command']}`, {report['date']}{rounds}: {file}.\n"
+        f"{report['system']}, {report['device']}, Python {report['python']}, {versions}.\n"
+    )
+
+
+def scenario(name: str) -> str:
+    """A table of all contenders, and one of gpucache_pipes against the best peer and the limit."""
+    report = load(name)
     contenders = {n: e for n, e in report["contenders"].items() if not e["problem"]}
-    left_out = {n: e["problem"] for n, e in report["contenders"].items() if e["problem"]}
-    file = f"{report['scenario']}.json"
-    source = f"[{file}](../benchmarks/results/{file})"
+    cases = {case: CASES[case] for case in headings(report)}
     lines = [
-        f"`{report['command']}`, {report['date']}, {report['rounds']} rounds: {source}.",
-        f"{report['system']}, {report['device']}, Python {report['python']}, {versions}.",
-        "",
-        f"| times as fast as {BASELINE.name} | {' | '.join(CASES.values())} |",
-        "|---" * (len(CASES) + 1) + "|",
+        source(name, report),
+        f"| times as fast as {BASELINE.name} | {' | '.join(cases.values())} |",
+        "|---" * (len(cases) + 1) + "|",
     ]
     for name, entry in sorted(contenders.items(), key=lambda item: order(item[1])):
-        strong = "**" if name == OURS.name else ""
-        cells = [cell(entry["cases"][case], case) for case in CASES]
+        strong = "**" if entry["kind"] == "ours" else ""
+        cells = [cell(entry["cases"][case], case) for case in cases]
         lines.append(
             f"| {strong}{name}{strong}{KINDS[entry['kind']]} | "
             + " | ".join(f"{strong}{text}{strong}" if text else "" for text in cells)
@@ -49,10 +77,15 @@ def table(report: dict[str, Any]) -> str:
         )
     lines += ["", "| gpucache_pipes | beside the best that reads the same files | time / limit |"]
     lines.append("|---|---|---|")
-    for case, title in CASES.items():
-        lines.append(f"| {title} | {best(contenders, case)} | {to_limit(contenders, case)} |")
+    for case, title in cases.items():
+        winner, speed = best(report, case)
+        ratio = contenders[OURS.name]["cases"][case]["times_as_fast"][0] / speed
+        limit = contenders[OURS.name]["cases"][case]["to_limit"]
+        beside = f"{three_digits(ratio)} times as fast as {winner}"
+        lines.append(f"| {title} | {beside} | {as_spread(limit)} |")
+    left_out = {n: e["problem"] for n, e in report["contenders"].items() if e["problem"]}
     lines += [f"\nNot measured: {name}, since {problem}." for name, problem in left_out.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def order(entry: dict[str, Any]) -> tuple[int, float]:
@@ -60,41 +93,90 @@ def order(entry: dict[str, Any]) -> tuple[int, float]:
     return list(KINDS).index(entry["kind"]), -values[0]
 
 
-def cell(figures: dict[str, Any], case: str) -> str:
-    """Median, least and greatest; for "overlap" the ratio of the time to the compute alone."""
-    values = figures["to_limit" if case == "overlap" else "times_as_fast"]
+def as_spread(values: list[float] | None) -> str:
+    """Median, least and greatest."""
     if values is None:
         return ""
-    middle, least, most = (f"{value:.3g}" for value in values)
+    middle, least, most = map(three_digits, values)
     return f"{middle} ({least} to {most})"
 
 
-def best(contenders: dict[str, Any], case: str) -> str:
-    """How many times as fast as the fastest peer, which reads the same files."""
+def cell(figures: dict[str, Any], case: str) -> str:
+    """How many times as fast; for "overlap" the ratio of the time to the compute alone."""
+    return as_spread(figures["to_limit" if case == "overlap" else "times_as_fast"])
+
+
+def best(report: Report, case: str) -> tuple[str, float]:
+    """The fastest peer, which reads the same files, and how many times as fast it is."""
     speed = {
         name: entry["cases"][case]["times_as_fast"][0]
-        for name, entry in contenders.items()
+        for name, entry in report["contenders"].items()
         if entry["kind"] == "peer" and entry["cases"][case]["times_as_fast"]
     }
     winner = max(speed, key=lambda name: speed[name])
-    ratio = contenders[OURS.name]["cases"][case]["times_as_fast"][0] / speed[winner]
-    return f"{ratio:.3g} times as fast as {winner}"
+    return winner, speed[winner]
 
 
-def to_limit(contenders: dict[str, Any], case: str) -> str:
-    values = contenders[OURS.name]["cases"][case]["to_limit"]
-    return f"{values[0]:.2f} ({values[1]:.2f} to {values[2]:.2f})"
+def gains() -> str:
+    """The table of the README, and a row of ratios to a dict by batch size."""
+    titles = (f"times as fast as {BASELINE.name}", "gpucache_pipes",
+              "best that reads the same files", "limit")  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---|---|"]
+    for name, case, title in GAINS:
+        report = load(name)
+        entries = report["contenders"]
+        winner, speed = best(report, case)
+        if case == "overlap":
+            ours, theirs = (entries[n]["cases"][case]["to_limit"][0] for n in (OURS.name, winner))
+            limit: float | None = 1.0
+        else:
+            ours, theirs = entries[OURS.name]["cases"][case]["times_as_fast"][0], speed
+            found = spread(entries[BASELINE.name]["seconds"][case], report["limit_seconds"][case])
+            limit = found[0] if found else None
+        cells = [three_digits(ours), three_digits(theirs), "" if limit is None else
+                 three_digits(limit)]  # fmt: skip
+        strong = "**" if (ours < theirs if case == "overlap" else ours > theirs) else ""
+        lines.append(
+            f"| {title} | {strong}{cells[0]}{strong} | {cells[1]} ({winner}) | {cells[2]} |"
+        )
+    rows = load("aims")["rows"]
+    sizes = {
+        match[1]: row["value"]
+        for row in rows
+        if (match := re.fullmatch(r"small, cached, batch (\d+), against a dict", row["title"]))
+    }
+    lines += ["", f"| batch size | {' | '.join(sizes)} |", "|---" * (len(sizes) + 1) + "|"]
+    lines.append("| times as fast as a dict and `torch.stack`, small files, everything cached | "
+                 + " | ".join(map(three_digits, sizes.values())) + " |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def aims() -> str:
+    """The table of `aims.py`; what reaches its aim is bold."""
+    report = load("aims")
+    return source("aims", report) + "\n" + rows_as_table(report["rows"])
+
+
+def rows_as_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| | aim | measured |", "|---|---|---|"]
+    for row in rows:
+        unit = f" {row['unit']}" if row["unit"] else ""
+        aim = ""
+        if row["aim"] is not None:
+            aim = f"{'at most' if unit else 'at least'} {three_digits(row['aim'])}{unit}"
+        strong = "**" if row["reached"] else ""
+        value = f"{strong}{three_digits(row['value'])}{unit}{strong}"
+        ends = f" ({' to '.join(map(three_digits, row['spread']))})" if row["spread"] else ""
+        lines.append(f"| {row['title']} | {aim} | {value}{ends} |")
+    return "\n".join(lines)
 
 
 def render(page: str) -> str:
     """The page with all tables replaced by those of the reports."""
-
-    def fill(match: re.Match[str]) -> str:
-        file = ROOT / "benchmarks" / "results" / f"{match[2]}.json"
-        return f"{match[1]}{table(json.loads(file.read_text()))}{match[3]}"
-
-    return MARKS.sub(fill, page)
+    made = {"gains": gains, "aims": aims}
+    return MARKS.sub(lambda m: f"{m[1]}{made.get(m[2], partial(scenario, m[2]))()}\n{m[3]}", page)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(render(page.read_text()))
