@@ -29,12 +29,13 @@ coverage: $(INSTALLED)
 speed: $(INSTALLED)
 	$(BIN)/python benchmarks/check.py benchmarks/results/quick.json
 
-# The reports behind the tables of docs/benchmarks.md: half an hour on an idle machine.
+# The reports behind the tables of README.md and docs/benchmarks.md: an hour on an idle machine.
 bench: $(INSTALLED)
-	for scenario in small large ragged quick; do \
+	for scenario in small busy large ragged ragged-large quick; do \
 		$(BIN)/python benchmarks/scenarios.py $$scenario \
 			--json benchmarks/results/$$scenario.json || exit 1; \
 	done
+	$(BIN)/python benchmarks/aims.py --json benchmarks/results/aims.json
 	$(BIN)/python benchmarks/tables.py
 
 soak: $(INSTALLED)

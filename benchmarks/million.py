@@ -109,11 +109,11 @@ def evictions(directory: str, budget: int, policy: str) -> Figures:
     return {"hits": since.hits, "evictions": since.evictions, "seconds": seconds}
 
 
-def memory(directory: str) -> Figures:
-    """Bytes for each file, by tracemalloc, in a process of its own."""
-    command = [sys.executable, __file__, "--memory", directory]
+def memory(*directories: str) -> list[Figures]:
+    """Bytes for each file of each directory, by tracemalloc, in a process of its own."""
+    command = [sys.executable, __file__, "--memory", *directories]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    figures: Figures = json.loads(run.stdout)
+    figures: list[Figures] = json.loads(run.stdout)
     return figures
 
 
@@ -150,19 +150,18 @@ def measure(count: int) -> Figures:
         for policy in ("clairvoyant", "keep"):
             budget = int(ROOM * figures["cached_bytes"])
             figures[f"room for {ROOM:.0%}, {policy}"] = evictions(links, budget, policy)
-        figures["bytes_a_file"] = memory(links)
-        symbolic = link_files(Path(directory), count, symbolic=True)
-        figures["bytes_a_file"]["link"] = memory(symbolic)["store"]
+        hard, symbolic = memory(links, link_files(Path(directory), count, symbolic=True))
+        figures["bytes_a_file"] = {**hard, "link": symbolic["store"]}
     return figures
 
 
 def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--files", type=int, default=1_000_000)
-    parser.add_argument("--memory", metavar="DIRECTORY", help="only print the memory for its files")
+    parser.add_argument("--memory", nargs="+", metavar="DIRECTORY", help="only print the memory")
     args = parser.parse_args()
     if args.memory:
-        print(json.dumps(traced_memory(args.memory)))
+        print(json.dumps(list(map(traced_memory, args.memory))))
         return
     figures = measure(args.files)
     for name, value in figures.items():

@@ -1,7 +1,7 @@
 """Write the tables of docs/benchmarks.md and README.md from the reports in benchmarks/results.
 
 Each table is between two marks, and depends on the reports of `scenarios.py` and `aims.py` only. A
-test verifies that the pages match the reports.
+test verifies that the pages match the reports. The picture of docs/benchmarks.md is drawn as well.
 
     python benchmarks/tables.py
 """
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpucache_pipes.cli.bench import BASELINE, OURS, Report, headings
+from gpucache_pipes.cli.bench import BASELINE, OURS, Report, draw, headings
 from gpucache_pipes.cli.bench.figures import spread
 from gpucache_pipes.cli.bench.report import three_digits
 
@@ -139,7 +139,7 @@ def gains() -> str:
         lines.append(
             f"| {title} | {strong}{cells[0]}{strong} | {cells[1]} ({winner}) | {cells[2]} |"
         )
-    rows = load("aims")["rows"]
+    rows = load("aims")["figures"]["rows"]
     sizes = {
         match[1]: row["value"]
         for row in rows
@@ -154,7 +154,7 @@ def gains() -> str:
 def aims() -> str:
     """The table of `aims.py`; what reaches its aim is bold."""
     report = load("aims")
-    return source("aims", report) + "\n" + rows_as_table(report["rows"])
+    return source("aims", report) + "\n" + rows_as_table(report["figures"]["rows"])
 
 
 def rows_as_table(rows: list[dict[str, Any]]) -> str:
@@ -180,3 +180,4 @@ def render(page: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(render(page.read_text()))
+    draw(load("small"), str(ROOT / "docs" / "bench-small.svg"))

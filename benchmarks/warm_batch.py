@@ -1,8 +1,8 @@
 """Compare the store with a plain gather, for batches with all files cached.
 
 4,000 files of {"feature": f32[1024], "label": int64[1]}, batches of 256 in shuffled order, on the
-CPU, with a budget that holds all files or without a budget. The contenders run epoch by epoch in a
-random order; each has lists of paths and data of its own.
+CPU, with a budget that holds all files. The contenders run epoch by epoch in a random order; each
+has lists of paths and data of its own.
 
 - index_select: two resident tensors, with the row of each path from a dict. The limit.
 - stack: a dict of features by path, torch.stack over each leaf, as people write by hand.
@@ -11,7 +11,7 @@ random order; each has lists of paths and data of its own.
 - pipeline: PathLister -> GPUPrefetcher -> GPUCollator. Its time includes listing; the others get
   lists of paths.
 
-    python benchmarks/warm_batch.py [--max-cache-bytes 1GiB] [--json FILE]
+    python benchmarks/warm_batch.py [--batch-size 256] [--no-budget] [--json FILE]
 """
 
 import os
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--max-cache-bytes", default=None, help="a budget that holds everything")
+    parser.add_argument("--no-budget", action="store_true")
     args = parser.parse_args()
 
     with temporary_directory() as directory:
@@ -73,9 +73,8 @@ def main() -> None:
             os.utime(path, (1, 1))  # otherwise the store reads files written just now again
 
         def new_store(revalidate: bool = False) -> GPUFeatureStore:
-            store = GPUFeatureStore(
-                "cpu", max_cache_bytes=args.max_cache_bytes, revalidate=revalidate
-            )
+            budget = None if args.no_budget else "1GiB"
+            store = GPUFeatureStore("cpu", max_cache_bytes=budget, revalidate=revalidate)
             store.warm(new_lister().paths, progress=False)
             return store
 

@@ -6,8 +6,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -89,47 +89,33 @@ class Step:
 
 
 def measure_overlap(
-    contenders: Sequence[Contender],
-    work: Work,
-    step: Step,
-    keep: Callable[[str | None, float], None],
-    seed: int,
-) -> None:
-    """Measure one round: a first epoch of each contender with compute, and the compute alone.
+    contenders: Sequence[Contender], work: Work, step: Step, seed: int
+) -> tuple[float, dict[str, float]]:
+    """Measure one round: the compute alone, and a first epoch of each contender with compute.
 
     Args:
         contenders: what to measure.
         work: files and batches.
         step: a calibrated step.
-        keep: called with the name of a contender and its seconds; with None for the compute alone.
         seed: seed of the order.
+
+    Returns:
+        Seconds of the compute alone, and those of the contenders by name.
     """
     turns: list[Contender | None] = [None, *contenders]
     random.Random(seed).shuffle(turns)
+    seconds: dict[str, float] = {}
     with threads(1):
         for turn in turns:
             gc.collect()
-            if turn is None:
-                keep(None, _alone(work, step))
-            else:
-                keep(turn.name, _overlapped(turn, work, step))
-
-
-def _alone(work: Work, step: Step) -> float:
-    start = time.perf_counter()
-    for _ in work.batches[0]:
-        step()
-    return time.perf_counter() - start
-
-
-def _overlapped(contender: Contender, work: Work, step: Step) -> float:
-    work.evict_page_cache()
-    start = time.perf_counter()
-    with contender.open(work, 1.0) as run:
-        for batch in run.epoch(0):
-            step()
-            del batch
-        return time.perf_counter() - start
+            work.evict_page_cache()
+            start = time.perf_counter()
+            with nullcontext() if turn is None else turn.open(work, 1.0) as run:
+                for batch in work.batches[0] if run is None else run.epoch(0):
+                    step()
+                    del batch
+                seconds["" if turn is None else turn.name] = time.perf_counter() - start
+    return seconds.pop(""), seconds
 
 
 @contextmanager

@@ -136,15 +136,10 @@ def _memory_map(work: Work, share: float) -> Iterator[Run]:
     def epoch(number: int) -> Iterable[Any]:
         for batch in work.batches[number]:
             columns: Any = data[torch.tensor([rows[path] for path in batch], device="cpu")]
-            leaves = {name: _as_tensor(column) for name, column in columns.items()}
+            leaves = {name: leaf.as_subclass(torch.Tensor) for name, leaf in columns.items()}
             yield work.upload(_feature(work, leaves))
 
     yield Run(epoch)
-
-
-def _as_tensor(leaf: torch.Tensor) -> torch.Tensor:
-    """A plain tensor of a MemoryMappedTensor."""
-    return leaf.as_subclass(torch.Tensor)
 
 
 LIBRARIES = [

@@ -1,7 +1,7 @@
-"""Contenders without further requirements: gpucache_pipes, loaders of torch, caches by hand."""
+"""Contenders without further requirements: gpucache_pipes, loaders of torch, a dict."""
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torchdata.nodes as tn
@@ -109,27 +109,11 @@ def _dictionary(work: Work, share: float) -> Iterator[Run]:
                 kept[path] = feature
         return feature
 
-    yield _by_feature(work, fetch)
-
-
-def _lru(work: Work, share: float) -> Iterator[Run]:
-    @lru_cache(maxsize=round(share * len(work.paths)))
-    def fetch(path: str) -> Any:
-        return work.upload(work.load(path))
-
-    yield _by_feature(work, fetch)
-
-
-def _by_feature(work: Work, fetch: Any) -> Run:
-    """Collate batches of the features that `fetch` returns for paths."""
-
     def epoch(number: int) -> Iterable[Any]:
-        return (
-            work.collation.by_hand([fetch(path) for path in batch])
-            for batch in work.batches[number]
-        )
+        for batch in work.batches[number]:
+            yield work.collation.by_hand([fetch(path) for path in batch])
 
-    return Run(epoch)
+    yield Run(epoch)
 
 
 OURS = Contender("gpucache_pipes", "ours", gpucache_pipes, caches=True)
@@ -150,5 +134,4 @@ LOADERS = [
     ),
     Contender("torchdata ParallelMapper", "peer", _torchdata),
     Contender("dict of features, never evicts", "peer", _dictionary, caches=True),
-    Contender("functools.lru_cache", "peer", _lru, caches=True),
 ]

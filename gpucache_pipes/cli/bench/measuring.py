@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -100,6 +100,7 @@ def measure(
     found = {c.name: Series(c.kind, c.caches) for c in contenders}
     result = Measurement(found, share, busy)
     step = Step(work) if overlap else None
+    batches = len(work.batches[0])
     if overlap and BASELINE.name not in found:
         raise ValueError(f"overlap needs {BASELINE.name!r} among the contenders")
     gc.collect()
@@ -129,7 +130,13 @@ def measure(
                     bar.update()
                 if step is not None:
                     bar.set_description(f"round {number + 1}: overlap")
-                    _overlap(ready, work, step, result)
+                    if not step.repeats:  # as long as the baseline loads a batch
+                        step.calibrate(found[BASELINE.name].seconds["first"][0] / batches)
+                    taking_part = [c for c in ready if "overlap" in (c.cases or CASES)]
+                    alone, taken = measure_overlap(taking_part, work, step, number)
+                    result.compute.append(alone)
+                    for name, seconds in taken.items():
+                        found[name].seconds["overlap"].append(seconds)
     except KeyboardInterrupt:
         result.complete = False
     finally:
@@ -178,35 +185,32 @@ def _exhaust(batches: Iterable[Any], work: Work) -> None:
         raise RuntimeError(f"{count} batches instead of {len(work.batches[0])}")
 
 
-class _Turn(NamedTuple):
-    """Seconds of the epochs of one turn, those of the case "busy", and the hit rate."""
-
-    seconds: list[float]
-    busy: list[float]
-    hit_rate: float | None
-
-
 def _measure_one(
     contender: Contender, work: Work, share: float | None, busy: int, series: Series
 ) -> None:
     """One turn of a contender: append a time to each case that applies to it."""
     cases = contender.cases or CASES
     epochs = len(work.batches) if contender.caches or "first" not in cases else 2
-    turn = _take_turn(contender, work, 1.0, epochs, busy if "busy" in cases else 0)
-    times = {"first": turn.seconds[0], "later": statistics.median(turn.seconds[1:])}
-    if turn.busy:
-        times["busy"] = statistics.mean(turn.busy)
+    seconds, beside, _ = _take_turn(contender, work, 1.0, epochs, busy if "busy" in cases else 0)
+    times = {"first": seconds[0], "later": statistics.median(seconds[1:])}
+    if beside:
+        times["busy"] = statistics.mean(beside)
     if share is not None and not contender.caches:
         times["partial"] = times["first"] + (work.epochs - 1) * times["later"]
     elif share is not None:
-        partial = _take_turn(contender, work, share, work.epochs)
-        times["partial"], series.hit_rate = sum(partial.seconds), partial.hit_rate
+        seconds, _, series.hit_rate = _take_turn(contender, work, share, work.epochs)
+        times["partial"] = sum(seconds)
     for case in times.keys() & cases:
         series.seconds[case].append(times[case])
 
 
-def _take_turn(contender: Contender, work: Work, share: float, epochs: int, busy: int = 0) -> _Turn:
-    """Open a contender and run its epochs. The first one includes opening it."""
+def _take_turn(
+    contender: Contender, work: Work, share: float, epochs: int, busy: int = 0
+) -> tuple[list[float], list[float], float | None]:
+    """Open a contender and run its epochs; returns their seconds, and the hit rate.
+
+    The first epoch includes opening it. The second list is of epochs beside `busy` processes.
+    """
     gc.collect()
     work.evict_page_cache()
     start = time.perf_counter()
@@ -218,7 +222,7 @@ def _take_turn(contender: Contender, work: Work, share: float, epochs: int, busy
             with busy_processes(busy):
                 while not beside or sum(beside) < BUSY_SECONDS:
                     beside.append(_seconds(run, work, 1 + len(beside) % (epochs - 1)))
-        return _Turn(seconds, beside, None if run.hit_rate is None else run.hit_rate())
+        return seconds, beside, None if run.hit_rate is None else run.hit_rate()
 
 
 def _seconds(run: Run, work: Work, number: int, start: float | None = None) -> float:
@@ -229,16 +233,3 @@ def _seconds(run: Run, work: Work, number: int, start: float | None = None) -> f
     _exhaust(run.epoch(number), work)
     work.wait()
     return time.perf_counter() - start
-
-
-def _overlap(contenders: Sequence[Contender], work: Work, step: Step, result: Measurement) -> None:
-    """Measure the case "overlap", with a step that takes as long as the baseline loads a batch."""
-
-    def keep(name: str | None, seconds: float) -> None:
-        (result.compute if name is None else result.series[name].seconds["overlap"]).append(seconds)
-
-    if not step.repeats:
-        baseline = result.series[BASELINE.name].seconds["first"]
-        step.calibrate(baseline[0] / len(work.batches[0]))
-    taking_part = [c for c in contenders if "overlap" in (c.cases or CASES)]
-    measure_overlap(taking_part, work, step, keep, len(result.compute))

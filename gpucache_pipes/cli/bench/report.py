@@ -132,26 +132,9 @@ def advice(report: Report, room: int | None = None) -> str:
     lines[0] += "."
     lines.append(f"gpucache_pipes is {' and '.join(speeds)} as {BASELINE.name}.")
     lines += [_against_the_best(report, case, name) for case, name in told.items()]
-    lines.append(_hundred_epochs(report, later))
     if room is not None and not fits and room < 0.95 * share * data:
         lines.append(f"There is room for {room / data:.0%} only: see --cache {room / data:.2g}.")
     return " ".join(line for line in lines if line)
-
-
-def _hundred_epochs(report: Report, later: str) -> str:
-    """A sentence on the time to load all files in 100 epochs."""
-    work = report["work"]
-    scale = work["known_files"] / work["files"]
-    times = []
-    for name in (OURS.name, BASELINE.name):
-        cases = report["contenders"][name]["cases"]
-        first, rest = (cases[case]["median_seconds"] for case in ("first", later))
-        if later == "partial":
-            rest = max(0.0, rest - first) / (work["epochs"] - 1)
-        times.append(_duration((first + 99 * rest) * scale))
-    return (
-        f"Loading for 100 epochs over all files would take about {times[0]} instead of {times[1]}."
-    )
 
 
 def _against_the_best(report: Report, case: str, when: str) -> str:
@@ -168,13 +151,6 @@ def _against_the_best(report: Report, case: str, when: str) -> str:
     if ratio >= 1:
         return f"That is {ratio:.2g} times as fast as the best of the others {when}, {best}."
     return f"{best} is faster {when}, {1 / ratio:.2g} times: if that is what you need, take it."
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((3600.0, "hours"), (60.0, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.1f} seconds"
 
 
 def draw(report: Report, path: str) -> None:
