@@ -11,7 +11,7 @@ import os
 import torch
 
 from gpucache_pipes.device.accelerator import AcceleratorBackend
-from gpucache_pipes.device.backend import Backend, Column, Upload
+from gpucache_pipes.device.backend import Backend, Column, Pages, Upload
 from gpucache_pipes.device.errors import (
     DeviceMemoryError,
     ends_the_device,
@@ -31,6 +31,7 @@ __all__ = [
     "DeviceMemoryError",
     "HostBackend",
     "InOrderRuntime",
+    "Pages",
     "Reservation",
     "Runtime",
     "TorchRuntime",

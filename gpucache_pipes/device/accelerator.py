@@ -62,10 +62,11 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpucache_pipes.device.arena import Arena
-from gpucache_pipes.device.backend import Backend, Column
+from gpucache_pipes.device.backend import Backend, Column, Pages
 from gpucache_pipes.device.growing_arena import GrowingArena
 from gpucache_pipes.device.operations import EventPool, Operation, OperationLog
 from gpucache_pipes.device.runtime import Reservation, Runtime
@@ -165,7 +166,7 @@ class AcceleratorBackend(Backend):
         with self._runtime.on_device():
             return StagedUpload(lane, placements, self.page_bytes, self.submit)
 
-    def submit(self, staging: torch.Tensor, pages: Sequence[int]) -> Operation:
+    def submit(self, staging: torch.Tensor, pages: Pages) -> Operation:
         """Copy `staging` to the device, into `pages`. For reader threads.
 
         Args:
@@ -193,7 +194,7 @@ class AcceleratorBackend(Backend):
                 self._copy_stream.synchronize()
                 raise
 
-    def _copy(self, arena: Arena, rows: torch.Tensor, pages: Sequence[int]) -> None:
+    def _copy(self, arena: Arena, rows: torch.Tensor, pages: Pages) -> None:
         """Copy rows of staging into pages, on the copy stream."""
         runs = list(arena.runs(pages))
         if len(runs) * _LONG_RUN <= max(_LONG_RUN, rows.numel()):
@@ -212,7 +213,7 @@ class AcceleratorBackend(Backend):
                 landed.copy_(source, non_blocking=True)
                 arena.scatter(places, landed, self._runtime.index)
             except torch.OutOfMemoryError:
-                # The arena has taken all memory. Copying page by page is slow, but allocates none.
+                # The arena has taken all memory. Copies of stretches are slow, but allocate none.
                 arena.fill(places, source)
 
     def _landing_rows(self, nbytes: int) -> torch.Tensor:
@@ -227,8 +228,9 @@ class AcceleratorBackend(Backend):
 
     # Gathers
 
-    def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
+    def gather(self, pages: Pages | Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
         """See Backend."""
+        pages = np.asarray(pages, np.int64)
         # One reference for the whole call: the arena may move while the gather is issued.
         arena = self._pages.arena
         assert arena is not None
@@ -239,12 +241,6 @@ class AcceleratorBackend(Backend):
             self._gathers.add(stream, pages, arena)
         self._pages.batches += 1
         return results
-
-    def join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
-        """See Backend."""
-        pages = [page for pages in placements for page in pages]
-        [block] = self.gather(pages, [(0, self.page_bytes)])
-        return block.view(torch.uint8).view(-1)
 
     def memory(self) -> torch.Tensor | None:
         """See Backend."""

@@ -4,7 +4,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Pages = npt.NDArray[np.int64]
+"""Page numbers, 1-D."""
 
 Column = tuple[int, int]
 """(offset, nbytes): a byte range of every page. The offset is a multiple of 16."""
@@ -87,7 +92,7 @@ class Backend(Protocol):
             The upload, which belongs to the calling thread.
         """
 
-    def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
+    def gather(self, pages: Pages | Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
         """For each column a new contiguous tensor [len(pages), nbytes / itemsize].
 
         Called by consumers with no lock held, and issued on their current stream. The caller owns
@@ -101,14 +106,19 @@ class Backend(Protocol):
             Tensors of the dtype that moves these bytes fastest; the caller views them as another.
         """
 
-    def join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The pages of several features end to end, as one new 1-D uint8 tensor.
+    def join(self, first: Pages, counts: Pages) -> torch.Tensor:
+        """Stretches of consecutive pages end to end, as one new 1-D uint8 tensor.
 
         Called, issued and owned as for `gather`.
 
         Args:
-            placements: the pages of each feature.
+            first: the first page of each stretch.
+            counts: how many pages each of them has, at least 1.
         """
+        ends = np.cumsum(counts)
+        pages = np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - ends + counts, counts)
+        [block] = self.gather(pages, [(0, self.page_bytes)])
+        return block.view(torch.uint8).view(-1)
 
     def memory(self) -> torch.Tensor | None:
         """All pages as one 1-D uint8 tensor if they are contiguous host memory, else None.

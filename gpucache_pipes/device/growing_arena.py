@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpucache_pipes.device.arena import Arena
@@ -262,7 +263,8 @@ class GrowingArena:
         old = self.arena
         assert old is not None
         self._look()
-        nbytes = len(pages) * old.page_bytes
+        kept = np.asarray(pages, np.int64)
+        nbytes = len(kept) * old.page_bytes
         smaller = Arena(old.page_bytes, self._runtime.device)
         with self.writing, self._runtime.on(self._copy_stream):
             # The copies of uploads are on this stream as well.
@@ -270,20 +272,20 @@ class GrowingArena:
                 smaller.add_segment(self.reserve(nbytes))
             except torch.OutOfMemoryError:
                 # There is no memory for both arenas. The pages wait on the host.
-                rows = torch.empty(nbytes, dtype=torch.uint8, device="cpu").view(len(pages), -1)
-                for start, source in old.runs(pages):
+                rows = torch.empty(nbytes, dtype=torch.uint8, device="cpu").view(len(kept), -1)
+                for start, source in old.runs(kept):
                     rows[start : start + len(source)].copy_(source)
                 self.arena = None
                 self._gathers.synchronize()
                 del old, source
                 self._uploads.synchronize()
                 smaller.add_segment(self.reserve(nbytes))
-                for start, target in smaller.runs(range(len(pages))):
+                for start, target in smaller.runs(np.arange(len(kept))):
                     target.copy_(rows[start : start + len(target)])
                 old = None
             else:
-                for start, source in old.runs(pages):
-                    for _, target in smaller.runs(range(start, start + len(source))):
+                for start, source in old.runs(kept):
+                    for _, target in smaller.runs(np.arange(start, start + len(source))):
                         target.copy_(source)
             self._uploads.add(self._copy_stream, None, old)
             self.arena = smaller

@@ -4,26 +4,23 @@ Every operation is finished when its call returns, so no stream or event is need
 """
 
 import logging
-import time
-from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
+from gpucache_pipes.device import results
 from gpucache_pipes.device.arena import Arena
-from gpucache_pipes.device.backend import Backend, Column
+from gpucache_pipes.device.backend import Backend, Column, Pages
+from gpucache_pipes.device.host_copies import select_rows
 from gpucache_pipes.device.memory import available_host_bytes, map_memory
-from gpucache_pipes.device.results import ResultMemory
 
 _log = logging.getLogger("gpucache_pipes")
 
 _SHARE = 0.9
 """Fraction of the host memory available at the first `grow` that the pages may occupy."""
-
-_MOMENT = 0.05
-"""Seconds. A reader thread fills one upload in less than this."""
 
 _FIRST_PAGES = 1 << 20
 """Bytes of the first `grow`. Each later one doubles what is in use."""
@@ -33,8 +30,7 @@ class HostBackend(Backend):
     """Pages in host memory. Implements `Backend`.
 
     The first `grow` maps the address range of all pages that can ever be used, and the kernel adds
-    memory as pages are written. So there is one segment, growing copies nothing, and a gather is
-    one index_select for each column.
+    memory as pages are written. So there is one segment, and growing copies nothing.
     """
 
     def __init__(self) -> None:
@@ -42,9 +38,6 @@ class HostBackend(Backend):
         self.page_bytes = 0
         self._arena: Arena | None = None
         self._memory = memoryview(b"")
-        self._results = ResultMemory()
-        # When a reader thread last began an upload; see _readers_are_busy.
-        self._last_upload = 0.0
         self._opened = 0
         self._warned = False
 
@@ -96,7 +89,7 @@ class HostBackend(Backend):
 
     def _map_everything(self, needed: int) -> Arena:
         """An arena over the available memory; without pages if `needed` of them do not fit."""
-        arena = Arena(self.page_bytes, self.device, self._results, self._readers_are_busy)
+        arena = Arena(self.page_bytes, self.device, select_rows)
         pages = int(available_host_bytes() * _SHARE) // self.page_bytes
         while pages >= needed:
             try:
@@ -111,24 +104,15 @@ class HostBackend(Backend):
             break
         return arena
 
-    def _readers_are_busy(self) -> bool:
-        # A reader thread that began an upload within _MOMENT is probably still filling it.
-        return time.monotonic() - self._last_upload < _MOMENT
-
     def upload(self, placements: Sequence[Sequence[int]]) -> "HostUpload":
         """See Backend."""
-        self._last_upload = time.monotonic()
         return HostUpload(self._memory, self.page_bytes, placements)
 
-    def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
+    def gather(self, pages: Pages | Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
         """See Backend."""
         assert self._arena is not None
-        return self._arena.gather(pages, columns, _index)
-
-    def join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
-        """See Backend."""
-        assert self._arena is not None
-        return self._arena.join(placements, _index)
+        # A copy: torch takes no memory that is read-only.
+        return self._arena.gather(np.array(pages, np.int64), columns, torch.from_numpy)
 
     def memory(self) -> torch.Tensor | None:
         """See Backend."""
@@ -143,7 +127,7 @@ class HostBackend(Backend):
         # Tensors and memoryviews in use hold the mapping. It is unmapped with the last of them.
         self._arena = None
         self._memory = memoryview(b"")
-        self._results.clear()
+        results.MEMORY.clear()
         self._opened = 0
         self.page_bytes = 0
 
@@ -178,8 +162,3 @@ class HostUpload:
 
     def finish(self) -> None:
         """See Upload. The bytes are in their pages already."""
-
-
-def _index(numbers: Sequence[int]) -> torch.Tensor:
-    # Takes half the time of torch.tensor(list).
-    return torch.frombuffer(array("q", numbers), dtype=torch.int64)

@@ -2,9 +2,9 @@
 
 import threading
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
+from gpucache_pipes.device.backend import Pages
 from gpucache_pipes.device.runtime import Runtime
 
 
@@ -19,7 +19,7 @@ class Operation:
 
     __slots__ = ("event", "held", "pages")
 
-    def __init__(self, event: Any, pages: Sequence[int] | None, held: object) -> None:
+    def __init__(self, event: Any, pages: Pages | None, held: object) -> None:
         self.event = event
         self.pages = pages
         self.held = held
@@ -49,7 +49,7 @@ class OperationLog:
         self._lock = events.lock
         self._streams: dict[Any, deque[Operation]] = {}
 
-    def add(self, stream: Any, pages: Sequence[int] | None, held: object = None) -> Operation:
+    def add(self, stream: Any, pages: Pages | None, held: object = None) -> Operation:
         """Add the operation that has just been issued on `stream`."""
         with self._lock:
             finished = self._take_finished()
@@ -58,15 +58,15 @@ class OperationLog:
         _release(finished)
         return operation
 
-    def hold_back(self, stream: Any, pages: Sequence[int]) -> None:
+    def hold_back(self, stream: Any, pages: Pages) -> None:
         """Make `stream` wait for the unfinished operations that touch `pages`."""
         with self._lock:
             finished = self._take_finished()
-            mine = frozenset(pages) if self._streams else frozenset()
+            mine = set(pages.tolist() if self._streams else ())
             # Under the lock: another thread must not use an event again before it is waited for.
             for operations in self._streams.values():
                 for operation in operations:
-                    if operation.pages is None or not mine.isdisjoint(operation.pages):
+                    if operation.pages is None or not mine.isdisjoint(operation.pages.tolist()):
                         stream.wait_event(operation.event)
         _release(finished)
 

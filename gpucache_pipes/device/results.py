@@ -1,5 +1,6 @@
-"""Host memory for large results of gathers, which is reused once the results are freed."""
+"""Host memory for large results, which is reused once the results are freed."""
 
+import math
 import weakref
 from mmap import mmap
 
@@ -7,12 +8,27 @@ import torch
 
 from gpucache_pipes.device.memory import map_memory
 
-LARGE = 32 << 20
-"""Bytes from which a result is large. The C library maps new memory for each such allocation and
-unmaps it afterwards. The kernel then clears it page by page, which takes longer than the gather."""
+LARGE = 1 << 20
+"""Bytes from which a result is large. The C library maps new memory for many such allocations, and
+returns it afterwards. The kernel then clears it page by page, which takes longer than the copy."""
 
-_MOST_FREE = 4
-"""Free regions that are kept for reuse."""
+_STEP = 2 << 20
+"""Regions are multiples of this, a huge page of most systems: fewer sizes, more reuse."""
+
+_MOST_FREE = 256 << 20
+"""Bytes of free regions that are kept for reuse; the last one whatever its size."""
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A new contiguous host tensor with undefined content, owned by the caller.
+
+    Raises:
+        MemoryError: the system has no memory for it.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < LARGE:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return MEMORY.empty(nbytes).view(dtype).view(shape)
 
 
 class ResultMemory:
@@ -36,7 +52,7 @@ class ResultMemory:
         region = self._take(nbytes)
         if region is None:
             try:
-                region = map_memory(nbytes)
+                region = map_memory(-(-nbytes // _STEP) * _STEP)
             except OSError as error:
                 raise MemoryError(f"no host memory for a result of {nbytes} bytes") from error
         # The storage of the tensor holds the view. When the storage is freed, so is the view, and
@@ -49,7 +65,7 @@ class ResultMemory:
     def _take(self, nbytes: int) -> mmap | None:
         """Remove a free region of at least `nbytes` and at most twice that, if there is one."""
         for region in reversed(self._free.copy()):
-            if nbytes <= len(region) <= 2 * nbytes:
+            if nbytes <= len(region) <= max(2 * nbytes, _STEP):
                 try:
                     self._free.remove(region)
                 except ValueError:  # another thread has taken it
@@ -65,4 +81,14 @@ class ResultMemory:
 
 def _give_back(free: list[mmap], region: mmap) -> None:
     free.append(region)
-    del free[:-_MOST_FREE]
+    kept = nbytes = 0
+    for one in reversed(free.copy()):
+        nbytes += len(one)
+        if kept and nbytes > _MOST_FREE:
+            break
+        kept += 1
+    del free[:-kept]
+
+
+MEMORY = ResultMemory()
+"""For all results of this process."""

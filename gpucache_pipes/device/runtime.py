@@ -2,10 +2,11 @@
 
 import contextlib
 import ctypes
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from gpucache_pipes.device.backend import Pages
 
 SMALLEST_RESERVATION = 10 << 20
 """Bytes. For less, torch's allocator takes 20 MiB from the driver, to split them."""
@@ -97,7 +98,7 @@ class Runtime(Protocol):
     def bytes_of(self, pinned: torch.Tensor) -> memoryview:
         """The memory of a tensor of `pinned`, writable. The tensor must outlive the view."""
 
-    def index(self, numbers: Sequence[int]) -> torch.Tensor:
+    def index(self, numbers: Pages) -> torch.Tensor:
         """A new int64 tensor on the device, filled in the order of the current stream.
 
         The host does not wait for the copy.

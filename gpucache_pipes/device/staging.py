@@ -4,11 +4,13 @@ See `device.accelerator` for the edge `staging_free`, which this module waits fo
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain
 from typing import Any
 
+import numpy as np
 import torch
 
+from gpucache_pipes.device.backend import Pages
 from gpucache_pipes.device.runtime import Runtime
 
 _STAGING_BUFFERS = 2
@@ -78,12 +80,12 @@ class StagedUpload:
         lane: StagingLane,
         placements: Sequence[Sequence[int]],
         page_bytes: int,
-        submit: Callable[[torch.Tensor, Sequence[int]], Any],
+        submit: Callable[[torch.Tensor, Pages], Any],
     ) -> None:
         self._lane = lane
         self._page_bytes = page_bytes
         self._submit = submit
-        self._pages = _joined(placements)
+        self._pages = np.fromiter(chain.from_iterable(placements), np.int64)
         self._starts = list(accumulate(map(len, placements), initial=0))
         self._staging = lane.staging(len(self._pages) * page_bytes)
         self._bytes = lane.bytes_of(self._staging)
@@ -95,21 +97,8 @@ class StagedUpload:
 
     def finish(self) -> None:
         """See Upload."""
-        if self._pages:
+        if len(self._pages):
             self._lane.busy_until(self._submit(self._staging, self._pages))
-
-
-def _joined(placements: Sequence[Sequence[int]]) -> Sequence[int]:
-    """All pages in order; a range if they lie in a row, as those of a first epoch do.
-
-    >>> _joined([range(3, 5), range(5, 9)]), _joined([range(3, 5), [9]])
-    (range(3, 9), [3, 4, 9])
-    """
-    ranges = [pages for pages in placements if isinstance(pages, range)]
-    all_follow = all(one.stop == following.start for one, following in pairwise(ranges))
-    if ranges and len(ranges) == len(placements) and all_follow:
-        return range(ranges[0].start, ranges[-1].stop)
-    return [page for pages in placements for page in pages]
 
 
 def _power_of_two(nbytes: int) -> int:

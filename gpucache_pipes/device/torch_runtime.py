@@ -1,13 +1,14 @@
 """Runtimes of real devices: TorchRuntime, and InOrderRuntime for devices without streams."""
 
 import contextlib
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
+from gpucache_pipes.device.backend import Pages
 from gpucache_pipes.device.runtime import (
     SMALLEST_RESERVATION,
     DeviceMemory,
@@ -121,12 +122,12 @@ class TorchRuntime:
         """See Runtime."""
         return host_bytes(pinned)
 
-    def index(self, numbers: Sequence[int]) -> torch.Tensor:
+    def index(self, numbers: Pages) -> torch.Tensor:
         """See Runtime."""
         # `staged` is freed when this returns, before the copy has run. That is safe: the pinned
         # allocator does not reuse a block before the copies from it have finished.
         staged = torch.empty(len(numbers), dtype=torch.int64, device="cpu", pin_memory=True)
-        staged.copy_(torch.frombuffer(array("q", numbers), dtype=torch.int64))
+        staged.numpy()[:] = numbers
         return staged.to(self.device, non_blocking=True)
 
 
@@ -237,9 +238,9 @@ class InOrderRuntime:
         """See Runtime."""
         return host_bytes(pinned)
 
-    def index(self, numbers: Sequence[int]) -> torch.Tensor:
+    def index(self, numbers: Pages) -> torch.Tensor:
         """See Runtime."""
-        return torch.frombuffer(array("q", numbers), dtype=torch.int64).to(self.device)
+        return torch.from_numpy(np.array(numbers)).to(self.device)
 
 
 class _InOrder:

@@ -10,12 +10,11 @@ expandable segments, nor the rounding of `roundup_power2_divisions`.
 import itertools
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from gpucache_pipes.device import DeviceMemory, InOrderRuntime, Reservation
+from gpucache_pipes.device import DeviceMemory, InOrderRuntime, Pages, Reservation
 from gpucache_pipes.device.runtime import SMALLEST_RESERVATION
 
 _ROUND = 512
@@ -212,7 +211,7 @@ class CountingRuntime(InOrderRuntime):
         memory = torch.empty(nbytes, dtype=torch.uint8, device=self._holder)
         return Reservation(memory, _Pool(self.allocator, block, private))
 
-    def index(self, numbers: Sequence[int]) -> torch.Tensor:
+    def index(self, numbers: Pages) -> torch.Tensor:
         """See Runtime."""
         return super().index(numbers).to(self._holder)
 

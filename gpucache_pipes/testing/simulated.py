@@ -16,15 +16,15 @@ import contextlib
 import itertools
 import random
 import threading
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from gpucache_pipes.device import DeviceMemory, Reservation
+from gpucache_pipes.device import DeviceMemory, Pages, Reservation
 from gpucache_pipes.device.runtime import host_bytes
 from gpucache_pipes.testing.ordering import HOST, Clock, Interval, OrderChecker, join
 from gpucache_pipes.testing.simulated_memory import CurrentDevices, StreamPools
@@ -150,14 +150,14 @@ class SimulatedRuntime:
             self.checker.check(HOST, self._host[HOST], self._host, "filling staging", [], writes)
         return host_bytes(pinned)
 
-    def index(self, numbers: Sequence[int]) -> torch.Tensor:
+    def index(self, numbers: Pages) -> torch.Tensor:
         """See Runtime."""
         self.devices.require("uploading an index")
         with self.lock:
-            values = torch.frombuffer(array("q", numbers), dtype=torch.int64)
+            values = torch.from_numpy(np.array(numbers))
             index = self._allocate(torch.empty_like(values))
             self._issue("index", [], intervals_of(index), partial(index.content.copy_, values))
-            index.numbers = list(numbers)
+            index.numbers = values.tolist()
             return index
 
     # Operations

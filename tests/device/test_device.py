@@ -2,8 +2,15 @@
 
 import logging
 import os
+import sys
+import threading
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from subprocess import run
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,19 +23,19 @@ from gpucache_pipes.device import (
     InOrderRuntime,
     _warn_of_the_rank,
     host,
+    host_copies,
     open_backend,
     resolve_device,
+    results,
 )
 from gpucache_pipes.device.arena import Arena
 from gpucache_pipes.device.memory import available_host_bytes
-from gpucache_pipes.device.results import ResultMemory
 from gpucache_pipes.store.page_size import choose_page_bytes
 
 CPU = torch.device("cpu")
 
 
-def index(numbers: Any) -> torch.Tensor:
-    return torch.tensor(list(numbers), dtype=torch.int64)
+index = torch.from_numpy
 
 
 @given(st.data(), st.sampled_from([16, 48, 4112]))
@@ -41,73 +48,187 @@ def test_several_segments_gather_as_one(data: st.DataObject, page_bytes: int) ->
     for round_ in range(3):
         pages = data.draw(st.lists(page, min_size=1, max_size=6, unique=True))
         rows = torch.randint(0, 256, (len(pages), page_bytes), dtype=torch.uint8)
-        arena.scatter(pages, rows, index)
+        write = arena.fill if round_ % 2 else partial(arena.scatter, index=index)
+        write(np.array(pages), rows)
         model.update(zip(pages, rows, strict=True))
         wanted = data.draw(st.lists(st.sampled_from(sorted(model)), min_size=1, max_size=8))
         start = data.draw(st.integers(0, page_bytes // 16 - 1)) * 16
         length = data.draw(st.integers(1, page_bytes - start))
-        got = arena.gather(wanted, [(start, length), (0, page_bytes)], index)
+        got = arena.gather(np.array(wanted), [(start, length), (0, page_bytes)], index)
         for column, (a, n) in zip(got, [(start, length), (0, page_bytes)], strict=True):
             assert column.is_contiguous()
             expected = torch.stack([model[p][a : a + n] for p in wanted])
             assert torch.equal(column.view(torch.uint8), expected), round_
 
 
-@given(st.data(), st.integers(1, 70), st.booleans())
-def test_long_rows_are_the_same_where_readers_are_busy(
-    data: st.DataObject, length: int, large: bool
-) -> None:
-    pages = data.draw(st.lists(st.integers(0, 4), max_size=8))
-    start = data.draw(st.integers(0, (80 - length) // 16)) * 16
-    memory = torch.randint(0, 256, (5 * 80,), dtype=torch.uint8)
-    results = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpucache_pipes.device.arena.LONG_ROW", 1)
-        patch.setattr("gpucache_pipes.device.arena.LARGE", 1 if large and pages else 1 << 40)
-        for busy in (True, False):
-            arena = Arena(80, CPU, ResultMemory(), lambda busy=busy: busy)
-            arena.add_segment(memory)
-            results.append(arena.gather(pages, [(start, length), (0, 80)], index))
-    for one, other in zip(*results, strict=True):
-        assert one.shape == other.shape and one.dtype == other.dtype and one.is_contiguous()
-        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+@given(st.data(), st.sampled_from([16, 48]))
+def test_stretches_of_several_segments(data: st.DataObject, page_bytes: int) -> None:
+    arena = Arena(page_bytes, CPU)
+    for rows in data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)):
+        arena.add_segment(torch.randint(0, 256, (rows * page_bytes,), dtype=torch.uint8))
+    pages = data.draw(st.lists(st.integers(0, arena.pages - 1), max_size=9))
+    pages = np.array(pages + list(range(arena.pages)), dtype=np.int64)
+    runs = list(arena.runs(pages))
+    assert [at for at, _ in runs] == [0, *np.cumsum([len(rows) for _, rows in runs])][:-1]
+    [expected] = arena.gather(pages, [(0, page_bytes)], index)
+    assert torch.equal(torch.cat([rows for _, rows in runs]), expected.view(torch.uint8))
+    assert not list(arena.runs(pages[:0]))
 
 
-@given(st.data(), st.booleans(), st.booleans())
-def test_consecutive_pages_are_joined_like_any_pages(
-    data: st.DataObject, busy: bool, long: bool
+@given(
+    st.data(),
+    st.sampled_from([torch.complex128, torch.int32, torch.uint8]),
+    st.integers(1, 5),
+    st.sampled_from([1, 3, 6, 100]),
+    st.integers(0, 3),
+)
+def test_rows_are_selected_as_torch_does(
+    data: st.DataObject, dtype: torch.dtype, words: int, grain: int, idle: int
 ) -> None:
-    memory = torch.randint(0, 256, (9 * 48,), dtype=torch.uint8)
-    ranges = st.builds(range, st.integers(0, 5), st.integers(1, 9))
-    runs = data.draw(st.lists(ranges, max_size=5))
-    others = data.draw(st.lists(st.lists(st.integers(0, 8), max_size=3).map(tuple), max_size=1))
-    placements = [*others, *runs]
+    """At once, in pieces, and row by row; by one thread and by several."""
+    memory = torch.randint(0, 100, (40, 7 * dtype.itemsize), dtype=torch.uint8).view(dtype)
+    rows = memory[:, 1 : 1 + words]
+    at = torch.tensor(data.draw(st.lists(st.integers(0, 39), max_size=30)), dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpucache_pipes.device.arena.LONG_ROW", 1 if long else 1 << 40)
-        arena = Arena(48, CPU, ResultMemory(), lambda: busy)
-        arena.add_segment(memory)
-        joined = arena.join(placements, index)
-    rows = memory.view(9, 48)
-    expected = [rows[page] for pages in placements for page in pages]
+        patch.setattr(host_copies, "_GRAIN", grain)
+        patch.setattr(host_copies, "_MANY", 64)
+        patch.setattr(host_copies, "_idle_cores", lambda: idle)
+        patch.setattr(results, "LARGE", data.draw(st.sampled_from([1, 1 << 20])))
+        selected = host_copies.select_rows(rows, at)
+        assert selected.is_contiguous() and selected.dtype == dtype
+        assert torch.equal(selected, rows.index_select(0, at))
+        for bad in (-1, 40):
+            with pytest.raises(IndexError):
+                host_copies.select_rows(rows, torch.cat([at, torch.tensor([bad])]))
+
+
+def test_copies_are_shared_by_threads_that_all_end() -> None:
+    """Pieces are done by all threads, each once; what one raises reaches the caller."""
+    both = threading.Barrier(2)
+    done: list[tuple[int, int]] = []
+
+    def copy(piece: int) -> None:
+        if piece < 2:
+            both.wait(60)  # two threads, or nobody gets on
+        done.append((piece, threading.get_ident()))
+        if piece == 7 and failing:
+            raise OSError("piece 7")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_copies, "_idle_cores", lambda: 1)
+        for failing in (False, True):
+            done.clear()
+            pieces = [(number,) for number in range(40)]
+            with pytest.raises(OSError, match="piece 7") if failing else nullcontext():
+                host_copies.spread(copy, pieces, 1 << 40)
+            assert len({thread for _, thread in done}) == 2
+            assert failing or sorted(piece for piece, _ in done) == list(range(40))
+
+
+def test_a_thread_that_comes_late_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    late: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(host_copies, "_idle_cores", lambda: 2)
+    monkeypatch.setattr(host_copies, "start_new_thread", lambda *call: late.append(call))
+    done: list[int] = []
+    host_copies.spread(done.append, [(1,), (2,)], 1 << 40)
+    for function, arguments in late:
+        function(*arguments)
+    assert done == [1, 2] and len(late) == 2
+
+    def refuse(*call: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(host_copies, "start_new_thread", refuse)
+    host_copies.spread(done.append, [(3,)], 1 << 40)
+    assert done == [1, 2, 3]
+
+
+def test_cores_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "0.52 0.58 0.59 3/467 12345"
+    monkeypatch.setattr(host_copies.Path, "read_text", lambda path: said)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 16)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert host_copies._idle_cores() == 3
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert host_copies._idle_cores() == 1
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert host_copies._idle_cores() == 0
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    assert host_copies._idle_cores() == 0
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    assert host_copies._idle_cores() == 1
+    said = "another system"
+    assert host_copies._idle_cores() == 0
+
+
+def test_copies_on_the_host_start_no_threads_of_torch() -> None:
+    """Threads of torch spin while they wait for each other, and stumble over other processes."""
+    pytest.importorskip("resource")
+    if not Path("/proc/self/task").exists():
+        pytest.skip("needs /proc")
+    run([sys.executable, "-c", _ALL_COPIES], check=True, timeout=120)
+
+
+_ALL_COPIES = """
+import os
+import numpy as np, torch
+from gpucache_pipes.device import HostBackend, host_copies
+torch.set_num_threads(4)
+host_copies._MANY = 1 << 60
+before = len(os.listdir("/proc/self/task"))
+for page in (272, 4112, 1 << 16, (1 << 20) + 16):
+    backend = HostBackend()
+    backend.configure(page)
+    backend.grow(64, 64)
+    pages = np.arange(64).repeat((4 << 20) // page + 1)
+    backend.gather(pages, [(0, page - 16), (page - 16, 7)])
+    backend.join(np.arange(64), np.ones(64, np.int64))
+    backend.close()
+assert len(os.listdir("/proc/self/task")) == before
+a = torch.ones(1 << 22, device="cpu")
+a += 1
+assert len(os.listdir("/proc/self/task")) > before  # else the test shows nothing
+"""
+
+
+@given(st.data(), st.sampled_from(["host", "staged"]))
+def test_stretches_are_joined_end_to_end(data: st.DataObject, kind: str) -> None:
+    backend: Any = HostBackend() if kind == "host" else AcceleratorBackend(InOrderRuntime(CPU))
+    backend.configure(48)
+    assert backend.grow(9, 9) == 9
+    rows = torch.randint(0, 256, (9, 48), dtype=torch.uint8)
+    upload(backend, [[page] for page in range(9)], [bytes(row.tolist()) for row in rows])
+    first = data.draw(st.lists(st.integers(0, 8), max_size=5))
+    counts = [data.draw(st.integers(1, 9 - page)) for page in first]
+    joined = backend.join(np.array(first, np.int64), np.array(counts, np.int64))
+    expected = [rows[page : page + n].flatten() for page, n in zip(first, counts, strict=True)]
     assert joined.dtype == torch.uint8 and joined.dim() == 1
-    assert torch.equal(joined, torch.cat([torch.empty(0, dtype=torch.uint8), *expected]))
+    assert torch.equal(joined, torch.cat([rows[:0].flatten(), *expected]))
+    backend.close()
 
 
 @pytest.mark.parametrize("page", [-1, 5])
-def test_a_page_outside_the_arena_raises(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpucache_pipes.device.arena.LONG_ROW", 1)
-    arena = Arena(80, CPU, ResultMemory(), lambda: True)
-    arena.add_segment(torch.zeros(5 * 80, dtype=torch.uint8))
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("count", [2, 500])
+def test_a_page_outside_the_arena_raises(page: int, segments: int, count: int) -> None:
+    arena = Arena(1 << 16, CPU, host_copies.select_rows)
+    for _ in range(segments):
+        arena.add_segment(torch.zeros(5 * (1 << 16) // segments, dtype=torch.uint8))
+    page = page if page < 0 else arena.pages
     with pytest.raises(IndexError):
-        arena.gather([0, page], [(0, 80)], index)
+        arena.gather(np.array([0, page] * (count // 2)), [(0, 80)], index)
     with pytest.raises(IndexError):
-        arena.join([range(1), range(page, page + 1)], index)
+        arena.gather(np.array([0, page] * (count // 2)), [(0, 1 << 16)], index)
 
 
 def test_large_results_reuse_memory_only_once_it_is_freed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gpucache_pipes.device.arena.LARGE", 1)
+    monkeypatch.setattr(results, "LARGE", 1)
+    monkeypatch.setattr(results, "_STEP", 1)
+    monkeypatch.setattr(results, "_MOST_FREE", 512)
+    monkeypatch.setattr(host_copies, "_GRAIN", 1)
     host = HostBackend()
     host.configure(64)
     host.grow(4, None)
@@ -130,20 +251,27 @@ def test_large_results_reuse_memory_only_once_it_is_freed(
     del view
     third = gather(3, 2)
     assert third.data_ptr() == place and second.view(torch.uint8)[:, 9].tolist() == [2, 3]
-    # A region is not reused for a result of less than half its size, and only a few are kept.
+    # A region is not reused for a result of less than half its size, and 512 bytes are kept.
     large = gather(0, 1, 2, 3)
     place = large.data_ptr()
     del large
     assert gather(1).data_ptr() != place
     several = [gather(n % 4, 0) for n in range(20)]
     del several
-    assert len(host._results._free) <= 4
+    assert 512 >= sum(len(region) for region in results.MEMORY._free) > 512 - 256
+    huge = gather(*[1] * 100)
+    del huge
+    assert [len(region) for region in results.MEMORY._free] == [6400]
     host.close()
+    assert not results.MEMORY._free
     assert second.view(torch.uint8)[:, 9].tolist() == [2, 3]
 
 
 def test_results_have_their_own_storage_and_survive_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpucache_pipes.device.arena.LARGE", 1)
+    monkeypatch.setattr(results, "LARGE", 1)
+    monkeypatch.setattr(results, "_STEP", 1)
+    monkeypatch.setattr(results, "_MOST_FREE", 512)
+    monkeypatch.setattr(host_copies, "_GRAIN", 1)
     host = HostBackend()
     host.configure(64)
     host.grow(2, None)

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchdata.nodes as tn
@@ -89,7 +90,7 @@ def one_event_for_each_page(backend: AcceleratorBackend, lane: Any) -> None:
         for operations in log._streams.values():
             for earlier in operations:
                 assert earlier.pages is not None
-                earlier.pages = [page for page in earlier.pages if page not in pages]
+                earlier.pages = np.setdiff1d(earlier.pages, pages)
         return add(stream, pages, held)
 
     log.add = add_last  # type: ignore[method-assign]
