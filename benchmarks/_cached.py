@@ -76,7 +76,7 @@ def segments(device: Device, scale: float) -> Figures:
     page_bytes = 4096
     content = torch.randint(0, 256, (pages, page_bytes), dtype=torch.uint8)
     runtime = InOrderRuntime(device.device) if device.is_cpu else TorchRuntime(device.device)
-    choices = [torch.randperm(pages)[:256].tolist() for _ in range(64)]
+    choices = [torch.randperm(pages)[:256].numpy() for _ in range(64)]
     figures: Figures = {}
     for count in (1, 2, 8):
         arena = Arena(page_bytes, device.device)

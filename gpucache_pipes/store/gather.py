@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from gpucache_pipes.batches import (
@@ -65,7 +66,7 @@ class Gatherer:
             taken.paths,
             layouts,
             [entry.values for entry in entries],
-            self._backend.join(placements) if starts[-1] else self._no_bytes(),
+            self._join(placements) if starts[-1] else self._no_bytes(),
             starts,
         )
 
@@ -95,6 +96,10 @@ class Gatherer:
             [run.start * page_bytes for run in runs],
         )
         return in_place.collate(ragged)
+
+    def _join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
+        pages = np.array([page for pages in placements for page in pages])
+        return self._backend.join(pages, np.ones(len(pages), np.int64))
 
     def _no_bytes(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device=self._backend.device)
@@ -138,7 +143,7 @@ class Gatherer:
             if substitute is not None:
                 pieces.append(self._upload(substitute, entries[number].path))
             elif feature.pages:
-                pieces.append(backend.join([feature.pages]))
+                pieces.append(self._join([feature.pages]))
             else:
                 pieces.append(self._no_bytes())
         starts = list(accumulate((len(piece) for piece in pieces), initial=0))

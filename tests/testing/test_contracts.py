@@ -549,21 +549,21 @@ class TestAcceleratorBackend(BackendContract):
 class Shifted(HostBackend):
     """Rows of a gather are shifted by one."""
 
-    def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
+    def gather(self, pages: Any, columns: Sequence[Column]) -> list[torch.Tensor]:
         return [rows.roll(1, 0) for rows in super().gather(pages, columns)]
 
 
 class Reversed(HostBackend):
     """Features are joined in the opposite order."""
 
-    def join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
-        return super().join(placements[::-1])
+    def join(self, first: Any, counts: Any) -> torch.Tensor:
+        return super().join(first[::-1], counts[::-1])
 
 
 class Views(HostBackend):
     """A gather of consecutive pages is a view of them."""
 
-    def gather(self, pages: Sequence[int], columns: Sequence[Column]) -> list[torch.Tensor]:
+    def gather(self, pages: Any, columns: Sequence[Column]) -> list[torch.Tensor]:
         results = super().gather(pages, columns)
         memory, [first, *_] = self.memory(), pages
         if memory is not None and list(pages) == list(range(first, first + len(pages))):
