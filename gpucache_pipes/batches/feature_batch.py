@@ -1,15 +1,20 @@
 """A batch of features in device memory: FeatureBatch and its two kinds."""
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import repeat
 from typing import Any, overload
 
+import numpy as np
 import torch
 
 from gpucache_pipes.batches.numbers import collate_numbers
-from gpucache_pipes.batches.ragged import RaggedOptions, join_ragged, stack_scattered
+from gpucache_pipes.batches.ragged import RaggedOptions, is_on_host, join_ragged, stack_scattered
 from gpucache_pipes.batches.transfer import collate_on_host, to_device
 from gpucache_pipes.batches.unlike import collate_unlike
+from gpucache_pipes.device.host_copies import Numbers
 from gpucache_pipes.files import Layout, Leaf, PathLike, Tree, build, copy_value, leaf_names
 
 _NO_FAULT_OF_FEATURES: tuple[type[Exception], ...] = tuple(
@@ -64,7 +69,14 @@ class FeatureBatch(Sequence[Any]):
             return [self[i] for i in range(len(self))[index]]
         number = range(len(self))[index]
         layout = self._layouts[number if len(self._layouts) > 1 else 0]
-        values = self._values[number] if self._values else ()
+        return self._feature(number, layout, self._values[number] if self._values else ())
+
+    def __iter__(self) -> Iterator[Any]:
+        """The features in order. Takes half the time of getting them one by one."""
+        layouts = self._layouts if len(self._layouts) > 1 else repeat(self._layouts[0])
+        return map(self._feature, range(len(self)), layouts, self._values or repeat(()))
+
+    def _feature(self, number: int, layout: Layout, values: Sequence[Any]) -> Any:
         leaves = self._leaves_of(number, layout)
         return build(layout.tree, leaves.__getitem__, lambda n: copy_value(values[n]))
 
@@ -80,7 +92,7 @@ class FeatureBatch(Sequence[Any]):
         """
 
     @abstractmethod
-    def _bytes_of(self, at: int, leaves: Sequence[Leaf]) -> tuple[torch.Tensor, list[int]]:
+    def _bytes_of(self, at: int, leaves: Sequence[Leaf]) -> tuple[torch.Tensor, Numbers]:
         """Memory (uint8) that holds leaf `at` of every feature, and where each of them starts."""
 
     def __repr__(self) -> str:
@@ -127,17 +139,17 @@ class FeatureBatch(Sequence[Any]):
     def _column(self, at: int, name: str, ragged: RaggedOptions) -> Any:
         """Leaf `at` of all features, stacked or joined."""
         leaves = [layout.leaves[at] for layout in self._layouts]
-        first = leaves[0]
-        differs = any(leaf.shape != first.shape for leaf in leaves)
+        first, shapes = leaves[0], [leaf.shape for leaf in leaves]
+        differs = shapes.count(first.shape) < len(shapes)
         mode = ragged.mode_of(name, differs, len(first.shape)) if name else None
         if mode is None or (mode == "error" and not differs):
             return self._stack(at, leaves)
-        for number, leaf in enumerate(leaves):
-            rows_differ = leaf.shape[1:] != first.shape[1:] or not leaf.shape
-            if rows_differ or (mode == "error" and leaf.shape != first.shape):
+        rest = first.shape[1:]
+        for number, shape in enumerate(shapes):
+            if not shape or shape[1:] != rest or (mode == "error" and shape != first.shape):
                 raise RuntimeError(
                     f"cannot {'stack' if mode == 'error' else mode} {name}: shape "
-                    f"{list(first.shape)} in {self.paths[0]!r}, {list(leaf.shape)} in "
+                    f"{list(first.shape)} in {self.paths[0]!r}, {list(shape)} in "
                     f'{self.paths[number]!r}; GPUCollator(ragged="pad"), "jagged" or "list" joins '
                     "sequences of different lengths; for anything else pass a collate_fn"
                 )
@@ -174,10 +186,9 @@ class ColumnBatch(FeatureBatch):
     def _stack(self, at: int, leaves: Sequence[Leaf]) -> torch.Tensor:
         return self._columns[at]
 
-    def _bytes_of(self, at: int, leaves: Sequence[Leaf]) -> tuple[torch.Tensor, list[int]]:
-        nbytes = leaves[0].nbytes
+    def _bytes_of(self, at: int, leaves: Sequence[Leaf]) -> tuple[torch.Tensor, Numbers]:
         block = self._columns[at].reshape(-1).view(torch.uint8)
-        return block, [nbytes * number for number in range(len(self))]
+        return block, leaves[0].nbytes * np.arange(len(self))
 
 
 class PageBatch(FeatureBatch):
@@ -187,8 +198,8 @@ class PageBatch(FeatureBatch):
         layouts: one for all features, or one for each.
         paths, values: as in FeatureBatch.
         block: uint8; holds the bytes of all features.
-        starts: where each feature begins in `block`, and one position more: where the last one
-            ends. With one layout all of them take equally many bytes of a contiguous block.
+        starts: where each feature begins in `block`: multiples of ALIGNMENT. With one layout all
+            of them take equally many bytes of a contiguous block. What follows them is ignored.
     """
 
     def __init__(
@@ -198,24 +209,29 @@ class PageBatch(FeatureBatch):
         layouts: Sequence[Layout],
         values: Sequence[tuple[Any, ...]],
         block: torch.Tensor,
-        starts: Sequence[int],
+        starts: Numbers | Sequence[int],
     ) -> None:
         super().__init__(device, paths, layouts, values)
         self._block = block
-        self._starts = starts
+        self._starts = np.asarray(starts, np.int64)
+        # The block by dtype. One view of it for each leaf takes half the time of a chain of views.
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
 
     def _leaves_of(self, number: int, layout: Layout) -> Sequence[torch.Tensor]:
-        row = self._block[self._starts[number] : self._starts[number + 1]]
-        return [
-            row[leaf.offset : leaf.offset + leaf.nbytes].view(leaf.dtype).view(leaf.shape)
-            for leaf in layout.leaves
-        ]
+        start, leaves = self._starts.item(number), []
+        for dtype, shape, offset, _ in layout.leaves:
+            block = self._typed.get(dtype)
+            if block is None:
+                block = self._typed[dtype] = self._block.view(dtype)
+            at = block.storage_offset() + (start + offset) // dtype.itemsize
+            leaves.append(block.as_strided(shape, _strides(shape), at))
+        return leaves
 
     def _stack(self, at: int, leaves: Sequence[Leaf]) -> torch.Tensor:
         leaf = leaves[0]
         if not leaf.nbytes:
             return torch.empty(len(self), *leaf.shape, dtype=leaf.dtype, device=self.device)
-        if len(leaves) > 1:
+        if len(leaves) > 1 or is_on_host(self._block):
             return stack_scattered(*self._bytes_of(at, leaves), leaf)
         rows = self._block.view(len(self), -1)[:, leaf.offset : leaf.offset + leaf.nbytes]
         # By the widest element that divides a leaf: copying is by element.
@@ -223,9 +239,15 @@ class PageBatch(FeatureBatch):
                     if leaf.nbytes % t.itemsize == 0)  # fmt: skip
         return rows.view(wide).contiguous().view(leaf.dtype).view(len(self), *leaf.shape)
 
-    def _bytes_of(self, at: int, leaves: Sequence[Leaf]) -> tuple[torch.Tensor, list[int]]:
-        starts = zip(self._starts, leaves, strict=False)
-        return self._block, [start + leaf.offset for start, leaf in starts]
+    def _bytes_of(self, at: int, leaves: Sequence[Leaf]) -> tuple[torch.Tensor, Numbers]:
+        offsets = np.array([leaf.offset for leaf in leaves])
+        return self._block, self._starts[: len(self)] + offsets
+
+
+@lru_cache(maxsize=4096)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[at:]) for at in range(1, len(shape) + 1))
 
 
 def _collate_tree(

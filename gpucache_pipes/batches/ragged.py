@@ -5,16 +5,17 @@ as fast as by an index. On devices one gather by an index of elements joins all 
 the number of operations does not depend on the number of features.
 """
 
-import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from gpucache_pipes.batches.transfer import upload
+from gpucache_pipes.device.host_copies import Numbers, clear, move
+from gpucache_pipes.device.results import empty
 from gpucache_pipes.files import Leaf
 from gpucache_pipes.units import positive_int
 
@@ -108,7 +109,7 @@ class RaggedOptions:
 def join_ragged(
     mode: str,
     block: torch.Tensor,
-    starts: Sequence[int],
+    starts: Numbers,
     leaves: Sequence[Leaf],
     options: RaggedOptions,
 ) -> Any:
@@ -127,22 +128,32 @@ def join_ragged(
     Raises:
         RuntimeError: for a padding_value that the dtype does not have.
     """
-    lengths = [leaf.shape[0] for leaf in leaves]
     if mode == "list":
         return [
             block[start : start + leaf.nbytes].view(leaf.dtype).view(leaf.shape)
-            for start, leaf in zip(starts, leaves, strict=True)
+            for start, leaf in zip(starts.tolist(), leaves, strict=True)
         ]
+    lengths = np.array([leaf.shape[0] for leaf in leaves])
     join_all = _pad if mode == "pad" else _make_jagged
     return join_all(block, starts, lengths, leaves[0], options)
 
 
-def stack_scattered(block: torch.Tensor, starts: Sequence[int], leaf: Leaf) -> torch.Tensor:
+def stack_scattered(block: torch.Tensor, starts: Numbers, leaf: Leaf) -> torch.Tensor:
     """[B, *shape] of a leaf that begins at `starts` (bytes) in `block` (uint8), in new memory."""
+    if is_on_host(block) and leaf.nbytes >= _LONG:
+        out = empty((len(starts), *leaf.shape), leaf.dtype)
+        sizes = np.full(len(starts), leaf.nbytes)
+        targets = out.data_ptr() + leaf.nbytes * np.arange(len(starts))
+        move(targets, block.data_ptr() + starts, sizes)
+        return out
     units, size, count = _units_of(block, leaf.nbytes)
-    [base] = _upload([[start // size for start in starts]], block.device)
+    [base] = _upload([starts // size], block.device)
     index = torch.arange(count, device=block.device) + base.unsqueeze(1)
     return units[index].view(leaf.dtype).view(len(starts), *leaf.shape)
+
+
+_LONG = 256
+"""Bytes of a leaf that are copied faster by memmove than by an index."""
 
 
 def _units_of(block: torch.Tensor, nbytes: int) -> tuple[torch.Tensor, int, int]:
@@ -158,28 +169,31 @@ def _row_bytes(leaf: Leaf) -> int:
 
 def _pad(
     block: torch.Tensor,
-    starts: Sequence[int],
-    lengths: Sequence[int],
+    starts: Numbers,
+    lengths: Numbers,
     leaf: Leaf,
     options: RaggedOptions,
 ) -> Padded:
     multiple = options.pad_to_multiple
-    longest = -(-max(lengths) // multiple) * multiple
-    if _is_on_host(block):
-        shape = (len(starts), longest, *leaf.shape[1:])
-        values = torch.empty(shape, dtype=leaf.dtype, device="cpu")
-        fill(values, options.padding_value)
-        _copy(block, starts, lengths, values, _row_bytes(leaf), longest)
-        table = torch.tensor(lengths, device="cpu")
-        mask = torch.arange(longest, device="cpu") < table.unsqueeze(1)
-        return Padded(values, table, mask)
+    longest = -(-int(lengths.max()) // multiple) * multiple
+    shape = (len(starts), longest, *leaf.shape[1:])
+    if is_on_host(block):
+        values = empty(shape, leaf.dtype)
+        room, sizes = longest * _row_bytes(leaf), lengths * _row_bytes(leaf)
+        targets = values.data_ptr() + room * np.arange(len(starts))
+        if _is_zero(options.padding_value):
+            clear(targets + sizes, room - sizes)
+        else:
+            fill(values, options.padding_value)
+        move(targets, block.data_ptr() + starts, sizes)
+        in_sequence = np.arange(longest) < lengths[:, None]
+        return Padded(values, torch.from_numpy(lengths), torch.from_numpy(in_sequence))
     units, size, each = _units_of(block, _row_bytes(leaf))
     count = longest * each
-    table = _upload([[start // size for start in starts], lengths], block.device)
+    table = _upload([starts // size, lengths], block.device)
     base, length = table[0].unsqueeze(1), table[1].unsqueeze(1)
     mask = torch.arange(longest, device=block.device) < length
-    shape = (len(starts), longest, *leaf.shape[1:])
-    if count == 0 or not max(lengths):
+    if count == 0 or not lengths.any():
         values = torch.empty(shape, dtype=leaf.dtype, device=block.device)
     else:
         index = torch.arange(count, device=block.device) + base
@@ -200,17 +214,19 @@ def fill(values: torch.Tensor, value: float, where: torch.Tensor | None = None) 
     if bits is not None:
         value = _bits_of(value, values.dtype, bits)
         values = values.view(bits)
-    if where is None:
-        values.fill_(value)
-    else:
+    if where is not None:
         values.masked_fill_(where.view(*where.shape, *[1] * (values.dim() - 2)), value)
+    elif is_on_host(values):
+        values.numpy().fill(value)
+    else:
+        values.fill_(value)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _bits_of(value: float, dtype: torch.dtype, bits: torch.dtype) -> int:
-    if value == 0 and math.copysign(1, value) > 0:
+    if _is_zero(value):
         return 0
     one = torch.empty(1, dtype=dtype, device="cpu")
     try:
@@ -220,58 +236,38 @@ def _bits_of(value: float, dtype: torch.dtype, bits: torch.dtype) -> int:
     return int(one.view(bits).item())
 
 
-def _is_on_host(block: torch.Tensor) -> bool:
+def _is_zero(value: float) -> bool:
+    """Whether all bits of the value are 0 in every dtype."""
+    return value == 0 and math.copysign(1, value) > 0
+
+
+def is_on_host(block: torch.Tensor) -> bool:
     """Whether bytes may be copied by address. Tensors of a simulated device have no addresses."""
     return block.device.type == "cpu" and type(block) is torch.Tensor
 
 
-def _copy(
-    block: torch.Tensor,
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    target: torch.Tensor,
-    row_bytes: int,
-    longest: int | None = None,
-) -> None:
-    """Copy sequences of `lengths` rows on the host, by address and without bounds checks.
-
-    Args:
-        block: uint8, holds the sequences.
-        starts: where each begins in the block, in bytes.
-        lengths: of each, in rows.
-        target: where they go.
-        row_bytes: bytes per row.
-        longest: rows from one sequence to the next in the target; None to copy them end to end.
-    """
-    source, address = block.data_ptr(), target.data_ptr()
-    for start, length in zip(starts, lengths, strict=True):
-        ctypes.memmove(address, source + start, length * row_bytes)
-        address += (length if longest is None else longest) * row_bytes
-
-
 def _make_jagged(
     block: torch.Tensor,
-    starts: Sequence[int],
-    lengths: Sequence[int],
+    starts: Numbers,
+    lengths: Numbers,
     leaf: Leaf,
     options: RaggedOptions,
 ) -> torch.Tensor:
-    offsets = [0, *accumulate(lengths)]
-    if _is_on_host(block):
-        shape = (offsets[-1], *leaf.shape[1:])
-        values = torch.empty(shape, dtype=leaf.dtype, device="cpu")
-        _copy(block, starts, lengths, values, _row_bytes(leaf))
-        ends = torch.tensor(offsets, device="cpu")
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    shape = (int(offsets[-1]), *leaf.shape[1:])
+    if is_on_host(block):
+        values, size = empty(shape, leaf.dtype), _row_bytes(leaf)
+        move(values.data_ptr() + offsets[:-1] * size, block.data_ptr() + starts, lengths * size)
+        ends = torch.from_numpy(offsets)
     else:
         units, size, each = _units_of(block, _row_bytes(leaf))
-        total = offsets[-1] * each
-        shift = [s // size - offset * each for s, offset in zip(starts, offsets, strict=False)]
-        table = _upload([[*shift, 0], [*(n * each for n in lengths), 0], offsets], block.device)
-        index = torch.arange(total, device=block.device)
-        index += torch.repeat_interleave(table[0], table[1], output_size=total)
-        values = units[index].view(leaf.dtype).view(offsets[-1], *leaf.shape[1:])
+        shift = starts // size - offsets[:-1] * each
+        table = _upload([[*shift, 0], [*lengths * each, 0], offsets], block.device)
+        index = torch.arange(shape[0] * each, device=block.device)
+        index += torch.repeat_interleave(table[0], table[1], output_size=shape[0] * each)
+        values = units[index].view(leaf.dtype).view(shape)
         ends = table[2]
-    return jagged_tensor(values, ends, lengths)
+    return jagged_tensor(values, ends, lengths.tolist())
 
 
 def jagged_tensor(
@@ -292,6 +288,6 @@ def jagged_tensor(
         )
 
 
-def _upload(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+def _upload(rows: Sequence[Any], device: torch.device) -> torch.Tensor:
     """int64 [rows, columns] on the device."""
-    return upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
+    return upload(torch.from_numpy(np.array(rows, np.int64)), device)

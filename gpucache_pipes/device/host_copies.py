@@ -19,6 +19,8 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from gpucache_pipes.device.results import empty
@@ -31,6 +33,15 @@ _MANY = 16 << 20
 
 _MOST_THREADS = 4
 """Threads for one copy. As many use up most of the bandwidth of host memory."""
+
+Numbers = npt.NDArray[np.int64]
+
+# The functions of ctypes release the interpreter lock. To get it back can take 5 ms if a reader
+# thread computes meanwhile, so where many short copies are made by one thread, these keep it.
+_C = ctypes.PyDLL(None)
+_C.memmove.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+_C.memset.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+_C.memmove.restype = _C.memset.restype = None
 
 
 def select_rows(rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -50,15 +61,29 @@ def select_rows(rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         pieces = zip(repeat(rows), torch.split(at, most), torch.split(out, most))
         spread(_select_into, list(pieces), out.nbytes)
     else:
-        step, size = rows.stride(0) * rows.itemsize, words * rows.itemsize
-        sources = (rows.data_ptr() + numbers * step).tolist()
-        targets = range(out.data_ptr(), out.data_ptr() + out.nbytes, size)
-        spread(ctypes.memmove, list(zip(targets, sources, repeat(size))), out.nbytes)
+        size = words * rows.itemsize
+        targets = out.data_ptr() + size * np.arange(count)
+        sources = rows.data_ptr() + rows.stride(0) * rows.itemsize * numbers
+        move(targets, sources, np.full(count, size))
     return out
 
 
 def _select_into(rows: torch.Tensor, at: torch.Tensor, out: torch.Tensor) -> None:
     torch.index_select(rows, 0, at, out=out)
+
+
+def move(targets: Numbers, sources: Numbers, sizes: Numbers) -> None:
+    """Copy `sizes[i]` bytes from address `sources[i]` to `targets[i]`, without bounds checks."""
+    nbytes = int(sizes.sum())
+    pieces = list(zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True))
+    spread(ctypes.memmove if nbytes >= _MANY else _C.memmove, pieces, nbytes)
+
+
+def clear(targets: Numbers, sizes: Numbers) -> None:
+    """Write `sizes[i]` zeros to address `targets[i]`, without bounds checks."""
+    nbytes = int(sizes.sum())
+    pieces = list(zip(targets.tolist(), repeat(0), sizes.tolist()))
+    spread(ctypes.memset if nbytes >= _MANY else _C.memset, pieces, nbytes)
 
 
 def spread(copy: Callable[..., object], pieces: list[tuple[Any, ...]], nbytes: int) -> None:

@@ -46,7 +46,8 @@ def place(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(WHERE, "kind", "simulated" if request.param == "simulated" else "host")
         if request.param == "as on a device":
-            patch.setattr("gpucache_pipes.batches.ragged._is_on_host", lambda block: False)
+            for module in ("ragged", "feature_batch"):
+                patch.setattr(f"gpucache_pipes.batches.{module}.is_on_host", lambda block: False)
         yield
 
 

@@ -19,7 +19,7 @@ ALLOWED = {
     "cache": {"cache"},
     "device": {"device"},
     "files": {"files"},
-    "batches": {"batches", "files"},
+    "batches": {"batches", "device", "files"},
     "store": {"store", "batches", "cache", "device", "files"},
     "nodes": {"nodes", "batches", "files", "store"},
     "adapters": {"adapters", "files", "nodes", "store"},
