@@ -2,9 +2,8 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import repeat
 from typing import Any, overload
 
 import numpy as np
@@ -15,7 +14,7 @@ from gpucache_pipes.batches.ragged import RaggedOptions, is_on_host, join_ragged
 from gpucache_pipes.batches.transfer import collate_on_host, to_device
 from gpucache_pipes.batches.unlike import collate_unlike
 from gpucache_pipes.device.host_copies import Numbers
-from gpucache_pipes.files import Layout, Leaf, PathLike, Tree, build, copy_value, leaf_names
+from gpucache_pipes.files import Branch, Layout, Leaf, PathLike, Tree, build, copy_value, leaf_names
 
 _NO_FAULT_OF_FEATURES: tuple[type[Exception], ...] = tuple(
     kind
@@ -69,20 +68,36 @@ class FeatureBatch(Sequence[Any]):
             return [self[i] for i in range(len(self))[index]]
         number = range(len(self))[index]
         layout = self._layouts[number if len(self._layouts) > 1 else 0]
-        return self._feature(number, layout, self._values[number] if self._values else ())
+        values = self._values[number] if self._values else ()
+        return build(
+            layout.tree,
+            lambda n: next(iter(self._views(n, layout.leaves[n : n + 1], [number]))),
+            lambda n: copy_value(values[n]),
+        )
 
     def __iter__(self) -> Iterator[Any]:
-        """The features in order. Takes half the time of getting them one by one."""
-        layouts = self._layouts if len(self._layouts) > 1 else repeat(self._layouts[0])
-        return map(self._feature, range(len(self)), layouts, self._values or repeat(()))
-
-    def _feature(self, number: int, layout: Layout, values: Sequence[Any]) -> Any:
-        leaves = self._leaves_of(number, layout)
-        return build(layout.tree, leaves.__getitem__, lambda n: copy_value(values[n]))
+        """The features in order. Dicts of tensors take fewer steps than by `batch[i]`."""
+        numbers = range(len(self))
+        tree = self._layouts[0].tree if self._layouts else 0
+        kinds = {layout.kind for layout in self._layouts}
+        if len(kinds) > 1 or not isinstance(tree, Branch) or tree.kind is not dict:
+            return map(self.__getitem__, numbers)
+        keys = tree.keys
+        if not keys or tree.children != tuple(range(len(keys))):
+            return map(self.__getitem__, numbers)
+        leaves = zip(*(layout.leaves for layout in self._layouts), strict=True)
+        columns = [self._views(at, of_all, numbers) for at, of_all in enumerate(leaves)]
+        features = zip(*columns, strict=True)
+        return (dict(zip(keys, feature, strict=True)) for feature in features)
 
     @abstractmethod
-    def _leaves_of(self, number: int, layout: Layout) -> Sequence[torch.Tensor]:
-        """The tensors of one feature."""
+    def _views(
+        self, at: int, leaves: Sequence[Leaf], numbers: Sequence[int]
+    ) -> Iterable[torch.Tensor]:
+        """Leaf `at` of the features `numbers`, as views.
+
+        `leaves` has that leaf of each of them, or one if it is the same in all.
+        """
 
     @abstractmethod
     def _stack(self, at: int, leaves: Sequence[Leaf]) -> torch.Tensor:
@@ -176,8 +191,10 @@ class ColumnBatch(FeatureBatch):
         super().__init__(device, paths, (layout,), values)
         self._columns = columns
 
-    def _leaves_of(self, number: int, layout: Layout) -> Sequence[torch.Tensor]:
-        return [column[number] for column in self._columns]
+    def _views(
+        self, at: int, leaves: Sequence[Leaf], numbers: Sequence[int]
+    ) -> Iterable[torch.Tensor]:
+        return map(self._columns[at].__getitem__, numbers)
 
     def _collate(self, ragged: RaggedOptions) -> Any:
         stacked = ragged.modes == "error"
@@ -214,18 +231,17 @@ class PageBatch(FeatureBatch):
         super().__init__(device, paths, layouts, values)
         self._block = block
         self._starts = np.asarray(starts, np.int64)
-        # The block by dtype. One view of it for each leaf takes half the time of a chain of views.
-        self._typed: dict[torch.dtype, torch.Tensor] = {}
 
-    def _leaves_of(self, number: int, layout: Layout) -> Sequence[torch.Tensor]:
-        start, leaves = self._starts.item(number), []
-        for dtype, shape, offset, _ in layout.leaves:
-            block = self._typed.get(dtype)
-            if block is None:
-                block = self._typed[dtype] = self._block.view(dtype)
-            at = block.storage_offset() + (start + offset) // dtype.itemsize
-            leaves.append(block.as_strided(shape, _strides(shape), at))
-        return leaves
+    def _views(
+        self, at: int, leaves: Sequence[Leaf], numbers: Sequence[int]
+    ) -> Iterable[torch.Tensor]:
+        # One view of a block of its dtype for each leaf takes half the time of a chain of views.
+        dtype = leaves[0].dtype
+        block = self._block.view(dtype)
+        starts = self._starts[numbers] + np.array([leaf.offset for leaf in leaves])
+        places = block.storage_offset() + starts // dtype.itemsize
+        shapes = [leaf.shape for leaf in leaves] * (len(numbers) if len(leaves) == 1 else 1)
+        return map(block.as_strided, shapes, map(_strides, shapes), places.tolist())
 
     def _stack(self, at: int, leaves: Sequence[Leaf]) -> torch.Tensor:
         leaf = leaves[0]
@@ -247,7 +263,7 @@ class PageBatch(FeatureBatch):
 @lru_cache(maxsize=4096)
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Of a contiguous tensor."""
-    return tuple(math.prod(shape[at:]) for at in range(1, len(shape) + 1))
+    return tuple(math.prod(max(n, 1) for n in shape[at:]) for at in range(1, len(shape) + 1))
 
 
 def _collate_tree(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import default_collate
 
 from gpucache_pipes import GPUFeatureStore
@@ -59,6 +60,30 @@ def test_a_different_order_of_keys_is_no_obstacle() -> None:
             store.get_batch(list(items)).collate(),
             {"x": torch.tensor([[1.0], [2.0]]), "y": torch.tensor([1, 2])},
         )
+
+
+@given(st.lists(features(max_leaves=3), min_size=1, max_size=4), st.sampled_from([None, 16, 64]))
+def test_a_batch_is_iterated_as_it_is_indexed(files: list[Any], page_bytes: int | None) -> None:
+    """By features of one kind, dicts of tensors among them, and of several."""
+    shorter = [tree_map(lambda leaf: leaf[:1] if _has_rows(leaf) else leaf, f) for f in files]
+    items = {f"/{n}": feature for n, feature in enumerate(files + shorter)}
+    with GPUFeatureStore("cpu", load_fn=items.__getitem__, page_bytes=page_bytes) as store:
+        for paths in (list(items), ["/0", f"/{len(files)}", "/0"], ["/0", "/0"], []):
+            batch = store.get_batch(paths)
+            found = list(batch)
+            assert len(found) == len(paths)
+            for number, (feature, path) in enumerate(zip(found, paths, strict=True)):
+                assert_same(feature, items[path])
+                assert_same(batch[number], items[path])
+                one, other = tree_leaves(feature), tree_leaves(batch[number])
+                for leaf, again in zip(one, other, strict=True):
+                    if _has_rows(leaf):  # the same memory, laid out alike
+                        assert leaf.data_ptr() == again.data_ptr()
+                        assert leaf.stride() == again.stride() == leaf.contiguous().stride()
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.numel() > 0
 
 
 def test_different_shapes_name_leaf_shapes_and_files() -> None:
