@@ -147,6 +147,9 @@ def stack_scattered(block: torch.Tensor, starts: Numbers, leaf: Leaf) -> torch.T
         move(targets, block.data_ptr() + starts, sizes)
         return out
     units, size, count = _units_of(block, leaf.nbytes)
+    if is_on_host(block):
+        table = units.numpy()[(starts // size)[:, None] + np.arange(count)]
+        return torch.from_numpy(table).view(leaf.dtype).view(len(starts), *leaf.shape)
     [base] = _upload([starts // size], block.device)
     index = torch.arange(count, device=block.device) + base.unsqueeze(1)
     return units[index].view(leaf.dtype).view(len(starts), *leaf.shape)
@@ -178,14 +181,7 @@ def _pad(
     longest = -(-int(lengths.max()) // multiple) * multiple
     shape = (len(starts), longest, *leaf.shape[1:])
     if is_on_host(block):
-        values = empty(shape, leaf.dtype)
-        room, sizes = longest * _row_bytes(leaf), lengths * _row_bytes(leaf)
-        targets = values.data_ptr() + room * np.arange(len(starts))
-        if _is_zero(options.padding_value):
-            clear(targets + sizes, room - sizes)
-        else:
-            fill(values, options.padding_value)
-        move(targets, block.data_ptr() + starts, sizes)
+        values = _pad_on_host(block, starts, lengths, leaf, shape, options.padding_value)
         in_sequence = np.arange(longest) < lengths[:, None]
         return Padded(values, torch.from_numpy(lengths), torch.from_numpy(in_sequence))
     units, size, each = _units_of(block, _row_bytes(leaf))
@@ -202,6 +198,28 @@ def _pad(
         values = units[index].view(leaf.dtype).view(shape)
     fill(values, options.padding_value, ~mask)
     return Padded(values, table[1], mask)
+
+
+def _pad_on_host(
+    block: torch.Tensor,
+    starts: Numbers,
+    lengths: Numbers,
+    leaf: Leaf,
+    shape: tuple[int, ...],
+    padding_value: float,
+) -> torch.Tensor:
+    room, sizes = shape[1] * _row_bytes(leaf), lengths * _row_bytes(leaf)
+    zeros = _is_zero(padding_value)
+    if zeros and room and (sizes == room).all():
+        return stack_scattered(block, starts, leaf)
+    values = empty(shape, leaf.dtype)
+    targets = values.data_ptr() + room * np.arange(len(starts))
+    if zeros:
+        clear(targets + sizes, room - sizes)
+    else:
+        fill(values, padding_value)
+    move(targets, block.data_ptr() + starts, sizes)
+    return values
 
 
 def fill(values: torch.Tensor, value: float, where: torch.Tensor | None = None) -> None:

@@ -10,13 +10,13 @@ Starting a thread and waiting for it takes 0.1 ms, and many times that where no 
 
 import ctypes
 import os
-import threading
 from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def spread(copy: Callable[..., object], pieces: list[tuple[Any, ...]], nbytes: i
     """
     todo, errors = iter(pieces), list[BaseException]()
 
-    def help_out(working: threading.Lock) -> None:
+    def help_out(working: Lock) -> None:
         piece: tuple[Any, ...] | None = ()
         while piece is not None:
             # From before it is taken: what is taken and not done must be waited for.
@@ -107,7 +107,7 @@ def spread(copy: Callable[..., object], pieces: list[tuple[Any, ...]], nbytes: i
                 except BaseException as error:
                     errors.append(error)
 
-    helpers = [threading.Lock() for _ in range(_idle_cores() if nbytes >= _MANY else 0)]
+    helpers = [Lock() for _ in range(_idle_cores() if nbytes >= _MANY else 0)]
     try:
         for working in helpers:
             # Not threading.Thread: its `start` waits until the thread runs. Nobody waits for one

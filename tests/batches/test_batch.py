@@ -1,5 +1,8 @@
 """Collating: the fast ways equal torch's default_collate."""
 
+import sys
+from pathlib import Path
+from subprocess import run
 from typing import Any
 
 import pytest
@@ -77,9 +80,9 @@ def test_a_batch_is_iterated_as_it_is_indexed(files: list[Any], page_bytes: int 
                 assert_same(batch[number], items[path])
                 one, other = tree_leaves(feature), tree_leaves(batch[number])
                 for leaf, again in zip(one, other, strict=True):
-                    if _has_rows(leaf):  # the same memory, laid out alike
+                    if isinstance(leaf, torch.Tensor):  # the same memory, laid out alike
                         assert leaf.data_ptr() == again.data_ptr()
-                        assert leaf.stride() == again.stride() == leaf.contiguous().stride()
+                        assert leaf.stride() == again.stride() == torch.empty(leaf.shape).stride()
 
 
 def _has_rows(leaf: Any) -> bool:
@@ -144,3 +147,38 @@ def test_more_layouts_than_have_numbers(monkeypatch: pytest.MonkeyPatch) -> None
                 assert_same(feature, expected)
         for path, expected in items.items():
             assert_same(store.get_batch([path, path]).collate(), torch.stack([expected] * 2))
+
+
+def test_joining_on_the_host_starts_no_threads_of_torch() -> None:
+    """Threads of torch spin while they wait for each other, and stumble over other processes."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("needs /proc")
+    run([sys.executable, "-c", _ALL_JOINS], check=True, timeout=120)
+
+
+_ALL_JOINS = """
+import os
+import numpy as np, torch
+from gpucache_pipes.batches import PageBatch, RaggedOptions
+from gpucache_pipes.device import host_copies
+from gpucache_pipes.files import Layout
+torch.set_num_threads(4)
+host_copies._MANY = 1 << 60
+before = len(os.listdir("/proc/self/task"))
+block = torch.empty(64 << 20, dtype=torch.uint8, device="cpu")
+for longest, row, count in ((4, 1, 4096), (255, 1, 1024), (999, 16, 300), (50_000, 16, 20)):
+    for shortest in (longest, 1):
+        lengths = [shortest, *[longest] * (count - 1)]
+        layouts = [Layout.of(0, [(torch.float32, (n, row))]) for n in lengths]
+        starts = np.arange(count) * ((len(block) // count) & ~15)
+        for mode in ("pad", "jagged"):
+            for value in (0.0, 1.5):
+                batch = PageBatch(block.device, ["/f"] * count, layouts, (), block, starts)
+                batch.collate(RaggedOptions(mode, padding_value=value))
+        if shortest == longest:
+            batch.collate()
+assert len(os.listdir("/proc/self/task")) == before
+a = torch.ones(1 << 22, device="cpu")
+a += 1
+assert len(os.listdir("/proc/self/task")) > before  # else the test shows nothing
+"""

@@ -125,6 +125,36 @@ def test_copies_are_shared_by_threads_that_all_end() -> None:
             assert failing or sorted(piece for piece, _ in done) == list(range(40))
 
 
+def test_what_a_thread_has_begun_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, waited_for = threading.Event(), threading.Event()
+    caller, done = threading.get_ident(), list[int]()
+
+    class Lock:
+        def __init__(self) -> None:
+            self._lock = threading.RLock()
+
+        def __enter__(self) -> None:
+            if threading.get_ident() == caller:
+                waited_for.set()
+            self._lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            self._lock.release()
+
+    def copy(piece: int) -> None:
+        if threading.get_ident() == caller:
+            begun.wait(60)
+        else:
+            begun.set()
+            waited_for.wait(60)
+        done.append(piece)
+
+    monkeypatch.setattr(host_copies, "_idle_cores", lambda: 1)
+    monkeypatch.setattr(host_copies, "Lock", Lock)
+    host_copies.spread(copy, [(1,), (2,)], 1 << 40)
+    assert sorted(done) == [1, 2]
+
+
 def test_a_thread_that_comes_late_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     late: list[tuple[Any, Any]] = []
     monkeypatch.setattr(host_copies, "_idle_cores", lambda: 2)
