@@ -2,14 +2,20 @@
 
 The rows are those of two tensors of 4,000 x float32[1024] and int64[1]. Every way starts from a
 list of page numbers and ends with two contiguous tensors. A second table compares gathers of 256 of
-200,000 rows in small and in huge kernel pages.
+200,000 rows in small and in huge kernel pages. With `--busy N` the ways are compared for rows of
+1 KiB to 1 MiB and batches of 8 to 1,024 instead, while N other processes compute: one gather by
+`HostBackend`, the index_select of torch with its threads, and torch.stack of rows from a dict.
 
-    python benchmarks/gather.py [--json FILE]
+    python benchmarks/gather.py [--busy N] [--json FILE]
 """
 
 import mmap
+import subprocess
+import sys
 from array import array
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from _common import interleaved, parser_for, report, save
@@ -20,8 +26,53 @@ FILES, BATCH, WIDTH = 4000, 256, 1024
 PAGE = WIDTH * 4 + 16
 
 
+def by_size(rounds: int) -> dict[str, Any]:
+    """Figures for each size of a row and of a batch."""
+    figures = {}
+    for row in (1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20):
+        ways = ways_to_gather(row, min(4000, (512 << 20) // row))
+        for batch in (8, 32, 256, 1024):
+            if batch * row <= 64 << 20:
+                title = f"rows of {row >> 10} KiB, batch {batch}"
+                turns = {name: partial(way, batch) for name, way in ways.items()}
+                figures[title] = report(title, interleaved(turns, rounds), "torch.stack")
+    return figures
+
+
+def ways_to_gather(row: int, count: int) -> dict[str, Callable[[int], Iterator[object]]]:
+    """By name: gathers some random batches out of `count` rows of `row` bytes."""
+    backend = HostBackend()
+    backend.configure(row + 16)
+    backend.grow(count, count)
+    memory = backend.memory()
+    assert memory is not None
+    pages = memory[: count * (row + 16)].fill_(1).view(count, -1)
+    rows = pages.view(torch.int64)[:, : row // 8]
+    by_path = dict(enumerate(rows.clone()))
+
+    def over(way: Callable[[list[int]], object]) -> Callable[[int], Iterator[object]]:
+        return lambda batch: map(way, torch.randint(0, count, (4, batch)).tolist())
+
+    return {
+        "HostBackend.gather": over(lambda at: backend.gather(at, [(0, row)])),
+        "index_select": over(lambda at: rows.index_select(0, torch.tensor(at))),
+        "torch.stack": over(lambda at: torch.stack([by_path[n] for n in at])),
+    }
+
+
 def main() -> None:
-    args = parser_for(__doc__, rounds=60).parse_args()
+    parser = parser_for(__doc__, rounds=60)
+    parser.add_argument("--busy", type=int, help="processes that compute meanwhile")
+    args = parser.parse_args()
+    if args.busy is not None:
+        endless = [sys.executable, "-c", "while True: pass"]
+        others = [subprocess.Popen(endless) for _ in range(args.busy)]
+        try:
+            save(args.json, by_size(args.rounds))
+        finally:
+            for process in others:
+                process.kill()
+        return
 
     features, labels = torch.randn(FILES, WIDTH), torch.arange(FILES).unsqueeze(1)
     pages = torch.zeros(FILES, PAGE, dtype=torch.uint8)

@@ -2,9 +2,10 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, overload
+from itertools import repeat
+from typing import Any, TypeGuard, overload
 
 import numpy as np
 import torch
@@ -71,33 +72,26 @@ class FeatureBatch(Sequence[Any]):
         values = self._values[number] if self._values else ()
         return build(
             layout.tree,
-            lambda n: next(iter(self._views(n, layout.leaves[n : n + 1], [number]))),
+            lambda n: self._view(n, layout.leaves[n], number),
             lambda n: copy_value(values[n]),
         )
 
     def __iter__(self) -> Iterator[Any]:
         """The features in order. Dicts of tensors take fewer steps than by `batch[i]`."""
-        numbers = range(len(self))
         tree = self._layouts[0].tree if self._layouts else 0
-        kinds = {layout.kind for layout in self._layouts}
-        if len(kinds) > 1 or not isinstance(tree, Branch) or tree.kind is not dict:
-            return map(self.__getitem__, numbers)
-        keys = tree.keys
-        if not keys or tree.children != tuple(range(len(keys))):
-            return map(self.__getitem__, numbers)
+        if len({layout.kind for layout in self._layouts}) > 1 or not _is_dict_of_leaves(tree):
+            return map(self.__getitem__, range(len(self)))
+        view, numbers = self._view, range(len(self))
         leaves = zip(*(layout.leaves for layout in self._layouts), strict=True)
-        columns = [self._views(at, of_all, numbers) for at, of_all in enumerate(leaves)]
-        features = zip(*columns, strict=True)
-        return (dict(zip(keys, feature, strict=True)) for feature in features)
+        columns = [
+            map(view, repeat(at), of_all if len(of_all) > 1 else repeat(of_all[0]), numbers)
+            for at, of_all in enumerate(leaves)
+        ]
+        return (dict(zip(tree.keys, row, strict=True)) for row in zip(*columns, strict=True))
 
     @abstractmethod
-    def _views(
-        self, at: int, leaves: Sequence[Leaf], numbers: Sequence[int]
-    ) -> Iterable[torch.Tensor]:
-        """Leaf `at` of the features `numbers`, as views.
-
-        `leaves` has that leaf of each of them, or one if it is the same in all.
-        """
+    def _view(self, at: int, leaf: Leaf, number: int) -> torch.Tensor:
+        """Leaf `at` of feature `number`, as a view. `leaf` is where its layout has it."""
 
     @abstractmethod
     def _stack(self, at: int, leaves: Sequence[Leaf]) -> torch.Tensor:
@@ -191,10 +185,8 @@ class ColumnBatch(FeatureBatch):
         super().__init__(device, paths, (layout,), values)
         self._columns = columns
 
-    def _views(
-        self, at: int, leaves: Sequence[Leaf], numbers: Sequence[int]
-    ) -> Iterable[torch.Tensor]:
-        return map(self._columns[at].__getitem__, numbers)
+    def _view(self, at: int, leaf: Leaf, number: int) -> torch.Tensor:
+        return self._columns[at][number]
 
     def _collate(self, ragged: RaggedOptions) -> Any:
         stacked = ragged.modes == "error"
@@ -231,17 +223,16 @@ class PageBatch(FeatureBatch):
         super().__init__(device, paths, layouts, values)
         self._block = block
         self._starts = np.asarray(starts, np.int64)
+        # By dtype. One view for each leaf takes half the time of a slice, a dtype and a shape.
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
 
-    def _views(
-        self, at: int, leaves: Sequence[Leaf], numbers: Sequence[int]
-    ) -> Iterable[torch.Tensor]:
-        # One view of a block of its dtype for each leaf takes half the time of a chain of views.
-        dtype = leaves[0].dtype
-        block = self._block.view(dtype)
-        starts = self._starts[numbers] + np.array([leaf.offset for leaf in leaves])
-        places = block.storage_offset() + starts // dtype.itemsize
-        shapes = [leaf.shape for leaf in leaves] * (len(numbers) if len(leaves) == 1 else 1)
-        return map(block.as_strided, shapes, map(_strides, shapes), places.tolist())
+    def _view(self, at: int, leaf: Leaf, number: int) -> torch.Tensor:
+        dtype, shape, offset, _ = leaf
+        block = self._typed.get(dtype)
+        if block is None:
+            block = self._typed[dtype] = self._block.view(dtype)
+        place = (self._starts.item(number) + offset) // dtype.itemsize
+        return block.as_strided(shape, _strides(shape), block.storage_offset() + place)
 
     def _stack(self, at: int, leaves: Sequence[Leaf]) -> torch.Tensor:
         leaf = leaves[0]
@@ -258,6 +249,15 @@ class PageBatch(FeatureBatch):
     def _bytes_of(self, at: int, leaves: Sequence[Leaf]) -> tuple[torch.Tensor, Numbers]:
         offsets = np.array([leaf.offset for leaf in leaves])
         return self._block, self._starts[: len(self)] + offsets
+
+
+def _is_dict_of_leaves(tree: Tree) -> TypeGuard[Any]:
+    return (
+        isinstance(tree, Branch)
+        and tree.kind is dict
+        and len(tree.children) > 0
+        and tree.children == tuple(range(len(tree.children)))
+    )
 
 
 @lru_cache(maxsize=4096)
