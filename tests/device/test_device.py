@@ -222,8 +222,9 @@ assert len(os.listdir("/proc/self/task")) > before  # else the test shows nothin
 """
 
 
-@given(st.data(), st.sampled_from(["host", "staged"]))
-def test_stretches_are_joined_end_to_end(data: st.DataObject, kind: str) -> None:
+@given(st.data(), st.sampled_from(["host", "staged"]), st.booleans())
+def test_stretches_are_joined_end_to_end(data: st.DataObject, kind: str, whole: bool) -> None:
+    """As stretches, and page by page."""
     backend: Any = HostBackend() if kind == "host" else AcceleratorBackend(InOrderRuntime(CPU))
     backend.configure(48)
     assert backend.grow(9, 9) == 9
@@ -231,7 +232,12 @@ def test_stretches_are_joined_end_to_end(data: st.DataObject, kind: str) -> None
     upload(backend, [[page] for page in range(9)], [bytes(row.tolist()) for row in rows])
     first = data.draw(st.lists(st.integers(0, 8), max_size=5))
     counts = [data.draw(st.integers(1, 9 - page)) for page in first]
-    joined = backend.join(np.array(first, np.int64), np.array(counts, np.int64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "_LONG", 1 if whole else 1 << 40)
+        joined = backend.join(np.array(first, np.int64), np.array(counts, np.int64))
+        for bad in (-1, 1 << 50):
+            with pytest.raises(IndexError):
+                backend.join(np.array([*first, bad]), np.array([*counts, 1]))
     expected = [rows[page : page + n].flatten() for page, n in zip(first, counts, strict=True)]
     assert joined.dtype == torch.uint8 and joined.dim() == 1
     assert torch.equal(joined, torch.cat([rows[:0].flatten(), *expected]))
