@@ -98,8 +98,12 @@ class Gatherer:
         return in_place.collate(ragged)
 
     def _join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
-        pages = np.array([page for pages in placements for page in pages])
-        return self._backend.join(pages, np.ones(len(pages), np.int64))
+        if all(type(pages) is range for pages in placements):
+            first = np.array([pages[0] if pages else 0 for pages in placements])
+            counts = np.array([len(pages) for pages in placements])
+            return self._backend.join(first[counts > 0], counts[counts > 0])
+        single = np.array([page for pages in placements for page in pages])
+        return self._backend.join(single, np.ones(len(single), np.int64))
 
     def _no_bytes(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device=self._backend.device)
