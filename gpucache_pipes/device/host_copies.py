@@ -49,7 +49,7 @@ def select_rows(rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
     Raises IndexError for a row that `rows` does not have.
     """
-    count, words = len(at), rows.shape[1]
+    count, words = at.numel(), rows.size(1)
     most = _GRAIN // words
     if count <= most:
         return rows.index_select(0, at)
