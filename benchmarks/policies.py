@@ -8,8 +8,6 @@ epoch and all of the next one.
 `--cost` measures the time of the policies instead.
 """
 
-import heapq
-import random
 import statistics
 import time
 from array import array
@@ -19,110 +17,14 @@ from typing import Any
 
 import torch
 from _common import parser_for, save
+from _workloads import FILES, Epochs, Workload, belady, shuffled, workloads
 
 from gpucache_pipes import GPUFeatureStore, GPUPrefetcher, PathLister, Trace, simulate
 from gpucache_pipes.cache import AccessPlan
 from gpucache_pipes.cache.policies import make_policy
 
-FILES = 2000
-EPOCHS = 20
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 OTHERS = ("lru", "sieve", "s3fifo", "w-tinylfu", "keep", "lfu", "fifo")
-NEVER = 1 << 60
-
-Epochs = list[list[int]]
-Turns = list[tuple[int, int | None]]
-
-
-def shuffled(seed: int, files: range, epochs: int = EPOCHS) -> Epochs:
-    numbers = random.Random(seed)
-    return [numbers.sample(files, len(files)) for _ in range(epochs)]
-
-
-def weighted(seed: int, exponent: float) -> Epochs:
-    numbers = random.Random(seed)
-    files = numbers.sample(range(FILES), FILES)
-    weights = [1 / (rank + 1) ** exponent for rank in range(FILES)]
-    return [numbers.choices(files, weights, k=FILES) for _ in range(EPOCHS)]
-
-
-def curriculum(seed: int, window: int) -> Epochs:
-    """Epochs over a shuffled window of the files, which slides from the first to the last one."""
-    numbers = random.Random(seed)
-    starts = [round((FILES - window) * epoch / (EPOCHS - 1)) for epoch in range(EPOCHS)]
-    return [numbers.sample(range(start, start + window), window) for start in starts]
-
-
-def scenarios() -> dict[str, tuple[list[Epochs], Turns]]:
-    """The epochs of each pipeline, and how they take turns."""
-    alone: Turns = [(0, None)] * EPOCHS
-    large, small = range(FILES * 2 // 3), range(FILES * 2 // 3, FILES)
-    train, validation = range(FILES * 4 // 5), range(FILES * 4 // 5, FILES)
-    return {
-        "shuffled": ([shuffled(1, range(FILES))], alone),
-        "sequential": ([[[*range(FILES)]] * EPOCHS], alone),
-        "zipf 0.8": ([weighted(2, 0.8)], alone),
-        "zipf 1.0": ([weighted(3, 1.0)], alone),
-        "curriculum, half": ([curriculum(4, FILES // 2)], alone),
-        "curriculum, quarter": ([curriculum(4, FILES // 4)], alone),
-        "two interleaved": (
-            [shuffled(5, large), shuffled(6, small, 2 * EPOCHS)],
-            [(turn % 2, 64) for turn in range(2 * EPOCHS * (len(large) // 64 + 1))],
-        ),
-        "train + validation": (
-            [shuffled(7, train), shuffled(8, validation)],
-            [(turn % 2, None) for turn in range(2 * EPOCHS)],
-        ),
-    }
-
-
-def belady(trace: Trace, places: int, foresight: bool) -> int:
-    """Hits of Belady's rule with bypass.
-
-    With `foresight`, the rule knows only the requests of this epoch and of the next one.
-    """
-    keys, owners, epochs = [], [], []
-    epoch_of: dict[object, int] = {}
-    for turn in trace.turns:
-        epoch_of[turn.owner] = epoch_of.get(turn.owner, -1) + turn.begins
-        for key in turn.keys:
-            keys.append(key)
-            owners.append(turn.owner)
-            epochs.append(epoch_of[turn.owner])
-    following = [NEVER] * len(keys)
-    last: dict[int, int] = {}
-    for at in range(len(keys) - 1, -1, -1):
-        following[at] = last.get(keys[at], NEVER)
-        last[keys[at]] = at
-    now_in: dict[object, int] = {}
-
-    def visible(at: int) -> int:
-        known = at < NEVER and epochs[at] <= now_in.get(owners[at], -1) + 1
-        return at if known or not foresight else NEVER
-
-    hits = 0
-    next_use: dict[int, int] = {}
-    cached: dict[int, int] = {}
-    heap: list[tuple[int, int]] = []
-    for at, key in enumerate(keys):
-        if now_in.get(owners[at]) != epochs[at]:
-            now_in[owners[at]] = epochs[at]
-            cached = {k: visible(next_use[k]) for k in cached}
-            heap = [(-due, k) for k, due in cached.items()]
-            heapq.heapify(heap)
-        next_use[key] = following[at]
-        due = visible(following[at])
-        if key in cached:
-            hits += 1
-        elif len(cached) == places:
-            while cached.get(heap[0][1]) != -heap[0][0]:
-                heapq.heappop(heap)
-            if -heap[0][0] <= due:
-                continue
-            del cached[heapq.heappop(heap)[1]]
-        cached[key] = due
-        heapq.heappush(heap, (-due, key))
-    return hits
 
 
 class Orders:
@@ -146,8 +48,9 @@ class Orders:
         return (paths[at : at + self.batch] for at in range(0, len(paths), self.batch))
 
 
-def serve(pipelines: list[Epochs], turns: Turns, places: int, known: bool, batch: int = 20) -> int:
-    """Hits of a GPUFeatureStore behind nodes, for the same requests."""
+def serve(workload: Workload, places: int, known: bool, batch: int = 20) -> tuple[int, int]:
+    """Hits and evictions of a GPUFeatureStore behind nodes, for the same requests."""
+    pipelines = workload.pipelines
     store = GPUFeatureStore(
         "cpu", max_cache_items=places, asynchronous=False, load_fn=lambda _: torch.zeros(1)
     )
@@ -160,7 +63,7 @@ def serve(pipelines: list[Epochs], turns: Turns, places: int, known: bool, batch
         running.append(_requests(GPUPrefetcher(source, store, depth=2), epochs, batch))
     at = [0] * len(pipelines)
     with store:
-        for which, count in turns:
+        for which, count in workload.turns:
             epochs = pipelines[which]
             epoch, position = divmod(at[which], len(epochs[0]))
             if epoch == len(epochs):
@@ -171,7 +74,7 @@ def serve(pipelines: list[Epochs], turns: Turns, places: int, known: bool, batch
             for _ in range(position, position + step):
                 next(running[which], None)
         store.check()
-        return store.stats().hits
+        return store.stats().hits, store.stats().evictions
 
 
 def _requests(node: GPUPrefetcher, epochs: Epochs, batch: int) -> Iterator[None]:
@@ -185,40 +88,49 @@ def _requests(node: GPUPrefetcher, epochs: Epochs, batch: int) -> Iterator[None]
 
 
 def compare(through_store: bool) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+    """Print and return hit rates, and evictions divided by requests."""
+    rates: dict[str, dict[str, float]] = {}
+    evicted: dict[str, dict[str, float]] = {}
     names = ("belady", "foresight", "known", "unknown", *OTHERS)
-    print(f"{'':24}" + "".join(f"{name:>10}" for name in names))
-    for name, (pipelines, turns) in scenarios().items():
-        known = Trace.pipelines(pipelines, turns, known=True)
-        unknown = Trace.pipelines(pipelines, turns, known=False)
+    cleared = ("belady", "foresight", "known", "unknown")
+    print(f"{'':26}{'hits':>9}{'evictions':>{9 * len(names) + 4}}")
+    print(" " * 26 + "".join(f"{name[:9]:>10}" for name in (*names, *cleared)))
+    for name, workload in workloads().items():
+        known, unknown = workload.trace(known=True), workload.trace(known=False)
         could = len(known) - len(known.names)
         for share in SHARES:
             places = int(share * len(known.names))
-            hits = {
+            counts = {
                 "belady": belady(known, places, foresight=False),
                 "foresight": belady(known, places, foresight=True),
-                "known": simulate(known, places).hits,
-                "unknown": simulate(unknown, places).hits,
+                "known": simulated(known, places),
+                "unknown": simulated(unknown, places),
             }
-            if through_store:
-                hits["known"] = serve(pipelines, turns, places, known=True)
-                hits["unknown"] = serve(pipelines, turns, places, known=False)
-            hits |= {policy: simulate(unknown, places, policy).hits for policy in OTHERS}
-            rates = {contender: count / could for contender, count in hits.items()}
-            figures[f"{name}, {share:.0%}"] = rates
-            cells = "".join(f"{rates[contender]:10.3f}" for contender in names)
-            print(f"{name:20}{share:4.0%}{cells}", flush=True)
+            if through_store and workload.distort is None:
+                counts["known"] = serve(workload, places, known=True)
+                counts["unknown"] = serve(workload, places, known=False)
+            counts |= {policy: simulated(unknown, places, policy) for policy in OTHERS}
+            case = f"{name}, {share:.0%}"
+            rates[case] = {who: hits / could for who, (hits, _) in counts.items()}
+            evicted[case] = {who: count / len(known) for who, (_, count) in counts.items()}
+            cells = [rates[case][who] for who in names] + [evicted[case][who] for who in cleared]
+            print(f"{name:22}{share:4.0%}" + "".join(f"{cell:10.3f}" for cell in cells), flush=True)
     best = ("lru", "sieve", "s3fifo", "w-tinylfu", "keep")
     worst = {
-        "known less foresight": min(r["known"] - r["foresight"] for r in figures.values()),
-        "foresight less belady": min(r["foresight"] - r["belady"] for r in figures.values()),
+        "known less foresight": min(r["known"] - r["foresight"] for r in rates.values()),
+        "foresight less belady": min(r["foresight"] - r["belady"] for r in rates.values()),
         "unknown less the best of " + ", ".join(best): min(
-            r["unknown"] - max(r[policy] for policy in best) for r in figures.values()
+            r["unknown"] - max(r[policy] for policy in best) for r in rates.values()
         ),
     }
     for what, difference in worst.items():
         print(f"{what}: {100 * difference:+.1f} points at worst")
-    return {"rates": figures, "worst": worst}
+    return {"rates": rates, "evictions": evicted, "worst": worst}
+
+
+def simulated(trace: Trace, places: int, policy: str = "clairvoyant") -> tuple[int, int]:
+    result = simulate(trace, places, policy)
+    return result.hits, result.evictions
 
 
 def cost(files: int, rounds: int) -> dict[str, Any]:
@@ -303,7 +215,7 @@ def draw(rates: dict[str, dict[str, float]], path: str) -> None:
     """Draw a panel for each workload."""
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(case.rpartition(",")[0] for case in rates))
+    names = list(dict.fromkeys(case.rpartition(",")[0] for case in rates))[:8]
     figure, panels = plt.subplots(2, 4, figsize=(13, 6), sharex=True, layout="constrained")
     lines = {"known": "clairvoyant, order known", "unknown": "clairvoyant, order unknown"}
     lines |= {name: name for name in ("w-tinylfu", "sieve", "s3fifo", "keep", "lru")}

@@ -103,6 +103,8 @@ def simulate(
             else:
                 served.read += size
         cache.report(turn.owner)
+        if turn.ends:
+            policy.retract(turn.owner)
     for served in everything:
         result.requests += served.requests
         result.hits += served.hits

@@ -16,6 +16,7 @@ class Turn:
         upcoming: the requests that the pipeline announces before the turn, or None: the rest of
             this epoch and all of the next one.
         left: how many of the announced requests belong to this epoch.
+        ends: whether the pipeline ends with the turn, and retracts what it has announced.
     """
 
     owner: object
@@ -23,6 +24,7 @@ class Turn:
     begins: bool = False
     upcoming: "array[int] | None" = None
     left: int = 0
+    ends: bool = False
 
 
 class Trace:
@@ -94,7 +96,8 @@ class Trace:
             end = len(keys) if count is None else min(begin + count, len(keys))
             at[which] = (epoch, end) if end < len(keys) else (epoch + 1, 0)
             upcoming = sum(following, keys) if known and begin == 0 else None
-            trace.turns.append(Turn(which, keys[begin:end], begin == 0, upcoming, len(keys)))
+            ends = at[which][0] == len(numbered[which])
+            trace.turns.append(Turn(which, keys[begin:end], begin == 0, upcoming, len(keys), ends))
         return trace
 
     def _numbered(self, requests: Iterable[Hashable]) -> "array[int]":
