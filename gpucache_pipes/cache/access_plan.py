@@ -1,9 +1,11 @@
 """The requests that a pipeline has announced, and how far it has followed them."""
 
 from array import array
-from collections import deque
-from collections.abc import Container, Iterable, Sequence
-from itertools import compress, repeat
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 _BLOCK = 1024
 """Positions for each byte of the coarse index of marks."""
@@ -42,18 +44,28 @@ class AccessPlan:
         keys: the announced sequence.
         end: the number of announced requests. As a next use it means that none is known.
         left: as given.
+        last_repeated: the last position whose key is requested again later, or -1.
         position: one past the farthest announced request that the pipeline has made.
         unannounced: unannounced requests minus announced ones; negative while the plan holds.
     """
 
-    def __init__(self, keys: Iterable[int], left: int | None = None) -> None:
-        self.keys = keys if isinstance(keys, array) else array("i", keys)
-        self.end = len(self.keys)
+    # Single items are read from arrays of the module `array`, which is several times as fast as
+    # from NumPy's; `_view` gives NumPy the same memory.
+
+    def __init__(
+        self, keys: "Iterable[int] | NDArray[np.integer]", left: int | None = None
+    ) -> None:
+        if isinstance(keys, np.ndarray):
+            self.keys = array("i", keys.astype(np.intc).tobytes())
+        else:
+            self.keys = keys if isinstance(keys, array) else array("i", keys)
+        sequence = _view(self.keys)
+        self.end = len(sequence)
         self.left = self.end if left is None else left
         if not 0 <= self.left <= self.end:
             raise ValueError(f"left={left} must be between 0 and {self.end}, the number of keys")
-        if min(self.keys, default=0) < 0:
-            raise ValueError(f"key {min(self.keys)} is negative; keys are file numbers from 0 on")
+        if (least := int(sequence.min(initial=0))) < 0:
+            raise ValueError(f"key {least} is negative; keys are file numbers from 0 on")
         self.position = 0
         self.unannounced = 0
         # The largest distance seen between a request and `position`: 0 while requests are made in
@@ -61,37 +73,35 @@ class AccessPlan:
         self._max_displacement = 0
         # By key: a lower bound of its next use, advanced when `next_use` is called. By position:
         # the next position of the same key.
-        self._next_by_key = array("i", [self.end]) * (max(self.keys, default=-1) + 1)
-        self._next_by_position = array("i")
-        for begin, end in ((self.left, self.end), (0, self.left)):
-            self._next_by_position = self._link(begin, end) + self._next_by_position
+        self._next_by_key = array("i", [self.end]) * (int(sequence.max(initial=-1)) + 1)
+        self._next_by_position = array("i", bytes(sequence.nbytes))
+        self._link(self.left, self.end)
+        self._link(0, self.left)
+        (repeated,) = np.nonzero(_view(self._next_by_position) < self.end)
+        self.last_repeated = int(repeated[-1]) if len(repeated) else -1
         # By position: 1 if it is marked. By block of positions: 0 if it has no marks. Both have
         # room for `end`, the next use of keys that have none, which is never marked.
         self._marks = bytearray(self.end + 1)
         self._blocks = bytearray(b"\1") * (self.end // _BLOCK + 1)
-        _set_all(self._marks, self._next_by_key, repeat(1))
+        _view(self._marks, np.uint8)[_view(self._next_by_key)] = 1
         self._marks[self.end] = 0
         # `mark_next_uses` has processed the requests before this position.
         self._marked_before = 0
 
-    def _link(self, begin: int, end: int) -> "array[int]":
-        """The next position of the same key, for each position from `begin` to `end`.
+    def _link(self, begin: int, end: int) -> None:
+        """Find the next position of the same key, for each position from `begin` to `end`.
 
-        Advances `_next_by_key` from `end` to `begin`; the positions after `end` must be linked.
+        Moves `_next_by_key` from `end` to `begin`; the positions after `end` must be linked.
         """
-        keys, first = self.keys[begin:end].tolist(), self._next_by_key
-        seen = bytearray(len(first))
-        _set_all(seen, keys, repeat(1))
-        if seen.count(1) == len(keys):  # no key repeats: avoids a Python step for each key
-            following = array("i", map(first.__getitem__, keys))
-            _set_all(first, keys, range(begin, end))
-            return following
-        following = array("i", bytes(4 * len(keys)))
-        for at in range(len(keys) - 1, -1, -1):
-            key = keys[at]
-            following[at] = first[key]
-            first[key] = begin + at
-        return following
+        keys, first = _view(self.keys)[begin:end], _view(self._next_by_key)
+        following = _view(self._next_by_position)[begin:end]
+        positions = np.arange(begin, end, dtype=np.intc)
+        following[:] = first[keys]
+        first[keys[::-1]] = positions[::-1]  # of equal keys the first one counts
+        if (first[keys] != positions).any():  # keys repeat; sorting them takes most of the time
+            order = np.argsort(keys, kind="stable")
+            (again,) = np.nonzero(keys[order[1:]] == keys[order[:-1]])
+            following[order[again]] = positions[order[again + 1]]
 
     def follow(self, keys: Sequence[int]) -> bool:
         """Note that the pipeline has requested `keys`, in this order.
@@ -132,27 +142,31 @@ class AccessPlan:
             self._next_by_key[key] = position
         return position
 
-    def mark_next_uses(self, cached: Container[int]) -> Sequence[int]:
-        """Mark the next uses of `cached` keys at positions passed since the last call.
+    def split(self, keys: Collection[int]) -> tuple[list[int], list[int]]:
+        """The ones among `keys` that the plan has, and the others; before the first request."""
+        given = np.fromiter(keys, np.intc, len(keys))
+        first = np.append(_view(self._next_by_key), np.intc(self.end))
+        announced = first[np.minimum(given, len(first) - 1)] < self.end
+        return given[announced].tolist(), given[~announced].tolist()
 
-        Returns the keys among these that have no next use.
+    def mark_next_uses(self) -> list[int]:
+        """Mark the next uses of the keys at the positions passed since the last call.
+
+        Returns the keys among these that have no next use, in the order of their requests.
         """
-        begin, end = self._marked_before, self.position
-        if begin == end:
-            return ()
-        self._marked_before = end
-        keys, following = self.keys[begin:end], self._next_by_position[begin:end]
-        next_uses = list(compress(following, map(cached.__contains__, keys)))
-        self._mark_all(next_uses)
-        if self.end not in next_uses:
-            return ()
-        return [k for k, at in zip(keys, following, strict=True) if at == self.end and k in cached]
+        if self._marked_before == self.position:
+            return []
+        passed = slice(self._marked_before, self.position)
+        self._marked_before = self.position
+        following = _view(self._next_by_position)[passed]
+        self._mark_all(following)
+        last_uses: list[int] = _view(self.keys)[passed][following == self.end].tolist()
+        return last_uses
 
-    def _mark_all(self, positions: Sequence[int]) -> None:
-        _set_all(self._marks, positions, repeat(1))
+    def _mark_all(self, positions: NDArray[np.intc]) -> None:
+        _view(self._marks, np.uint8)[positions] = 1
         self._marks[self.end] = 0
-        for block in {position // _BLOCK for position in positions}:
-            self._blocks[block] = 1
+        _view(self._blocks, np.uint8)[positions // _BLOCK] = 1
 
     def mark(self, position: int) -> None:
         """Mark a position, so that `farthest` finds it."""
@@ -173,8 +187,6 @@ class AccessPlan:
         return -1
 
 
-def _set_all(
-    target: "array[int] | bytearray", positions: Iterable[int], values: Iterable[int]
-) -> None:
-    """`target[position] = value` for each pair, without a Python step for each."""
-    deque(map(target.__setitem__, positions, values), maxlen=0)
+def _view(values: "array[int] | bytearray", dtype: type = np.intc) -> NDArray[Any]:
+    """A NumPy array over the same memory."""
+    return np.frombuffer(values, dtype)

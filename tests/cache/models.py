@@ -3,6 +3,7 @@
 Each returns the number of hits, and the evicted keys in order.
 """
 
+import math
 from collections.abc import Sequence
 
 
@@ -170,30 +171,42 @@ def w_tinylfu(trace: Sequence[int], places: int) -> tuple[int, list[int]]:
 
 
 def belady(
-    trace: Sequence[int], places: int, pinned: Sequence[set[int]] | None = None
+    trace: Sequence[int],
+    places: int,
+    pinned: Sequence[set[int]] | None = None,
+    *,
+    sparing: bool = False,
 ) -> tuple[int, list[int]]:
     """Belady's rule with bypass, by a search for the next use each time.
 
     The keys `pinned[i]` cannot be evicted at request i. Of keys without a next use, the least
-    recently used one is evicted first.
+    recently used one is evicted first. With `sparing`, a key without a next use replaces nothing,
+    and next uses count as equal if no key is used twice from the nearer one on.
     """
     cached: dict[int, int] = {}  # with the time of the last use
     evicted_keys, hits = [], 0
     for now, key in enumerate(trace):
 
-        def rank(k: int, now: int = now) -> tuple[float, int]:
-            following = (i for i in range(now + 1, len(trace)) if trace[i] == k)
-            used = cached.get(k, now)
-            return (next(following, float("inf")), -used)
+        def next_use(k: int, now: int = now) -> float:
+            return next((i for i in range(now + 1, len(trace)) if trace[i] == k), math.inf)
 
         if key in cached:
             hits += 1
         elif len(cached) == places:
             free = [k for k in cached if pinned is None or k not in pinned[now]]
-            farthest = max([*free, key], key=rank)
-            if farthest == key:
+            # The farthest first; of those without a next use, the least recently used one.
+            candidates = sorted(free, key=lambda k: (-next_use(k), cached[k]))
+            nearest = next_use(key)
+            rest = trace[int(nearest) :] if nearest < math.inf else ()
+            if sparing and len(set(rest)) == len(rest):
+                candidates = [k for k in candidates if next_use(k) == math.inf > nearest]
+            elif nearest < math.inf:
+                candidates = [k for k in candidates if next_use(k) > nearest]
+            else:
+                candidates = [k for k in candidates if next_use(k) == math.inf]
+            if not candidates:
                 continue
-            evicted_keys.append(farthest)
-            del cached[farthest]
+            evicted_keys.append(candidates[0])
+            del cached[candidates[0]]
         cached[key] = now
     return hits, evicted_keys

@@ -1,10 +1,13 @@
 """Eviction through the real store and nodes, with and without announced access plans."""
 
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchdata.nodes as tn
@@ -255,13 +258,24 @@ def test_several_pipelines_and_several_stores() -> None:
 @given(
     st.lists(st.integers(0, 9), max_size=40),
     st.lists(st.lists(st.integers(0, 9), max_size=8), max_size=10),
+    st.sampled_from(
+        [list, partial(array, "i"), partial(np.array, dtype="i4"), partial(np.array, dtype="i8")]
+    ),
     st.data(),
 )
 def test_an_access_plan_that_holds_knows_each_next_use(
-    keys: list[int], others: list[list[int]], data: st.DataObject
+    keys: list[int], others: list[list[int]], kind: Any, data: st.DataObject
 ) -> None:
-    plan = AccessPlan(keys, data.draw(st.integers(0, len(keys))))
-    at = 0
+    left = data.draw(st.integers(0, len(keys)))
+    plan = AccessPlan(kind(keys), left)
+    cached = data.draw(st.lists(st.integers(0, 12), unique=True))
+    assert plan.split(cached) == (
+        [key for key in cached if key in keys],
+        [key for key in cached if key not in keys],
+    )
+    again = [at for at, key in enumerate(keys) if key in keys[at + 1 :]]
+    assert plan.last_repeated == max(again, default=-1)
+    at = marked = 0
     while at < len(keys):
         count = data.draw(st.integers(1, 6))
         assert plan.follow(keys[at : at + count])
@@ -269,6 +283,14 @@ def test_an_access_plan_that_holds_knows_each_next_use(
         for key in range(11):
             expected = keys.index(key, at) if key in keys[at:] else len(keys)
             assert plan.next_use(key) == expected
+        if data.draw(st.booleans()):
+            passed = range(marked, at)
+            assert plan.mark_next_uses() == [keys[p] for p in passed if p not in again]
+            marked = at
+            farthest = plan.farthest()
+            assert farthest >= max(
+                (keys.index(k, at) for k in keys[:at] if k in keys[at:]), default=-1
+            )
     # It gives valid answers after any other requests, too.
     plan = AccessPlan(keys, len(keys) // 2)
     for requested in others:
@@ -293,9 +315,19 @@ def test_the_farthest_mark_is_found(marked: set[int], unmarked: set[int]) -> Non
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_batch_of_misses_does_not_skip_its_own_keys_for_each_of_them(warm: bool) -> None:
     feature = torch.ones(4)
-    files = [f"/data/{number}" for number in range(2000)]
-    proposed = 0
+    random_numbers = random.Random(0)
+    orders = [random_numbers.choices(range(2000), k=2000) for _ in range(4)]
     policy = make_policy("clairvoyant")
+    victims, proposed, scans = policy.victims, 0, 0
+
+    def counted(key: int) -> Iterator[int]:
+        nonlocal proposed, scans
+        scans += 1
+        for victim in victims(key):
+            proposed += 1
+            yield victim
+
+    policy.victims = counted  # type: ignore[method-assign]
     with GPUFeatureStore(
         "cpu",
         load_fn=lambda path: feature,
@@ -304,25 +336,20 @@ def test_a_batch_of_misses_does_not_skip_its_own_keys_for_each_of_them(warm: boo
         policy=policy,
     ) as store:
         if warm:
-            store.warm(files, progress=False)
-        victims = policy.victims
+            store.warm(names(2000), progress=False)
+        hits_of_epochs(store, GPUPrefetcher(lister(orders, 100), store, depth=2), 4)
+        assert store.stats().evictions > 1000
+    assert 0 < proposed < 8 * scans
 
-        def counted(key: int) -> Iterator[int]:
-            nonlocal proposed
-            for victim in victims(key):
-                proposed += 1
-                yield victim
 
-        nodes = GPUPrefetcher(PathLister(files, batch_size=100, shuffle=True), store, depth=2)
-        for epoch in range(4):
-            if epoch == 1:
-                policy.victims = counted
-            before = store.stats()
-            nodes.reset()
-            assert sum(len(batch) for batch in nodes) == 2000
-            if epoch:
-                assert store.stats().since(before).misses == 1000
-    assert 0 < proposed < 8 * 3 * 1000
+def test_epochs_that_touch_each_file_once_evict_nothing() -> None:
+    for source in SOURCES.values():
+        random_numbers = random.Random(0)
+        orders = [random_numbers.sample(range(300), 300) for _ in range(6)]
+        with GPUFeatureStore("cpu", max_cache_items=120, load_fn=load, asynchronous=False) as store:
+            node = GPUPrefetcher(source(orders, 10), store, depth=2)
+            assert hits_of_epochs(store, node, 6) == [0] + [120] * 5
+            assert not store.stats().evictions
 
 
 @pytest.mark.parametrize("policy", ["clairvoyant", "lru", "w-tinylfu"])

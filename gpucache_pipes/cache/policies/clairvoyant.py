@@ -1,34 +1,28 @@
-"""Belady's algorithm over the access plans of pipelines."""
+"""The default policy: each pipeline on its own, and what several on one store add."""
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from heapq import merge
 
 from gpucache_pipes.cache.access_plan import AccessPlan
 from gpucache_pipes.cache.policies.base import BasePolicy, Key
-from gpucache_pipes.cache.policies.eviction_scan import Proposed, SkippedVictims
-from gpucache_pipes.cache.policies.pipeline import NEVER, Pipeline
+from gpucache_pipes.cache.policies.member import LATE, Member
+from gpucache_pipes.cache.policies.schedule import Clock
 
-_MAX_UNANNOUNCED = 64
-"""Drop a plan when unannounced requests exceed announced ones by more than this many."""
-
-_IGNORED_ANNOUNCEMENTS = 8
-"""Ignore this many announcements after that: each trial disturbs the order of an epoch."""
+_SIMILAR = 1.25
+"""Without plans, periods of pipelines count as equal if they differ by less than this factor."""
 
 
 class Clairvoyant(BasePolicy):
     """Evicts the feature whose next use is farthest ahead, and bypasses a new feature if its own
-    next use is farther still.
+    next use is farther still, or if the replacement would bring no hit.
 
-    With all requests known in advance no policy has fewer misses (Belady, "A study of replacement
-    algorithms for a virtual-storage computer", IBM Systems Journal 1966; with bypass, since a
-    feature can be served without being cached). Pipelines announce the rest of their epoch and,
-    where it is known, the next one. Where several pipelines share a store, their schedules so far
-    tell when each of them makes its next requests; see Schedule.
+    Pipelines announce the rest of their epoch and, where it is known, the next one. Without an
+    announcement the policy expects each file once an epoch. Pipeline and ByEpoch have the rules for
+    one pipeline.
 
-    Without an announcement the policy expects each file once an epoch (ByEpoch). Where files repeat
-    within an epoch, it takes the policy that would have had the most hits recently (SetDueling).
-    All cached keys are compared by the estimated time until their next use. O(log n) amortised for
-    each request, with a very small constant for pipelines that follow their plan; see
-    AccessPlan. A comment in eviction_scan.py explains how victims are found while some are pinned.
+    Where several pipelines share a store, a cached key belongs to the pipeline that is expected to
+    use it next; if no plan announces it, to the one that used it last. Keys of different pipelines
+    are compared by the time until their next use, which Member estimates.
 
     Sizes play no part. A byte of the cache saves a byte of reading each time it is needed, so what
     is needed farthest ahead is worth least for each byte, be it large or small. A policy that
@@ -44,304 +38,116 @@ class Clairvoyant(BasePolicy):
     """
 
     def __init__(self) -> None:
-        # The number of requests of all pipelines; and its value when next uses were last updated
-        # and when schedules were last estimated.
-        self._now = self._updated_at = self._estimated_at = 0
-        self._pipelines: dict[object, Pipeline] = {}
-        # The pipeline, if there is exactly one.
-        self._only: Pipeline | None = None
+        self._clock = Clock()
+        self._pipelines: dict[object, Member] = {}
         # The pipeline of the latest request.
-        self._latest: Pipeline | None = None
-        # The pipeline that each cached key is filed under; None if its next use is marked in a
-        # plan instead.
-        self._cached: dict[Key, Pipeline | None] = {}
-        self._skipped = SkippedVictims(self._cached)
+        self._latest: Member | None = None
 
-    def _pipeline(self, owner: object) -> Pipeline:
-        pipeline = self._pipelines.get(owner)
-        if pipeline is None:
-            pipeline = self._pipelines[owner] = Pipeline(self._now)
-            self._update_only()
-        return pipeline
-
-    def _update_only(self) -> None:
-        pipelines = list(self._pipelines.values())
-        self._only = pipelines[0] if len(pipelines) == 1 else None
-
-    def _remove_silent_pipelines(self) -> None:
-        """Remove pipelines that have no plan and no cached keys, and are silent for long."""
-        patience = 4 * max(p.schedule.epoch_duration for p in self._pipelines.values())
-        for owner, pipeline in list(self._pipelines.items()):
-            if pipeline.is_empty() and pipeline.schedule.silence(self._now) > patience:
-                del self._pipelines[owner]
-        self._update_only()
-
-    def _resume_ended(self, new: Pipeline, owner: object, keys: Sequence[Key]) -> Pipeline:
-        """Continue an ended pipeline under a new owner, if it has used the same files.
-
-        Some training loops create another pipeline, over another source, for each epoch. `keys` are
-        the first requests of `owner`. Returns the ended pipeline, or `new` if there is none.
-        """
-        for other, old in self._pipelines.items():
-            seen = old.dueling.by_epoch.has_seen
-            if old.retracted and old.plan is None and 2 * sum(map(seen, keys)) > len(keys):
-                del self._pipelines[other]
-                self._pipelines[owner] = old
-                self._update_only()
-                old.retracted = False
-                old.schedule.begin_epoch(self._now - len(keys))
-                old.schedule.request(self._now - len(keys), len(keys))
-                old.dueling.begin_epoch()
-                return old
-        return new
-
-    # Events
+    def _pipeline(self, owner: object) -> Member:
+        pipelines = self._pipelines
+        if owner not in pipelines:
+            if self._latest is None and [*pipelines] == [None] and pipelines[None].plan is None:
+                # It stood for files that were loaded before any request.
+                pipelines[owner] = pipelines.pop(None)
+            else:
+                pipelines[owner] = Member(self._clock)
+        return pipelines[owner]
 
     def on_access(self, keys: Sequence[Key], owner: object) -> None:
         """See Policy."""
-        self._skipped.restore()
         pipeline = self._latest = self._pipeline(owner)
-        pipeline.retracted = False
-        pipeline.schedule.request(self._now, len(keys))
-        self._now += len(keys)
-        if pipeline.plan is not None:
-            if not pipeline.plan.follow(keys):
-                pipeline.out_of_order.update(keys)
-                if pipeline.plan.unannounced > _MAX_UNANNOUNCED:
-                    pipeline.ignored_announcements = _IGNORED_ANNOUNCEMENTS
-                    self.retract(owner)
-            return
-        is_new = not pipeline.dueling.by_epoch.known and pipeline.is_empty()
-        if is_new and len(self._pipelines) > 1:
-            pipeline = self._latest = self._resume_ended(pipeline, owner, keys)
+        pipeline.schedule.request(len(keys))
+        self._clock.now += len(keys)
+        pipeline.on_access(keys)
         if len(self._pipelines) > 1:
-            for key in keys:
-                holder = self._cached.get(key)
-                if holder is not None and holder is not pipeline:
-                    holder.remove_key(key)
-                    pipeline.add_key(key)
-                    self._cached[key] = pipeline
-        pipeline.dueling.on_access(keys)
+            self._clock.longest = max(p.schedule.busy for p in self._pipelines.values())
+            for other in self._pipelines.values():
+                other.restore()
+            self._sort(keys, pipeline)
 
     def on_insert(self, key: Key) -> None:
         """See Policy."""
-        self._cached[key] = None
-        plan = None if self._only is None else self._only.plan
-        if plan is not None and (position := plan.next_use(key)) < plan.end:
-            plan.mark(position)
-        else:
-            self._file_under_next_use(key, self._last_user(key))
+        (self._next_user(key) or self._latest or self._pipeline(None)).on_insert(key)
 
     def on_remove(self, key: Key) -> None:
         """See Policy."""
-        holder = self._cached.pop(key)
-        self._skipped.discard(key)
-        if holder is not None:
-            holder.remove_key(key)
+        holder = self._holder(key)
+        assert holder is not None
+        holder.on_remove(key)
 
     def begin_epoch(self, owner: object) -> None:
         """See Policy."""
-        self._skipped.restore()
         pipeline = self._pipeline(owner)
-        pipeline.schedule.begin_epoch(self._now)
-        pipeline.dueling.begin_epoch()
-        self._estimated_at = -1
-        self._remove_silent_pipelines()
+        pipeline.begin_epoch()
+        for other, old in list(self._pipelines.items()):
+            if old is not pipeline and old.is_over() and old.plan is None and not old.cached:
+                del self._pipelines[other]
 
     def announce(self, owner: object, plan: AccessPlan) -> None:
         """See Policy."""
-        self._skipped.restore()
         pipeline = self._pipeline(owner)
-        if pipeline.ignored_announcements:
-            pipeline.ignored_announcements -= 1
-            return
-        self._update_next_uses()
-        self._estimated_at = -1
-        pipeline.plan = plan
-        for key, holder in self._cached.items():
-            if holder is not None:
-                self._file_under_next_use(key, holder)
-            elif plan.next_use(key) == plan.end:
-                self._file_under_next_use(key, pipeline)
-        # For example the pipeline that stood for files loaded by a warm-up.
-        for other, old in list(self._pipelines.items()):
-            if old is not pipeline and old.is_empty() and not old.schedule.has_requested:
-                del self._pipelines[other]
-        self._update_only()
+        pipeline.announce(owner, plan)
+        if len(self._pipelines) > 1:
+            for holder in self._pipelines.values():
+                announced, others = plan.split(holder.cached)
+                self._sort(others if holder is pipeline else announced, holder)
 
     def retract(self, owner: object) -> None:
         """See Policy."""
-        self._skipped.restore()
-        pipeline = self._pipelines.get(owner)
-        if pipeline is None:
-            return
-        pipeline.retracted = True
-        if pipeline.plan is None:
-            return
-        self._update_next_uses()
-        self._estimated_at = -1
-        pipeline.plan = None
-        for key in pipeline.no_next_use:
-            pipeline.dueling.on_insert(key)
-        pipeline.no_next_use.clear()
-        for key, holder in self._cached.items():
-            if holder is None:
-                self._file_under_next_use(key, pipeline)
-
-    # Eviction scans
+        if (pipeline := self._pipelines.get(owner)) is not None:
+            pipeline.retract()
+            if len(self._pipelines) > 1:
+                self._sort(list(pipeline.cached), pipeline)
 
     def victims(self, key: Key) -> Iterator[Key]:
         """See Policy."""
-        self._update_next_uses()
-        # A single pipeline needs no estimates, which takes a third of the time.
-        if self._only is None:
-            return self._victims_of_all(key)
-        if self._only.plan is None:
-            return self._only.dueling.victims(key)
-        return self._victims_of_one(self._only, self._only.plan, key)
+        if len(self._pipelines) == 1:
+            (only,) = self._pipelines.values()
+            return only.victims(key)
+        return self._victims_of_all(key)
 
-    def _victims_of_one(self, pipeline: Pipeline, plan: AccessPlan, key: Key) -> Iterator[Key]:
-        limit = plan.next_use(key)
-        with self._skipped.scan() as proposed:
-            yield from pipeline.no_next_use
-            while (position := plan.farthest()) > limit:
-                plan.unmark(position)
-                candidate = plan.keys[position]
-                if candidate in self._cached and candidate not in proposed:
-                    if plan.next_use(candidate) == position:
-                        proposed[candidate] = plan, position
-                        yield candidate
-                    else:
-                        self._file_under_next_use(candidate, pipeline)
+    # Several pipelines
+
+    def _holder(self, key: Key) -> Member | None:
+        """The pipeline that a cached key belongs to."""
+        for pipeline in self._pipelines.values():
+            if key in pipeline.cached:
+                return pipeline
+        return None
+
+    def _next_user(self, key: Key) -> Member | None:
+        """The pipeline whose plan has the nearest use of a key, if one has any."""
+        if len(self._pipelines) == 1:
+            return next(iter(self._pipelines.values()))
+        announced = [p for p in self._pipelines.values() if p.announces(key)]
+        return min(announced, key=lambda p: p.time_until_use(key), default=None)
+
+    def _sort(self, keys: Sequence[Key], user: Member) -> None:
+        """Give the cached ones of `keys` to the pipelines that use them next, or else to `user`."""
+        for key in keys:
+            if (holder := self._holder(key)) is not None:
+                new = self._next_user(key) or user
+                if new is not holder:
+                    holder.on_remove(key)
+                    new.on_insert(key)
 
     def _victims_of_all(self, key: Key) -> Iterator[Key]:
-        self._estimate_schedules()
-        limit, pipeline, _ = self._next_use(key)
-        known = pipeline is not None
-        if not known:
-            limit = self._last_user(key).victim_groups(key)[0][0]
-        groups = [group for p in self._pipelines.values() for group in p.victim_groups(key)]
-        groups.sort(key=lambda group: -group[0])
-        with self._skipped.scan() as proposed:
-            for wait, keys in groups:
-                if wait < limit or (known and wait == limit):
-                    break
-                yield from self._victims_needed_after(wait, proposed)
-                yield from keys
-            yield from self._victims_needed_after(limit, proposed)
-
-    def _victims_needed_after(self, limit: float, proposed: Proposed) -> Iterator[Key]:
-        """Cached keys with a known next use later than `limit`, the latest first."""
-        pipelines = [p for p in self._pipelines.values() if p.plan is not None]
-        while True:
-            candidates = [
-                (p.time_until(at), p.plan, at)
-                for p in pipelines
-                if (at := self._farthest_next_use(p, proposed)) >= 0
-            ]
-            if not candidates:
-                return
-            wait, plan, position = max(candidates, key=lambda candidate: candidate[0])
-            if wait <= limit:
-                return
-            assert plan is not None
-            plan.unmark(position)
-            victim = plan.keys[position]
-            proposed[victim] = (plan, position)
+        pipelines = self._pipelines.values()
+        user = self._next_user(key) or self._latest or self._pipeline(None)
+        limit = own_limit = user.time_until_use(key)
+        if user.plan is None:
+            limit *= _SIMILAR
+        elif (
+            max(p.time_until_last_repeat() for p in pipelines) < limit < LATE
+            and not user.breaks_off
+            and sum(p.announces(key) for p in pipelines) == 1
+        ):
+            own_limit = LATE  # as in Pipeline.victims
+        candidates = [
+            p.candidates(key, own_limit) if p is user else p.candidates(None, limit)
+            for p in pipelines
+        ]
+        for _, victim in merge(*candidates, key=lambda candidate: candidate[0], reverse=True):
             yield victim
-
-    def _farthest_next_use(self, pipeline: Pipeline, proposed: Container[Key]) -> int:
-        """The last position of the plan that is the nearest next use of a cached key, or -1.
-
-        Keys that are already proposed do not count. Marks on the way that are out of date are
-        removed.
-        """
-        plan = pipeline.plan
-        assert plan is not None
-        while (position := plan.farthest()) >= 0:
-            key = plan.keys[position]
-            eligible = key in self._cached and key not in proposed
-            if eligible:
-                _, nearest, at = self._next_use(key)
-                if nearest is pipeline and at == position:
-                    return position
-            plan.unmark(position)
-            if eligible:
-                self._file_under_next_use(key, pipeline)
-        return -1
-
-    # Next uses
-
-    def _update_next_uses(self) -> None:
-        """Mark the next uses of the keys that were requested since the last call."""
-        if self._updated_at == self._now:
-            return
-        self._updated_at = self._now
-        for pipeline in self._pipelines.values():
-            if pipeline.plan is not None:
-                for key in pipeline.plan.mark_next_uses(self._cached):
-                    self._file_under_next_use(key, pipeline)
-                for key in pipeline.out_of_order & self._cached.keys():
-                    self._file_under_next_use(key, pipeline)
-                pipeline.out_of_order.clear()
-
-    def _file_under_next_use(self, key: Key, user: Pipeline) -> None:
-        """Mark the nearest next use of a cached key; file it under `user` if it has none."""
-        holder = self._cached[key]
-        if holder is not None:
-            holder.remove_key(key)
-        _, pipeline, position = self._next_use(key)
-        if pipeline is None:
-            user.add_key(key)
-            self._cached[key] = user
-        else:
-            assert pipeline.plan is not None
-            pipeline.plan.mark(position)
-            self._cached[key] = None
-
-    def _next_use(self, key: Key) -> tuple[float, Pipeline | None, int]:
-        """The nearest announced use of a key: the time until then, the pipeline, the position.
-
-        (NEVER, None, -1) if no plan has one.
-        """
-        nearest: tuple[float, Pipeline | None, int] = (NEVER, None, -1)
-        for pipeline in self._pipelines.values():
-            plan = pipeline.plan
-            if plan is not None and (position := plan.next_use(key)) != plan.end:
-                wait = pipeline.time_until(position)
-                if wait < nearest[0]:
-                    nearest = (wait, pipeline, position)
-        return nearest
-
-    def _last_user(self, key: Key) -> Pipeline:
-        """The pipeline to file a key under that no plan announces.
-
-        One that has requested it, if that is known; else the pipeline of the latest request.
-        """
-        if self._only is not None:
-            return self._only
-        for pipeline in self._pipelines.values():
-            if pipeline.plan is None and pipeline.dueling.by_epoch.has_seen(key):
-                return pipeline
-        return self._latest or self._pipeline(None)
-
-    def _estimate_schedules(self) -> None:
-        """Estimate when each pipeline makes its next request, and how long it pauses."""
-        if self._estimated_at == self._now:
-            return
-        self._estimated_at = self._now
-        pipelines = list(self._pipelines.values())
-        remaining = [pipeline.remaining() for pipeline in pipelines]
-        for pipeline, own in zip(pipelines, remaining, strict=True):
-            schedule = pipeline.schedule
-            others = [
-                (p.schedule, r)
-                for p, r in zip(pipelines, remaining, strict=True)
-                if p is not pipeline
-            ]
-            # Until its pause has been seen: the longest epoch of those that have ended theirs,
-            # which are expected to take a turn first.
-            turns = (s.epoch_duration for s, r in others if r == 0)
-            pipeline.pause = max(turns, default=0) if schedule.pause is None else schedule.pause
-            busy = max(s.duration(r) for s, r in others)
-            pipeline.next_request = schedule.time_until_next(self._now, pipeline.pause, own, busy)
+        for pipeline in pipelines:
+            pipeline.scan_failed()
