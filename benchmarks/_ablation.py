@@ -1,7 +1,7 @@
-"""What each part of the default policy earns: hit rates with it, less hit rates without it."""
+"""What each part of the default policy earns: points of hit rate with it, less those without it."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import PropertyMock, patch
 
@@ -9,110 +9,88 @@ from _workloads import workloads
 
 from gpucache_pipes import simulate
 from gpucache_pipes.cache import AccessPlan
-from gpucache_pipes.cache.policies import clairvoyant
+from gpucache_pipes.cache.policies import by_epoch, clairvoyant, member, pipeline
 from gpucache_pipes.cache.policies.by_epoch import ByEpoch
 from gpucache_pipes.cache.policies.clairvoyant import Clairvoyant
-from gpucache_pipes.cache.policies.lru import LRU
+from gpucache_pipes.cache.policies.member import Member
+from gpucache_pipes.cache.policies.pipeline import Pipeline
 from gpucache_pipes.cache.policies.schedule import Schedule
-from gpucache_pipes.cache.policies.set_dueling import SetDueling
-from gpucache_pipes.cache.policies.wtinylfu import WTinyLFU
 
-SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
-
-
-def _no_pause(self: Any, now: int, pause: float, remaining: float, others: float) -> float:
-    silence = self.silence(now)
-    return silence if silence > 2 * self._longest_silence else 0
+_Without = Callable[[], AbstractContextManager[Any]]
+_MANY = 1 << 60
 
 
-def _with_rivals(*kinds: type) -> AbstractContextManager[Any]:
-    def update(self: Any) -> None:
-        if self.leader is self.by_epoch and self.by_epoch.repeats > max(
-            8, 0.02 * self.by_epoch.requests
-        ):
-            rivals = [kind() for kind in kinds]
-            for group in (self.by_epoch.stale, self.by_epoch.waiting, self.by_epoch.used):
-                for key in group:
-                    for rival in rivals:
-                        rival.on_insert(key)
-            self._policies = [self.by_epoch, *rivals]
-            if rivals:
-                self.leader = rivals[0]
-
-    return patch.object(SetDueling, "update_shadows", update)
+def _fixed(owner: type, name: str, value: Any) -> AbstractContextManager[Any]:
+    """An attribute of all objects of a class that keeps its value, whatever is assigned to it."""
+    return patch.object(owner, name, PropertyMock(return_value=value), create=True)
 
 
-@contextmanager
-def _all(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
-    with contexts[0]:
-        if len(contexts) > 1:
-            with _all(*contexts[1:]):
-                yield
-        else:
-            yield
+PARTS: dict[str, _Without] = {
+    "equal next uses after the last repeat": lambda: _fixed(AccessPlan, "last_repeated", _MANY),
+    "nearer ones first once epochs break off": lambda: _fixed(Pipeline, "breaks_off", False),
+    "keys that the plan never had go first": lambda: patch.object(
+        Pipeline, "farthest", _without_strangers
+    ),
+    "following a plan out of order": lambda: _fixed(AccessPlan, "_max_displacement", 0),
+    "dropping a plan that is wrong": lambda: patch.object(pipeline, "_MAX_UNANNOUNCED", _MANY),
+    "by epoch: stale keys go": lambda: patch.object(ByEpoch, "stale", lambda _: iter(())),
+    "by epoch: used keys go while files are new": lambda: patch.object(by_epoch, "_FEW_NEW", 1),
+    "by epoch: an epoch cut short is none": lambda: _fixed(ByEpoch, "_epoch_length", 0),
+    "W-TinyLFU where files repeat": lambda: patch.object(by_epoch, "_FEW_REPEATS", 2),
+    "several: one policy for each": lambda: patch.object(
+        Clairvoyant, "_pipeline", _one_for_all(Clairvoyant._pipeline)
+    ),
+    "several: keys go to the next user": lambda: patch.object(
+        Clairvoyant, "_next_user", lambda self, key: self._latest
+    ),
+    "several: the pace of each": lambda: _fixed(Schedule, "_pace", 1.0),
+    "several: pauses": lambda: _fixed(Schedule, "pause", 0),
+    "several: pauses not seen yet": lambda: _fixed(clairvoyant.Clock, "longest", 0),
+    "several: pipelines that are over": lambda: patch.object(member, "_PATIENCE", _MANY),
+    "several: shorter periods first": lambda: patch.object(clairvoyant, "_SIMILAR", _MANY),
+}
 
 
-def _victims(*names: str) -> Any:
-    return patch.object(
-        ByEpoch, "victims", lambda self, key: iter([k for n in names for k in getattr(self, n)])
-    )
+def _without_strangers(self: Any, limit: int = -1, farthest: Any = Pipeline.farthest) -> Any:
+    for position, key in farthest(self, limit):
+        if limit < self.plan.end:
+            yield min(position, self.plan.end), key
 
 
-def parts() -> dict[str, AbstractContextManager[Any]]:
-    """A context for each part, in which it is missing."""
-    return {
-        "schedules": _all(
-            patch.object(Schedule, "duration", lambda self, n: n),
-            patch.object(Schedule, "time_until_next", lambda *_: 0),
-            patch.object(Schedule, "pause", PropertyMock(return_value=0)),
-        ),
-        "pauses": _all(
-            patch.object(Schedule, "time_until_next", _no_pause),
-            patch.object(Schedule, "pause", PropertyMock(return_value=0)),
-        ),
-        "silence": patch.object(Schedule, "silence", lambda *_: 0),
-        "continuing ended pipelines": patch.object(
-            Clairvoyant, "_resume_ended", lambda self, new, owner, keys: new
-        ),
-        "removing silent pipelines": patch.object(
-            Clairvoyant, "_remove_silent_pipelines", lambda _: None
-        ),
-        "set dueling": _with_rivals(),
-        "set dueling, for W-TinyLFU": _with_rivals(WTinyLFU),
-        "set dueling, for LRU": _with_rivals(LRU),
-        "ignoring announcements": patch.object(clairvoyant, "_IGNORED_ANNOUNCEMENTS", 0),
-        "dropping wrong plans": patch.object(clairvoyant, "_MAX_UNANNOUNCED", 1 << 60),
-        "following out of order": patch.object(
-            AccessPlan, "_max_displacement", PropertyMock(return_value=0)
-        ),
-        "by epoch: used keys go": _victims("stale"),
-        "by epoch: stale keys go": _victims("used"),
-    }
+def _one_for_all(original: Any) -> Any:
+    return lambda self, owner: original(self, "all")
 
 
-def run() -> dict[str, Any]:
-    """Points of hit rate, the most and the least over the sizes, known and unknown."""
-    missing = {"": _all(patch.object(clairvoyant, "NEVER", float("inf"))), **parts()}
-    rates: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for part, context in missing.items():
-        with context:
-            rates[part] = {}
-            for name, workload in workloads().items():
-                results = []
-                for known in (True, False):
-                    trace = workload.trace(known)
-                    for share in SHARES:
-                        result = simulate(trace, int(share * len(trace.names)))
-                        could = len(trace) - len(trace.names)
-                        results.append((result.hits / could, result.evictions / len(trace)))
-                rates[part][name] = results
-        earned = {
-            name: [100 * (a[0] - b[0]) for a, b in zip(rates[""][name], results, strict=True)]
-            for name, results in rates[part].items()
-        }
-        print(f"{part or 'nothing'}:", flush=True)
-        for name, points in earned.items():
-            if max(map(abs, points)) >= 0.5:
-                known, unknown = points[: len(SHARES)], points[len(SHARES) :]
-                print(f"    {name:24}" + "".join(f"{p:7.1f}" for p in known + unknown), flush=True)
-    return rates
+def ablate(shares: Sequence[float]) -> dict[str, Any]:
+    """Print and return what each part earns on each workload: the most over the sizes."""
+    rates: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    parts: dict[str, _Without] = {"": nullcontext, **PARTS}
+    figures: dict[str, Any] = {}
+    for part, without in parts.items():
+        with without():
+            rates[part] = {name: _rates(workload, shares) for name, workload in workloads().items()}
+        figures[part] = earned = {}
+        for name, (hits, evicted) in rates[part].items():
+            gains = [100 * (a - b) for a, b in zip(rates[""][name][0], hits, strict=True)]
+            spared = [b - a for a, b in zip(rates[""][name][1], evicted, strict=True)]
+            best, worst = max(gains), min(gains)
+            if part and (best >= 0.5 or worst <= -0.5 or max(spared) >= 0.02):
+                earned[name] = {"most": best, "least": worst, "evictions spared": max(spared)}
+        if part:
+            print(part)
+            for name, of in earned.items():
+                line = f"{of['most']:+8.1f} points at most,{of['least']:+6.1f} at least"
+                print(f"    {name:24}{line};{of['evictions spared']:+7.3f} evictions a request")
+            print(end="", flush=True)
+    return figures
+
+
+def _rates(workload: Any, shares: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Hit rates, and evictions for each request, known and unknown."""
+    hits, evicted = [], []
+    for trace in (workload.trace(True), workload.trace(False)):
+        for share in shares:
+            result = simulate(trace, int(share * len(trace.names)))
+            hits.append(result.hits / (len(trace) - len(trace.names)))
+            evicted.append(result.evictions / len(trace))
+    return hits, evicted

@@ -121,6 +121,10 @@ def workloads() -> dict[str, Workload]:
         "epochs broken off": Workload([every], alone, broken_off),
         "new source each time": Workload([[e] for e in every], [(n, None) for n in range(EPOCHS)]),
         "order moved by a node": Workload([every], alone, lambda _, turn: moved(turn, 100)),
+        "zipf, moved by a node": Workload([weighted(2, 0.8)], alone, lambda _, t: moved(t, 100)),
+        "a pass over others first": Workload(
+            [shuffled(17, validation, 2), shuffled(18, train)], [(0, None), *[(1, None)] * EPOCHS]
+        ),
         "files named by a node": Workload([every], alone, lambda _, turn: wrong(turn)),
     }
 

@@ -5,6 +5,7 @@ the first one of each file, which cannot hit. There are two references: Belady's
 access plan, and Belady's rule with the plan that a pipeline announces, which is the rest of its
 epoch and all of the next one.
 `--store` replays every trace through PathLister, GPUPrefetcher and GPUFeatureStore.
+`--ablate` leaves out one part of the default policy at a time.
 `--cost` measures the time of the policies instead.
 """
 
@@ -16,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from _ablation import ablate
 from _common import parser_for, save
 from _workloads import FILES, Epochs, Workload, belady, shuffled, workloads
 
@@ -239,11 +241,15 @@ def draw(rates: dict[str, dict[str, float]], path: str) -> None:
 def main() -> None:
     parser = parser_for(__doc__, rounds=5)
     parser.add_argument("--store", action="store_true", help="through the real store and nodes")
+    parser.add_argument("--ablate", action="store_true", help="what each part earns, instead")
     parser.add_argument("--cost", action="store_true", help="what the policies take, instead")
     parser.add_argument("--files", type=int, default=1_000_000, help="for --cost")
     parser.add_argument("--plot", help="draw the hit rates to this file")
     args = parser.parse_args()
-    figures = cost(args.files, args.rounds) if args.cost else compare(args.store)
+    if args.ablate:
+        figures = ablate(SHARES)
+    else:
+        figures = cost(args.files, args.rounds) if args.cost else compare(args.store)
     save(args.json, figures)
     if args.plot:
         draw(figures["rates"], args.plot)
