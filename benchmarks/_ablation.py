@@ -12,7 +12,6 @@ from gpucache_pipes.cache import AccessPlan
 from gpucache_pipes.cache.policies import by_epoch, clairvoyant, member, pipeline
 from gpucache_pipes.cache.policies.by_epoch import ByEpoch
 from gpucache_pipes.cache.policies.clairvoyant import Clairvoyant
-from gpucache_pipes.cache.policies.member import Member
 from gpucache_pipes.cache.policies.pipeline import Pipeline
 from gpucache_pipes.cache.policies.schedule import Schedule
 

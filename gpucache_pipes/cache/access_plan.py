@@ -45,6 +45,7 @@ class AccessPlan:
         end: the number of announced requests. As a next use it means that none is known.
         left: as given.
         last_repeated: the last position whose key is requested again later, or -1.
+        drops_keys: whether the next epoch is announced, and lacks keys of this one.
         position: one past the farthest announced request that the pipeline has made.
         unannounced: unannounced requests minus announced ones; negative while the plan holds.
     """
@@ -79,6 +80,8 @@ class AccessPlan:
         self._link(0, self.left)
         (repeated,) = np.nonzero(_view(self._next_by_position) < self.end)
         self.last_repeated = int(repeated[-1]) if len(repeated) else -1
+        recurring = int(np.searchsorted(repeated, self.left))
+        self.drops_keys = self.left < self.end and recurring < self.left
         # By position: 1 if it is marked. By block of positions: 0 if it has no marks. Both have
         # room for `end`, the next use of keys that have none, which is never marked.
         self._marks = bytearray(self.end + 1)
@@ -143,10 +146,13 @@ class AccessPlan:
         return position
 
     def split(self, keys: Collection[int]) -> tuple[list[int], list[int]]:
-        """The ones among `keys` that the plan has, and the others; before the first request."""
-        given = np.fromiter(keys, np.intc, len(keys))
-        first = np.append(_view(self._next_by_key), np.intc(self.end))
-        announced = first[np.minimum(given, len(first) - 1)] < self.end
+        """The ones among `keys` that the plan has, and the others.
+
+        Some of the first may have no next use any more.
+        """
+        given, first = np.fromiter(keys, np.intc, len(keys)), _view(self._next_by_key)
+        announced = given < len(first)
+        announced[announced] = first[given[announced]] < self.end
         return given[announced].tolist(), given[~announced].tolist()
 
     def mark_next_uses(self) -> list[int]:

@@ -275,6 +275,7 @@ def test_an_access_plan_that_holds_knows_each_next_use(
     )
     again = [at for at, key in enumerate(keys) if key in keys[at + 1 :]]
     assert plan.last_repeated == max(again, default=-1)
+    assert plan.drops_keys == (left < len(keys) and len([at for at in again if at < left]) < left)
     at = marked = 0
     while at < len(keys):
         count = data.draw(st.integers(1, 6))

@@ -62,8 +62,10 @@ class Clairvoyant(BasePolicy):
         if len(self._pipelines) > 1:
             self._clock.longest = max(p.schedule.busy for p in self._pipelines.values())
             for other in self._pipelines.values():
-                other.restore()
-            self._sort(keys, pipeline)
+                if other is not pipeline:
+                    other.restore()
+                    announced = () if other.plan is None else other.plan.split(keys)[0]
+                    self._sort([*filter(other.cached.__contains__, keys), *announced], pipeline)
 
     def on_insert(self, key: Key) -> None:
         """See Policy."""
@@ -137,12 +139,9 @@ class Clairvoyant(BasePolicy):
         limit = own_limit = user.time_until_use(key)
         if user.plan is None:
             limit *= _SIMILAR
-        elif (
-            max(p.time_until_last_repeat() for p in pipelines) < limit < LATE
-            and not user.breaks_off
-            and sum(p.announces(key) for p in pipelines) == 1
-        ):
-            own_limit = LATE  # as in Pipeline.victims
+        elif max(p.time_until_last_repeat() for p in pipelines) < limit < LATE:
+            if sum(p.announces(key) for p in pipelines) == 1:
+                own_limit = max(limit, user.time_until_last_equal())  # as in Pipeline.victims
         candidates = [
             p.candidates(key, own_limit) if p is user else p.candidates(None, limit)
             for p in pipelines

@@ -58,6 +58,10 @@ class Member(Pipeline):
             return 0
         return self._time_until(self.plan.last_repeated)
 
+    def time_until_last_equal(self) -> float:
+        """The time until the last announced request that counts as equal to those before it."""
+        return self._time_until(self.last_equal())
+
     def candidates(self, key: Key | None, limit: float) -> Iterator[tuple[float, Key]]:
         """Its cached keys and the times until their next uses, the longest first.
 

@@ -20,8 +20,10 @@ from gpucache_pipes.cache.policies.by_epoch import ByEpoch
 #   next use. A replacement gains the time between the two uses: after the nearer one, the place is
 #   free for a key that is used twice before the farther one. After the last announced request
 #   whose key is announced again, no key is used twice. So next uses that lie beyond it count as
-#   equal, and epochs that touch each file once evict nothing. This relies on the epoch going on
-#   as announced: where epochs are broken off, a nearer use is more likely to happen.
+#   equal, and epochs that touch each file once evict nothing. There are two exceptions. Where
+#   epochs are broken off, a nearer use is more likely to happen. Where the next epoch lacks keys of
+#   this one, a key that has its last use while the epoch ends is pinned too long to be replaced in
+#   this epoch, so that uses in the last part of the epoch are worth less.
 #
 # - Proposing the same victims in every scan. The store skips pinned keys. Most of these belong to
 #   pending batches, and their next uses are often far. There is one scan for each miss, so a batch
@@ -39,6 +41,9 @@ _MAX_UNANNOUNCED = 64
 
 _NEARLY_ALL = 0.9
 """An epoch that has made less than this share of its announced requests is broken off."""
+
+_LATE = 8
+"""One part of an epoch in this many is its last part; see above."""
 
 
 class Pipeline(BasePolicy):
@@ -124,11 +129,19 @@ class Pipeline(BasePolicy):
         limit = plan.next_use(key)
         if limit == plan.end and plan.unannounced > 0:
             return  # the plan does not hold so far
-        if plan.last_repeated < limit < plan.end and not self.breaks_off:
-            limit = plan.end - 1
+        if plan.last_repeated < limit < plan.end:
+            limit = max(limit, self.last_equal())
         for _, victim in self.farthest(limit):
             yield victim
         self.scan_failed()
+
+    def last_equal(self) -> int:
+        """The last position that counts as equal to others after the last repeat, or -1."""
+        plan = self.plan
+        if plan is None or self.breaks_off:
+            return -1
+        late = (plan.end - plan.left) // _LATE if plan.drops_keys else 0
+        return plan.end - 1 - late
 
     def farthest(self, limit: int = -1) -> Iterator[tuple[int, Key]]:
         """The cached keys with next uses beyond `limit`, and these, the farthest first.
