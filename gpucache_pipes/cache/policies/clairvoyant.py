@@ -5,7 +5,7 @@ from heapq import merge
 
 from gpucache_pipes.cache.access_plan import AccessPlan
 from gpucache_pipes.cache.policies.base import BasePolicy, Key
-from gpucache_pipes.cache.policies.member import LATE, Member
+from gpucache_pipes.cache.policies.member import Member
 from gpucache_pipes.cache.policies.schedule import Clock
 
 _SIMILAR = 1.25
@@ -139,9 +139,11 @@ class Clairvoyant(BasePolicy):
         limit = own_limit = user.time_until_use(key)
         if user.plan is None:
             limit *= _SIMILAR
-        elif max(p.time_until_last_repeat() for p in pipelines) < limit < LATE:
-            if sum(p.announces(key) for p in pipelines) == 1:
-                own_limit = max(limit, user.time_until_last_equal())  # as in Pipeline.victims
+        elif (
+            sum(p.announces(key) for p in pipelines) == 1
+            and max(p.time_until_last_repeat() for p in pipelines) < limit
+        ):
+            own_limit = max(limit, user.time_until_last_equal())  # as in Pipeline.victims
         candidates = [
             p.candidates(key, own_limit) if p is user else p.candidates(None, limit)
             for p in pipelines
