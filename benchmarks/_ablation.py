@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from unittest.mock import PropertyMock, patch
+from unittest.mock import patch
 
 from _workloads import workloads
 
@@ -21,7 +21,7 @@ _MANY = 1 << 60
 
 def _fixed(owner: type, name: str, value: Any) -> AbstractContextManager[Any]:
     """An attribute of all objects of a class that keeps its value, whatever is assigned to it."""
-    return patch.object(owner, name, PropertyMock(return_value=value), create=True)
+    return patch.object(owner, name, property(lambda _: value, lambda *_: None), create=True)
 
 
 PARTS: dict[str, _Without] = {
@@ -31,7 +31,8 @@ PARTS: dict[str, _Without] = {
         Pipeline, "farthest", _without_strangers
     ),
     "following a plan out of order": lambda: _fixed(AccessPlan, "_max_displacement", 0),
-    "dropping a plan that is wrong": lambda: patch.object(pipeline, "_MAX_UNANNOUNCED", _MANY),
+    "noticing that a plan is wrong": lambda: _fixed(AccessPlan, "unannounced", -1),
+    "dropping such a plan": lambda: patch.object(pipeline, "_MAX_UNANNOUNCED", _MANY),
     "by epoch: stale keys go": lambda: patch.object(ByEpoch, "stale", lambda _: iter(())),
     "by epoch: used keys go while files are new": lambda: patch.object(by_epoch, "_FEW_NEW", 1),
     "by epoch: an epoch cut short is none": lambda: _fixed(ByEpoch, "_epoch_length", 0),
@@ -44,7 +45,9 @@ PARTS: dict[str, _Without] = {
     ),
     "several: the pace of each": lambda: _fixed(Schedule, "_pace", 1.0),
     "several: pauses": lambda: _fixed(Schedule, "pause", 0),
-    "several: pauses not seen yet": lambda: _fixed(clairvoyant.Clock, "longest", 0),
+    "several: pauses not seen yet": lambda: patch.object(
+        Schedule, "time_until", _without_guesses(Schedule.time_until)
+    ),
     "several: pipelines that are over": lambda: patch.object(member, "_PATIENCE", _MANY),
     "several: shorter periods first": lambda: patch.object(clairvoyant, "_SIMILAR", _MANY),
 }
@@ -54,6 +57,10 @@ def _without_strangers(self: Any, limit: int = -1, farthest: Any = Pipeline.fart
     for position, key in farthest(self, limit):
         if limit < self.plan.end:
             yield min(position, self.plan.end), key
+
+
+def _without_guesses(original: Any) -> Any:
+    return lambda self, ahead, left: ahead if self.pause is None else original(self, ahead, left)
 
 
 def _one_for_all(original: Any) -> Any:

@@ -111,6 +111,9 @@ def workloads() -> dict[str, Workload]:
         "a rank of two": Workload([rank_of(9, 2)], [(0, None)] * 2 * EPOCHS),
         "weighted curriculum": Workload([curriculum(10, FILES // 2, repeats=True)], alone),
         "two over the same": Workload([shuffled(11, range(FILES)), every], interleaved),
+        "batches of 64 and 16": Workload(
+            [weighted(2, 0.8, large), shuffled(6, small, 10)], [(0, 64), (1, 16)] * 420
+        ),
         "zipf + validation": Workload(
             [weighted(12, 0.8, train), shuffled(8, validation)], in_turns
         ),
@@ -126,6 +129,9 @@ def workloads() -> dict[str, Workload]:
             [shuffled(17, validation, 2), shuffled(18, train)], [(0, None), *[(1, None)] * EPOCHS]
         ),
         "files named by a node": Workload([every], alone, lambda _, turn: wrong(turn)),
+        "curriculum, named by a node": Workload(
+            [curriculum(5, FILES // 4)], alone, lambda _, turn: wrong(turn)
+        ),
     }
 
 
