@@ -120,7 +120,7 @@ def sample(number: int, width: int = 8) -> dict[str, Any]:
 
 
 class Acting:
-    """A policy that does something when a feature is inserted: so with the store's lock held."""
+    """A policy that does something when a victim is to be chosen: so with the store's lock held."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         self._policy, self._action = make_policy("lru"), action
@@ -128,12 +128,12 @@ class Acting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
 
-    def on_insert(self, key: int) -> None:
-        self._policy.on_insert(key)
+    def victims(self, key: int) -> Iterator[int]:
         self._action()
+        return self._policy.victims(key)
 
 
-for _name in ("on_access", "on_remove", "victims", "begin_epoch", "announce", "retract"):
+for _name in ("on_access", "on_insert", "on_remove", "begin_epoch", "announce", "retract"):
     # isinstance with a protocol looks at the class.
     setattr(Acting, _name, lambda self, *args, _name=_name: getattr(self._policy, _name)(*args))
 

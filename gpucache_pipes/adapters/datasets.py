@@ -23,7 +23,7 @@ class _Listed:
 
     @paths.setter
     def paths(self, paths: Sequence[str]) -> None:
-        self._given = GivenPaths(paths)
+        self._given = GivenPaths(list(paths))
 
     def __len__(self) -> int:
         return len(self.paths)

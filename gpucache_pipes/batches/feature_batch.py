@@ -15,7 +15,17 @@ from gpucache_pipes.batches.ragged import RaggedOptions, is_on_host, join_ragged
 from gpucache_pipes.batches.transfer import collate_on_host, to_device
 from gpucache_pipes.batches.unlike import collate_unlike
 from gpucache_pipes.device.host_copies import Numbers
-from gpucache_pipes.files import Branch, Layout, Leaf, PathLike, Tree, build, copy_value, leaf_names
+from gpucache_pipes.files import (
+    Branch,
+    Layout,
+    Leaf,
+    PathLike,
+    Paths,
+    Tree,
+    build,
+    copy_value,
+    leaf_names,
+)
 
 _NO_FAULT_OF_FEATURES: tuple[type[Exception], ...] = tuple(
     kind
@@ -23,6 +33,8 @@ _NO_FAULT_OF_FEATURES: tuple[type[Exception], ...] = tuple(
     if kind is not None
 )
 """Errors of the machine. Programs catch them by their type, and no feature is to blame."""
+
+_STACKED = RaggedOptions()
 
 
 class FeatureBatch(Sequence[Any]):
@@ -55,6 +67,8 @@ class FeatureBatch(Sequence[Any]):
     @property
     def paths(self) -> list[str]:
         """The file of each feature: as it was requested, made absolute."""
+        if isinstance(self._paths, Paths):
+            return self._paths.absolute()
         return [str(path) for path in self._paths]
 
     def __len__(self) -> int:
@@ -121,7 +135,7 @@ class FeatureBatch(Sequence[Any]):
         if not self._paths:
             raise ValueError("an empty batch cannot be collated")
         try:
-            return self._collate(ragged or RaggedOptions())
+            return self._collate(ragged or _STACKED)
         except _NO_FAULT_OF_FEATURES:
             raise
         except Exception as error:
@@ -141,9 +155,12 @@ class FeatureBatch(Sequence[Any]):
         return self._collate_columns([self._column(at, n, ragged) for at, n in enumerate(names)])
 
     def _collate_columns(self, columns: Sequence[Any]) -> Any:
+        tree = self._layouts[0].tree
+        if not self._layouts[0].plain:
+            return _collate_tree(tree, columns, (), {}, self.device)
         values = list(zip(*self._values, strict=True))
         numbers = collate_numbers(values, self.device)
-        return _collate_tree(self._layouts[0].tree, columns, values, numbers, self.device)
+        return _collate_tree(tree, columns, values, numbers, self.device)
 
     def _column(self, at: int, name: str, ragged: RaggedOptions) -> Any:
         """Leaf `at` of all features, stacked or joined."""

@@ -5,33 +5,38 @@ Needs no torch, starts no threads and takes no locks; the store holds its lock w
 
 from gpucache_pipes.cache.access_plan import AccessPlan
 from gpucache_pipes.cache.arena_size import NoPagesError
-from gpucache_pipes.cache.cache import LAYOUT_SHIFT, Cache
+from gpucache_pipes.cache.cache import Cache
 from gpucache_pipes.cache.check import check_cache
-from gpucache_pipes.cache.entry import NOT_READY, SCATTERED, Entry, State
+from gpucache_pipes.cache.entries import LAYOUT_SHIFT, NOWHERE, Numbers
 from gpucache_pipes.cache.ledger import Ledger
+from gpucache_pipes.cache.places import first_pages, runs_of
 from gpucache_pipes.cache.policies import Policy, make_policy, register
 from gpucache_pipes.cache.simulation import Served, Simulation, Trace, simulate
+from gpucache_pipes.cache.states import ABSENT, LOADING, READY
 
 Future = AccessPlan
 """The former name of AccessPlan."""
 
 __all__ = [
+    "ABSENT",
     "LAYOUT_SHIFT",
-    "NOT_READY",
-    "SCATTERED",
+    "LOADING",
+    "NOWHERE",
+    "READY",
     "AccessPlan",
     "Cache",
-    "Entry",
     "Future",
     "Ledger",
     "NoPagesError",
+    "Numbers",
     "Policy",
     "Served",
     "Simulation",
-    "State",
     "Trace",
     "check_cache",
+    "first_pages",
     "make_policy",
     "register",
+    "runs_of",
     "simulate",
 ]

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from gpucache_pipes.cache.entries import Entries
-from gpucache_pipes.cache.entry import Entry, State
-from gpucache_pipes.cache.ledger import Ledger
-from gpucache_pipes.cache.pins import Pins
-from gpucache_pipes.cache.policies import Policy
+import numpy as np
+
+from gpucache_pipes.cache.entries import LAYOUT_SHIFT
+from gpucache_pipes.cache.ledger import Pages
+from gpucache_pipes.cache.places import scattered_among
+from gpucache_pipes.cache.states import CACHED
 
 Grow = Callable[[int, int | None, int | None], int]
 """grow(needed, useful, known) -> pages added to the arena: see device.Backend."""
@@ -22,25 +23,8 @@ class NoPagesError(MemoryError):
     """The device has no pages for a feature: batches in flight need all that there are."""
 
 
-class Owner(Protocol):
-    """The Cache that an ArenaSize is a part of."""
-
-    ledger: Ledger
-    entries: Entries
-    pins: Pins
-    policy: Policy
-
-    def report_accesses(self) -> None:
-        """See Cache."""
-
-    def evict(self, victims: Sequence[Entry]) -> None:
-        """See Cache."""
-
-    def release(self, entries: Sequence[Entry]) -> None:
-        """See Cache."""
-
-    def set_row(self, entry: Entry) -> None:
-        """See Cache."""
+if TYPE_CHECKING:
+    from gpucache_pipes.cache.cache import Cache
 
 
 class ArenaSize:
@@ -55,7 +39,7 @@ class ArenaSize:
         files_to_come: how many different files each pipeline has said it will request.
     """
 
-    def __init__(self, owner: Owner, grow: Grow, shrink: Callable[[int], None]) -> None:
+    def __init__(self, owner: "Cache", grow: Grow, shrink: Callable[[int], None]) -> None:
         self.pages_per_file = 0.0
         self.files_in_flight = 0
         self.files_to_come: dict[object, int] = {}
@@ -76,7 +60,7 @@ class ArenaSize:
 
     # Growing
 
-    def find_pages(self, wanted: Entry, pages: int, cached: bool) -> bool:
+    def find_pages(self, wanted: int, pages: int, cached: bool) -> bool:
         """Have `pages` free ones: from the device or, once that is full, by evicting."""
         ledger, owner = self._ledger, self._owner
         self.settle()
@@ -84,20 +68,21 @@ class ArenaSize:
             self._add(pages - ledger.free_pages, *self._wishes(pages))
             if ledger.free_pages >= pages:
                 return True
-        owner.report_accesses()
-        victims: dict[Entry, None] = {}
+        owner.log.report()
+        victims: dict[int, None] = {}
         shortage = pages - ledger.free_pages
-        for entry in self._evictable(wanted):
+        for number in self._evictable(wanted):
             if shortage <= 0:
                 break
-            if entry not in victims:
-                victims[entry] = None
-                shortage -= len(ledger.kept(entry.pages))
+            if number not in victims:
+                victims[number] = None
+                shortage -= len(ledger.kept(self._pages_of(number)))
         if shortage > 0:
             # Batches in flight hold the rest. They may grow the arena beyond the budget.
             if ledger.retiring:
                 self._keep_retired()
-                shortage = pages - ledger.free_pages - sum(len(entry.pages) for entry in victims)
+                freed = sum(len(self._pages_of(number)) for number in victims)
+                shortage = pages - ledger.free_pages - freed
             # At once for all batches in flight: a batch issues operations for each segment.
             wish = max(shortage, self._in_flight(pages) - ledger.bypassed_pages)
             if shortage > 0 and self._add(shortage, wish, wish) < shortage:
@@ -146,14 +131,18 @@ class ArenaSize:
         files = max(self.files_in_flight, len(self._owner.pins.numbers()))
         return math.ceil(files * self._pages_each(pages))
 
-    def _evictable(self, wanted: Entry) -> Iterator[Entry]:
+    def _evictable(self, wanted: int) -> Iterator[int]:
         """What may be evicted where pages must be found: the policy's victims, then any entry."""
-        owner = self._owner
-        chosen = map(owner.entries.latest, owner.policy.victims(wanted.file))
+        owner, entries = self._owner, self._owner.entries
+        chosen = map(entries.latest, owner.policy.victims(entries.file(wanted)))
         pinned = owner.pins.numbers()
-        for entry in chain(chosen, owner.entries.values()):
-            if entry.cached and entry.state is State.READY and entry.number not in pinned:
-                yield entry
+        others = (int(number) for number in entries.in_state(CACHED))
+        for number in chain(chosen, others):
+            if entries.state[number] == CACHED and number not in pinned:
+                yield number
+
+    def _pages_of(self, number: int) -> Pages:
+        return self._owner.pages_of(np.array([number], np.intp))
 
     # Shrinking
 
@@ -164,14 +153,15 @@ class ArenaSize:
             return
         ledger.retire(ledger.pages - count)
         self.shrinking = True
-        lost = [entry for entry in self._owner.entries.values()
-                if len(ledger.kept(entry.pages)) < len(entry.pages)]  # fmt: skip
-        self._owner.release(lost)
+        owner = self._owner
+        held = owner.entries.with_pages()
+        each = owner.layouts.pages[owner.layouts.of_places(owner.entries.place[held])]
+        owner.release(np.repeat(held, each)[owner.pages_of(held) >= ledger.pages])
         self.settle()
 
     def _keep_retired(self) -> None:
         """Take `retire` back."""
-        self._ledger.keep_all(self._owner.entries.values())
+        self._ledger.keep_all(self._owner.pages_of(self._owner.entries.with_pages()))
         self.shrinking = False
 
     def settle(self) -> None:
@@ -185,19 +175,22 @@ class ArenaSize:
         owner = self._owner
         if self.shrinking:
             self._keep_retired()
-        pinned = owner.pins.numbers()
-        owner.release([entry for entry in owner.entries.values()
-                       if entry.cached and entry.number not in pinned])  # fmt: skip
-        return sorted(page for entry in owner.entries.values() for page in entry.pages)
+        owner.release(owner.pins.without_pins(owner.entries.in_state(CACHED)))
+        pages: list[int] = np.sort(owner.pages_of(owner.entries.with_pages())).tolist()
+        return pages
 
     def renumber(self, pages: Sequence[int]) -> None:
         """The arena now consists of these pages, the held ones, in this order."""
-        number_of = {page: number for number, page in enumerate(pages)}
-        for entry in self._owner.entries.values():
-            if entry.pages:
-                entry.pages = tuple(number_of[page] for page in entry.pages)
-                if entry.state is State.READY:
-                    self._owner.set_row(entry)
+        owner, entries = self._owner, self._owner.entries
+        held = entries.with_pages()
+        layouts = owner.layouts.of_places(entries.place[held])
+        moved = np.searchsorted(pages, owner.pages_of(held))
+        first, scattered = scattered_among(moved, owner.layouts.pages[layouts])
+        place = (layouts << LAYOUT_SHIFT) + first
+        for at in scattered:
+            place[at] = ~place[at]
+        entries.place[held] = place
+        entries.scattered = {int(held[at]): these for at, these in scattered.items()}
         self._ledger.renumbered(len(pages))
         self._ledger.set_ceiling(None)  # the device had no more before; now it has
 

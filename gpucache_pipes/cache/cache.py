@@ -1,29 +1,33 @@
 """The bookkeeping of a store: which files are cached, loading, pinned, and which are evicted.
 
 Pure logic over plain values: no lock, no thread, no device. Its owner calls every method with the
-lock of the store held.
+lock of the store held. What is done to a batch is a few operations on arrays, whatever its size.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
-from gpucache_pipes.cache.access_plan import AccessPlan
-from gpucache_pipes.cache.arena_size import ArenaSize, Grow, NoPagesError
-from gpucache_pipes.cache.entries import Entries
-from gpucache_pipes.cache.entry import NOT_READY, SCATTERED, Entry, State
-from gpucache_pipes.cache.ledger import Ledger
+import numpy as np
+from numpy.typing import NDArray
+
+from gpucache_pipes.cache.allocation import Allocator
+from gpucache_pipes.cache.arena_size import ArenaSize, Grow
+from gpucache_pipes.cache.entries import NOWHERE, Entries, Numbers
+from gpucache_pipes.cache.layouts import LayoutTable
+from gpucache_pipes.cache.ledger import Ledger, Pages
 from gpucache_pipes.cache.pins import Pins
+from gpucache_pipes.cache.places import first_pages, pages_in
 from gpucache_pipes.cache.policies import Policy
-
-LAYOUT_SHIFT = 40
-"""A row is (number of the layout << LAYOUT_SHIFT) + page; see Cache.rows."""
-
-_MOST_LAYOUTS = 1024
-"""Layouts that get a number. A data set with more likely has one for each file."""
-
-_BUNDLE = 64
-"""Requests are reported to the policy in bundles of at most this many batches."""
+from gpucache_pipes.cache.policy_log import PolicyLog
+from gpucache_pipes.cache.states import (
+    ABSENT,
+    BYPASSED,
+    CACHED,
+    FILLING,
+    FILLING_BYPASSED,
+    LOADING,
+    READY,
+)
 
 
 class Cache:
@@ -31,15 +35,16 @@ class Cache:
 
     Attributes:
         entries: of all known files, by number.
-        rows: for each number, what a batch needs in the usual case, as one number: layout and page
-            if the entry is READY in one page; SCATTERED if it is READY in any other way, else
-            NOT_READY, which is less. The least and the largest row of a batch tell whether all of
-            it is READY and alike, without a look at 256 objects.
-        layouts: the layouts by the number that rows have for them.
+        layouts: of the features that hold pages.
         pins: the pending batches, and what they need.
         arena: how many pages there are, and how many there should be.
-        loading: how many entries are LOADING.
+        allocator: assigns pages to what is being loaded.
+        log: what the policy has not been told yet.
+        loading: how many entries are LOADING or FILLING.
+        bypassed: how many entries are BYPASSED.
         evictions: how many entries have been evicted.
+        not_cached: what is being loaded and must not become cached.
+        evict_nothing: what is being loaded and nothing may be evicted for.
     """
 
     def __init__(
@@ -52,257 +57,234 @@ class Cache:
         self.ledger = ledger
         self.policy = policy
         self.entries = Entries()
-        self.rows = self.entries.rows
-        self.layouts: list[Any] = []
+        self.layouts = LayoutTable()
         self.pins = Pins()
+        self.log = PolicyLog(policy, self.entries)
         self.loading = 0
+        self.bypassed = 0
         self.evictions = 0
-        self.layout_numbers: dict[Any, int] = {}
-        # READY entries that are not cached: freed with the last batch that needs them.
-        self.bypassed: set[Entry] = set()
+        self.not_cached: set[int] = set()
+        self.evict_nothing: set[int] = set()
         self.arena = ArenaSize(self, grow, shrink)
-        # Requests that have not been reported to the policy.
-        self._unreported: deque[tuple[object, Sequence[int]]] = deque()
+        self.allocator = Allocator(self)
 
     # Pending batches
 
-    def open_batch(self, numbers: Sequence[int], owner: object, *, report: bool = True) -> int:
+    def open_batch(self, numbers: Numbers, owner: object, *, report: bool = True) -> int:
         """Pin these entries (repeats allowed) until close_batches; returns the batch's number.
 
-        With `report` the policy is told that `owner` requests them.
+        With `report` the policy will be told that `owner` requests them.
         """
-        if report and numbers and self.ledger.bounded:
-            # First: a policy may raise.
-            if len(self._unreported) >= _BUNDLE:
-                self.report_accesses()
-            self._unreported.append((owner, numbers))
+        if report and len(numbers) and self.ledger.bounded:
+            self.log.requested(owner, numbers)
         return self.pins.open(numbers)
 
     def close_batches(self, batches: Iterable[int]) -> None:
         """Unpin; free bypassed entries that no batch needs any more. Ignores unknown batches."""
         closed = self.pins.close(batches)
-        if self.bypassed:
-            for number in set().union(*closed) - self.pins.numbers():
-                if self.entries[number] in self.bypassed:
-                    self._drop(self.entries[number])
+        if self.bypassed and closed:
+            numbers = np.concatenate(closed)
+            numbers = numbers[self.entries.state[numbers] == BYPASSED]
+            self._drop(self.pins.without_pins(numbers))
 
     def close_lost_batches(self) -> None:
-        """Close the batches whose holders have been collected."""
+        """Close the batches that have ended, or whose holders have been collected."""
         if lost := self.pins.lost():
             self.close_batches(lost)
 
     @property
     def idle(self) -> bool:
-        """Whether no batch is open and no entry is LOADING."""
+        """Whether no batch is open and no entry is being loaded."""
         self.close_lost_batches()
         return not self.pins.batches and not self.loading
 
     # Loading
 
-    def start_loading(self, entry: Entry, *, evict: bool = True) -> None:
-        """ABSENT -> LOADING. Without `evict` no other entry is evicted for it."""
-        assert entry.state is State.ABSENT
-        entry.state = State.LOADING
-        entry.may_cache = True
-        entry.may_evict = evict
-        self.loading += 1
+    def start_loading(self, numbers: Numbers, *, evict: bool = True) -> list[int]:
+        """ABSENT -> LOADING, where that is their state; returns these, each once and in order.
 
-    def join_loading(self, entry: Entry, waiter: Any, *, evict: bool) -> bool:
-        """Have `waiter` told when LOADING ends; False if the entry is not LOADING."""
-        if entry.state is not State.LOADING:
-            return False
-        entry.may_cache = True
-        entry.may_evict |= evict
-        entry.waiters += (waiter,)
-        return True
-
-    def allocate(self, entry: Entry, span: int, nbytes: int) -> bool:
-        """Assign pages to a LOADING entry: cached if budget and policy admit it, else bypassed.
-
-        False if it is not admitted and no batch needs it: then it need not be read. Raises
-        MemoryError if it is larger than the whole budget, or if there are no pages for it.
+        The others that are being loaded may be cached again, if they were released meanwhile.
+        Without `evict` no other entry is evicted for what nobody else has requested.
         """
-        ledger = self.ledger
-        if ledger.max_bytes is not None and nbytes > ledger.max_bytes:
-            raise MemoryError(
-                f"{entry.path!r} holds {nbytes} bytes, which is more than "
-                f"max_cache_bytes={ledger.max_bytes}; raise the limit or split the feature"
-            )
-        pages, charge = ledger.demand(span)
-        cached = entry.may_cache and self._make_room(entry, pages, charge)
-        if not cached and (entry.number not in self.pins.numbers() or not entry.may_evict):
-            return False
-        while not ledger.take(entry, pages, charge, nbytes, cached=cached):
-            if not self.arena.find_pages(entry, pages, cached):
-                raise NoPagesError(
-                    f"no device memory for {entry.path!r}: {pages} pages of {ledger.page_bytes} "
-                    f"bytes needed, {ledger.free_pages} of {ledger.pages} free, the device has no "
-                    "more and in-flight batches need the rest; lower depth, batch size or "
-                    "max_cache_bytes"
-                )
-        return True
+        states = self.entries.state[numbers]
+        absent = list(dict.fromkeys(numbers[states == ABSENT].tolist()))
+        if absent:
+            self.entries.move(np.array(absent, np.intp), LOADING)
+            self.loading += len(absent)
+        if self.not_cached:
+            self.not_cached.difference_update(numbers.tolist())
+        if not evict:
+            self.evict_nothing.update(absent)
+        elif self.evict_nothing:
+            self.evict_nothing.difference_update(numbers.tolist())
+        return absent
 
-    def _make_room(self, wanted: Entry, pages: int, charge: int) -> bool:
-        """Evict until the budget has room, or evict nothing and return False."""
-        if self.ledger.fits(pages, charge):
-            return True
-        if not wanted.may_evict or not self.ledger.could_fit(pages, charge):
-            return False
-        self.report_accesses()
-        self.close_lost_batches()
-        pinned = self.pins.numbers()
-        victims: dict[Entry, None] = {}
-        freed_pages = freed = 0
-        for key in self.policy.victims(wanted.file):
-            entry = self.entries.latest(key)
-            if not entry.cached:
-                raise RuntimeError(f"policy {self.policy!r} would evict {entry.path!r}: not cached")
-            if entry.number in pinned or entry in victims:
-                continue
-            victims[entry] = None
-            freed_pages += len(entry.pages)
-            freed += entry.charge
-            if self.ledger.fits(pages - freed_pages, charge - freed, 1 - len(victims)):
-                break
-        else:
-            return False
-        self.evict(victims)
-        return True
+    def left_over(self) -> set[int]:
+        """Entries of which more is remembered until their loading ends."""
+        return self.not_cached | self.evict_nothing
+
+    def is_loading(self, numbers: Numbers) -> NDArray[np.bool_]:
+        """Which of these entries are being loaded."""
+        states = self.entries.state[numbers]
+        return (states > ABSENT) & (states < READY)
+
+    def count(self, layouts: Numbers, sign: int, *, cached: bool) -> None:
+        """Features of these layouts have come (sign 1) or gone (-1)."""
+        sums = (sign * total for total in self.layouts.sums(layouts))
+        self.ledger.count(sign * len(layouts), *sums, cached=cached)
 
     def finish_loading(
-        self, entry: Entry, layout: Any, values: tuple[Any, ...], version: bytes | None = None
-    ) -> Sequence[Any]:
-        """LOADING -> READY. Returns the waiters. May raise what the policy raises."""
-        assert entry.state is State.LOADING
-        if entry.cached:
-            # First: where the policy raises, the entry is still LOADING.
-            self.report_accesses()
-            self.policy.on_insert(entry.file)
-        self.loading -= 1
-        entry.state = State.READY
-        entry.layout = layout
-        entry.values = values
-        entry.version = version
-        self.set_row(entry)
-        if not entry.cached:
-            self.bypassed.add(entry)
-            if entry.number not in self.pins.numbers():
-                self._drop(entry)
-        waiters, entry.waiters = entry.waiters, ()
-        return waiters
+        self,
+        numbers: Numbers,
+        values: Iterable[tuple[Any, ...]],
+        versions: Iterable[bytes | None] | None = None,
+    ) -> None:
+        """FILLING -> CACHED or BYPASSED, with the plain values and versions of their files."""
+        entries = self.entries
+        filled = numbers.tolist()
+        entries.values.update((n, v) for n, v in zip(filled, values, strict=True) if v)
+        if versions is not None:
+            entries.versions.update(zip(filled, versions, strict=True))
+        self._end_loading(numbers)
+        cached = entries.state[numbers] == FILLING
+        if cached.all():
+            self._insert(numbers)
+            return
+        self._insert(numbers[cached])
+        bypassed = numbers[~cached]
+        entries.move(bypassed, BYPASSED)
+        self.bypassed += len(bypassed)
+        self._drop(self.pins.without_pins(bypassed))
 
-    def set_row(self, entry: Entry) -> None:
-        """Note where a READY entry is; see `rows`."""
-        alone = len(entry.pages) == 1
-        self.rows[entry.number] = self._row(entry.layout, entry.pages[0]) if alone else SCATTERED
+    def _insert(self, numbers: Numbers) -> None:
+        self.entries.move(numbers, CACHED)
+        if len(numbers):
+            self.log.inserted(numbers)
 
-    def _row(self, layout: Any, page: int) -> int:
-        number = self.layout_numbers.get(layout)
-        if number is None:
-            number = len(self.layouts)
-            if number == _MOST_LAYOUTS:
-                return SCATTERED
-            self.layout_numbers[layout] = number
-            self.layouts.append(layout)
-        return (number << LAYOUT_SHIFT) + page
+    def _end_loading(self, numbers: Numbers) -> None:
+        self.loading -= len(numbers)
+        for left_over in (self.not_cached, self.evict_nothing):
+            if left_over:
+                left_over.difference_update(numbers.tolist())
 
-    def fail_loading(self, entry: Entry) -> Sequence[Any]:
-        """LOADING -> ABSENT. Returns the waiters; none if the entry is not LOADING any more."""
-        if entry.state is not State.LOADING:
-            return ()
-        self.loading -= 1
-        self.ledger.free(entry)
-        entry.state = State.ABSENT
-        waiters, entry.waiters = entry.waiters, ()
-        return waiters
+    def fail_loading(self, numbers: Numbers) -> None:
+        """LOADING or FILLING -> ABSENT, for those that are in one of these states."""
+        numbers = numbers[self.is_loading(numbers)]
+        self._free(numbers)
+        self._end_loading(numbers)
+        self.entries.move(numbers, ABSENT)
 
-    def abandon_loading(self, entry: Entry) -> Sequence[Any]:
-        """Give up a LOADING entry whose reader hangs. Returns the waiters.
+    def abandon_loading(self, number: int) -> bool:
+        """Give up an entry whose reader hangs. Returns whether the reader may still write to it.
 
-        The reader may still write to the pages of the entry, if it has any: then the entry stays
-        LOADING until `fail_loading`, and another entry takes its place for new requests.
+        If it has pages, it keeps them until `fail_loading`, and another entry takes its place for
+        new requests.
         """
-        if not entry.pages:
-            return self.fail_loading(entry)
-        entry.may_cache = False
-        if entry.cached:
-            self.ledger.bypass(entry)
-        waiters, entry.waiters = entry.waiters, ()
-        self.entries.renew(entry)
-        return waiters
+        numbers = np.array([number], np.intp)
+        if self.entries.place[number] == NOWHERE:
+            self.fail_loading(numbers)
+            return False
+        self.not_cached.add(number)
+        self._bypass(numbers[self.entries.state[numbers] == FILLING], FILLING_BYPASSED)
+        self.entries.renew(number)
+        return True
 
-    def restart_loading(self, entry: Entry) -> None:
-        """Free the pages of a LOADING entry, which another reader reads anew. Waiters stay."""
-        self.ledger.free(entry)
+    def restart_loading(self, numbers: Numbers) -> None:
+        """FILLING -> LOADING: another reader reads them anew."""
+        filling = numbers[self.entries.state[numbers] != LOADING]
+        self._free(filling)
+        self.entries.move(filling, LOADING)
+
+    def count_cached(self, numbers: Numbers) -> int:
+        """How many of these files are cached, or being read into the cache; repeats count once."""
+        states = self.entries.state[self.entries.current(np.unique(numbers))]
+        return int(((states == CACHED) | (states == FILLING)).sum())
 
     # Leaving the cache
 
-    def release(self, entries: Iterable[Entry]) -> None:
+    def release(self, numbers: Numbers) -> None:
         """Stop caching these. What pending batches need stays, bypassed, until they have it."""
-        self.report_accesses()
-        pinned = self.pins.numbers()
-        for entry in entries:
-            entry.may_cache = False
-            if entry.cached and entry.state is State.READY and entry.number not in pinned:
-                self._drop(entry)
-            elif entry.cached:
-                if entry.state is State.READY:
-                    self.policy.on_remove(entry.file)
-                    self.bypassed.add(entry)
-                self.ledger.bypass(entry)
+        state = self.entries.state
+        numbers = np.unique(numbers)
+        self.not_cached.update(numbers[self.is_loading(numbers)].tolist())
+        self._bypass(numbers[state[numbers] == FILLING], FILLING_BYPASSED)
+        cached = numbers[state[numbers] == CACHED]
+        self._drop(self.pins.without_pins(cached))
+        pinned = cached[state[cached] == CACHED]
+        self.log.removed(pinned)
+        self._bypass(pinned, BYPASSED)
+        self.bypassed += len(pinned)
 
-    def renew(self, entry: Entry) -> None:
+    def _bypass(self, numbers: Numbers, to: int) -> None:
+        """Count as bypassed what was cached. It keeps its pages."""
+        layouts = self.layouts.of_places(self.entries.place[numbers])
+        self.count(layouts, -1, cached=True)
+        self.count(layouts, +1, cached=False)
+        self.entries.move(numbers, to)
+
+    def renew(self, number: int) -> None:
         """The file has changed: keep the READY bytes for pending batches only."""
-        if entry.state is not State.READY or entry.number in self.entries.newer:
+        if self.entries.state[number] < READY or number in self.entries.newer:
             return
-        self.release([entry])
-        if entry.state is State.READY:
-            self.entries.renew(entry)
+        self.release(np.array([number], np.intp))
+        if self.entries.state[number] >= READY:
+            self.entries.renew(number)
 
     def forget_pages(self) -> None:
         """Start anew without an arena. Only while no entry holds a page."""
         self.ledger.forget_pages()
         self.arena.forget()
-        self.layout_numbers.clear()
-        self.layouts = []
+        self.layouts.forget_unused()
 
-    def evict(self, victims: Iterable[Entry]) -> None:
-        """Drop cached entries that are not pinned."""
-        for entry in victims:
-            self.evictions += 1
-            self._drop(entry)
+    def evict(self, victims: Collection[int], *, told: bool = False) -> None:
+        """Drop cached entries that are not pinned. `told` means that the policy knows."""
+        self.evictions += len(victims)
+        self._drop(np.fromiter(victims, np.intp), told=told)
 
-    def _drop(self, entry: Entry) -> None:
-        """READY -> ABSENT."""
-        assert entry.state is State.READY
-        if entry.cached:
-            self.policy.on_remove(entry.file)
-        self.bypassed.discard(entry)
-        self.ledger.free(entry)
-        entry.state = State.ABSENT
-        entry.layout = None
-        entry.values = ()
-        self.rows[entry.number] = NOT_READY
+    def _drop(self, numbers: Numbers, *, told: bool = False) -> None:
+        """CACHED or BYPASSED -> ABSENT."""
+        if not len(numbers):
+            return
+        cached = numbers[self.entries.state[numbers] == CACHED]
+        if not told:
+            self.log.removed(cached)
+        self.bypassed -= len(numbers) - len(cached)
+        self._free(numbers)
+        self.entries.move(numbers, ABSENT)
 
-    # The policy
+    def _free(self, numbers: Numbers) -> None:
+        """Free the pages of these entries, where they have any. The caller changes the states."""
+        entries = self.entries
+        numbers = numbers[entries.place[numbers] != NOWHERE]
+        if not len(numbers):
+            return
+        layouts = self.layouts.of_places(entries.place[numbers])
+        states = entries.state[numbers]
+        cached = (states == CACHED) | (states == FILLING)
+        self.count(layouts[cached], -1, cached=True)
+        self.count(layouts[~cached], -1, cached=False)
+        self.ledger.free(self.pages_of(numbers))
+        self.layouts.disuse(layouts)
+        entries.place[numbers] = NOWHERE
+        for table in (entries.scattered, entries.values, entries.versions):
+            if table:
+                for number in numbers.tolist():
+                    table.pop(number, None)
 
-    def report_accesses(self) -> None:
-        """Report the requests that the policy has not been told of."""
-        while self._unreported:
-            owner, numbers = self._unreported.popleft()
-            self.policy.on_access(self.entries.files(numbers), owner)
+    def page_lists(self, numbers: Sequence[int]) -> list[Sequence[int]]:
+        """The pages of each of these entries, which hold some: a range where they lie in a row."""
+        places = self.entries.place[np.array(numbers, np.intp)]
+        counts = self.layouts.pages[self.layouts.of_places(places)].tolist()
+        first = first_pages(places).tolist()
+        lists: list[Sequence[int]] = [
+            range(page, page + count) for page, count in zip(first, counts, strict=True)
+        ]
+        for at in np.flatnonzero(places < 0).tolist():
+            lists[at] = self.entries.scattered[numbers[at]].tolist()
+        return lists
 
-    def begin_epoch(self, owner: object) -> None:
-        """`owner` begins a new pass over its data."""
-        self.report_accesses()
-        self.policy.begin_epoch(owner)
-
-    def announce(self, owner: object, plan: AccessPlan) -> None:
-        """`owner` announces its next requests."""
-        self.report_accesses()
-        self.policy.announce(owner, plan)
-
-    def retract(self, owner: object) -> None:
-        """`owner` retracts what it announced."""
-        self.report_accesses()
-        self.policy.retract(owner)
+    def pages_of(self, numbers: Numbers) -> Pages:
+        """The pages of these entries, which hold some, end to end."""
+        places = self.entries.place[numbers]
+        counts = self.layouts.pages[self.layouts.of_places(places)]
+        return pages_in(places, counts, numbers, self.entries.scattered)

@@ -1,14 +1,15 @@
-"""Which entry holds which pages, and all totals of bytes, items and pages."""
+"""Which pages are free, and all totals of bytes, items and pages."""
 
-from collections.abc import Iterable, Sequence
+import numpy as np
+from numpy.typing import NDArray
 
-from gpucache_pipes.cache.entry import Entry
+Pages = NDArray[np.int64]
 
 
 class Ledger:
-    """Assigns pages to entries, and counts pages, bytes and items against the budget.
+    """Gives out pages, and counts pages, bytes and items against the budget.
 
-    Invariants, which `check` recomputes from the entries:
+    Invariants, which `check` recomputes from what the entries hold:
 
         free_pages + cached_pages + bypassed_pages == pages + retiring
         cached_bytes <= charged_bytes <= max_bytes
@@ -34,9 +35,10 @@ class Ledger:
         # Whether there is any limit, so that something may have to be evicted.
         self.bounded = False
         self.set_ceiling(None)
-        # Pages that were used and freed, and the first page that was never used: so an arena of
-        # millions of new pages need not be listed.
-        self._freed: list[int] = []
+        # Pages that were used and freed: a stack, the first `_top` of an array. And the first page
+        # that was never used: so an arena of millions of new pages need not be listed.
+        self._freed: Pages = np.empty(64, np.int64)
+        self._top = 0
         self._fresh = 0
         # Pages that are held and will not exist any more when they are freed.
         self.retiring = 0
@@ -79,117 +81,104 @@ class Ledger:
             self.ceiling is None or pages <= self.ceiling
         )
 
+    # Pages
+
     @property
     def free_pages(self) -> int:
         """Pages that no entry holds."""
-        return len(self._freed) + self.pages - self._fresh
-
-    def add_pages(self, count: int) -> None:
-        """The arena has grown by `count` pages, which are free."""
-        self.pages += count
-
-    def take(self, entry: Entry, pages: int, charge: int, nbytes: int, *, cached: bool) -> bool:
-        """Assign free pages to `entry`; returns False, and assigns none, if there are too few."""
-        freed = self._freed
-        if len(freed) + self.pages - self._fresh < pages:
-            return False
-        assert not (entry.pages or entry.cached)
-        reused = min(pages, len(freed))
-        fresh = range(self._fresh, self._fresh + pages - reused)
-        entry.pages = (*reversed(freed[len(freed) - reused :]), *fresh) if reused else fresh
-        del freed[len(freed) - reused :]
-        self._fresh = fresh.stop
-        entry.nbytes = nbytes
-        entry.charge = charge
-        entry.cached = cached
-        self._count(entry, +1)
-        return True
-
-    def free(self, entry: Entry) -> None:
-        """Free the pages of `entry`."""
-        self._count(entry, -1)
-        kept = self.kept(entry.pages)
-        self.retiring -= len(entry.pages) - len(kept)
-        self._freed.extend(reversed(kept))
-        entry.pages = ()
-        entry.nbytes = entry.charge = 0
-        entry.cached = False
-
-    def kept(self, pages: Sequence[int]) -> Sequence[int]:
-        """Those of `pages` that are not retiring."""
-        return [page for page in pages if page < self.pages] if self.retiring else pages
-
-    def retire(self, keep: int) -> None:
-        """Give out none of the pages from `keep` on. They end when what holds them is freed."""
-        assert not self.retiring and keep <= self.pages
-        freed = [page for page in self._freed if page < keep]
-        self.retiring = max(0, self._fresh - keep) - (len(self._freed) - len(freed))
-        self._freed = freed
-        self._fresh = min(self._fresh, keep)
-        self._retired = self.pages - keep
-        self.pages = keep
-
-    def keep_all(self, entries: Iterable[Entry]) -> None:
-        """Take `retire` back: batches in flight need the pages."""
-        self.pages += self._retired
-        held = {page for entry in entries for page in entry.pages}
-        self._fresh = max(self._fresh, max(held, default=-1) + 1)
-        self._freed = [page for page in range(self._fresh) if page not in held]
-        self.retiring = 0
-
-    def renumbered(self, pages: int) -> None:
-        """There are `pages` pages now, all of them held."""
-        assert not self.retiring and pages == self.held_pages
-        self._freed.clear()
-        self.pages = self._fresh = pages
-
-    def bypass(self, entry: Entry) -> None:
-        """Count `entry`, which is cached, as bypassed. It keeps its pages."""
-        self._count(entry, -1)
-        entry.cached = False
-        self._count(entry, +1)
-
-    def _count(self, entry: Entry, sign: int) -> None:
-        if entry.cached:
-            self.cached_pages += sign * len(entry.pages)
-            self.cached_bytes += sign * entry.nbytes
-            self.charged_bytes += sign * entry.charge
-            self.cached_items += sign
-        else:
-            self.bypassed_pages += sign * len(entry.pages)
+        return self._top + self.pages - self._fresh
 
     @property
     def held_pages(self) -> int:
         """Pages that entries hold."""
         return self.cached_pages + self.bypassed_pages
 
+    def add_pages(self, count: int) -> None:
+        """The arena has grown by `count` pages, which are free."""
+        self.pages += count
+
+    def take(self, count: int) -> Pages:
+        """`count` pages, of which there must be as many free ones."""
+        assert count <= self.free_pages
+        reused = min(count, self._top)
+        self._top -= reused
+        fresh = np.arange(self._fresh, self._fresh + count - reused)
+        self._fresh += count - reused
+        if not reused:
+            return fresh
+        return np.concatenate([self._freed[self._top : self._top + reused][::-1], fresh])
+
+    def free(self, pages: Pages) -> None:
+        """Free these pages, which were taken."""
+        kept = self.kept(pages)
+        self.retiring -= len(pages) - len(kept)
+        top = self._top + len(kept)
+        if top > len(self._freed):
+            self._freed = np.concatenate([self._freed, np.empty(top + top // 4, np.int64)])
+        self._freed[self._top : top] = kept[::-1]
+        self._top = top
+
+    def kept(self, pages: Pages) -> Pages:
+        """Those of `pages` that are not retiring."""
+        return pages[pages < self.pages] if self.retiring else pages
+
+    def retire(self, keep: int) -> None:
+        """Give out none of the pages from `keep` on. They end when what holds them is freed."""
+        assert not self.retiring and keep <= self.pages
+        freed = self._freed[: self._top]
+        freed = freed[freed < keep]
+        self.retiring = max(0, self._fresh - keep) - (self._top - len(freed))
+        self._set_freed(freed)
+        self._fresh = min(self._fresh, keep)
+        self._retired = self.pages - keep
+        self.pages = keep
+
+    def keep_all(self, held: Pages) -> None:
+        """Take `retire` back: batches in flight need the pages. `held` are those of all entries."""
+        self.pages += self._retired
+        self._fresh = max(self._fresh, int(held.max(initial=-1)) + 1)
+        self._set_freed(np.setdiff1d(np.arange(self._fresh), held))
+        self.retiring = 0
+
+    def renumbered(self, pages: int) -> None:
+        """There are `pages` pages now, all of them held."""
+        assert not self.retiring and pages == self.held_pages
+        self._top = 0
+        self.pages = self._fresh = pages
+
+    def _set_freed(self, pages: Pages) -> None:
+        self._freed = pages
+        self._top = len(pages)
+
     def forget_pages(self) -> None:
         """Start anew without an arena. Only while no entry holds a page."""
         assert not self.held_pages
-        self._freed.clear()
-        self._fresh = 0
+        self._top = self._fresh = 0
         self.retiring = 0
         self.pages = 0
         self.page_bytes = 0
         self.set_ceiling(None)
 
-    def check(self, entries: Iterable[Entry]) -> None:
-        """Recompute every total from `entries`, which are all. Raises AssertionError."""
-        held = [e for e in entries if e.pages or e.cached]
-        cached = [e for e in held if e.cached]
-        owned = [page for e in held for page in e.pages if page < self.pages]
-        expected = {
-            "retiring": sum(page >= self.pages for e in held for page in e.pages),
-            "cached_pages": sum(len(e.pages) for e in cached),
-            "cached_bytes": sum(e.nbytes for e in cached),
-            "charged_bytes": sum(e.charge for e in cached),
-            "cached_items": len(cached),
-            "bypassed_pages": sum(len(e.pages) for e in held if not e.cached),
-        }
+    # Totals
+
+    def count(self, items: int, pages: int, charge: int, nbytes: int, *, cached: bool) -> None:
+        """So much has come to what is cached, or to what is bypassed; negative, has left it."""
+        if cached:
+            self.cached_items += items
+            self.cached_pages += pages
+            self.charged_bytes += charge
+            self.cached_bytes += nbytes
+        else:
+            self.bypassed_pages += pages
+
+    def check(self, held: Pages, expected: dict[str, int]) -> None:
+        """Compare with the pages that entries hold, and with totals. Raises AssertionError."""
+        expected = {**expected, "retiring": int((held >= self.pages).sum())}
         for name, value in expected.items():
             _require(getattr(self, name) == value, f"{name}: {getattr(self, name)} != {value}")
-        everything = sorted([*owned, *self._freed])
-        _require(everything == list(range(self._fresh)), "a page has two owners or none")
+        everything = np.sort(np.concatenate([held[held < self.pages], self._freed[: self._top]]))
+        whole = np.array_equal(everything, np.arange(self._fresh))
+        _require(whole, "a page has two owners or none")
         _require(self._fresh <= self.pages, "pages are used that do not exist")
         _require(self.fits(0, 0, items=0), f"over budget: {expected}")
 

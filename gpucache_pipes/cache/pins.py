@@ -2,8 +2,12 @@
 
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
+
+from gpucache_pipes.cache.entries import Numbers
 
 
 class _Holder(weakref.ref[object]):
@@ -21,21 +25,22 @@ class Pins:
 
     Attributes:
         batches: by the number of each open batch, the numbers of its entries.
-        gone: references to holders that have been collected: see `lost`.
+        ended: open batches that are to be closed, by number, and references to holders that have
+            been collected. Any thread may append, without a lock: see `lost`.
     """
 
     def __init__(self) -> None:
-        self.batches: dict[int, Sequence[int]] = {}
+        self.batches: dict[int, Numbers] = {}
         # Weak references to the objects that stand for batches. Their callback is a deque method,
         # so no Python code runs in it. A `__del__` would not do: Python swallows what a signal
         # handler raises inside one.
         self._holders: dict[int, _Holder] = {}
-        self.gone: deque[_Holder] = deque()
+        self.ended: deque[int | _Holder] = deque()
         self._next = 0
         # The union of all batches, computed on demand.
         self._numbers: set[int] | None = None
 
-    def open(self, numbers: Sequence[int]) -> int:
+    def open(self, numbers: Numbers) -> int:
         """Open a batch that names these entries (repeats allowed); returns its number."""
         batch = self._next
         self._next = batch + 1
@@ -45,15 +50,17 @@ class Pins:
 
     def hold(self, batch: int, holder: object) -> None:
         """Close the batch once `holder` has been collected: see `lost`."""
-        reference = _Holder(holder, self.gone.append)
+        reference = _Holder(holder, self.ended.append)
         reference.number = batch
         self._holders[batch] = reference
 
-    def close(self, batches: Iterable[int]) -> list[Sequence[int]]:
+    def close(self, batches: Iterable[int]) -> list[Numbers]:
         """Close batches; returns the entries that each of them named. Ignores unknown numbers."""
         closed = []
         for batch in batches:
-            closed.append(self.batches.pop(batch, ()))
+            numbers = self.batches.pop(batch, None)
+            if numbers is not None:
+                closed.append(numbers)
             self._holders.pop(batch, None)
         self._numbers = None
         return closed
@@ -64,14 +71,26 @@ class Pins:
         return [holder for holder in held if holder is not None]
 
     def lost(self) -> list[int]:
-        """Batches whose holders have been collected, each once."""
+        """Batches that have ended without a call of `close`, or whose holders were collected."""
         lost = []
-        while self.gone:
-            lost.append(self.gone.popleft().number)
+        while self.ended:
+            ended = self.ended.popleft()
+            lost.append(ended if isinstance(ended, int) else ended.number)
         return lost
 
     def numbers(self) -> set[int]:
         """The numbers of all pinned entries."""
         if self._numbers is None:
-            self._numbers = set().union(*self.batches.values())
+            self._numbers = set()
+            if self.batches:
+                self._numbers.update(np.concatenate(list(self.batches.values())).tolist())
         return self._numbers
+
+    def without_pins(self, numbers: Numbers) -> Numbers:
+        """Those of `numbers` that no open batch names, each once, in order of number."""
+        free = np.unique(numbers)
+        for pinned in self.batches.values():
+            if not len(free):
+                break
+            free = free[~np.isin(free, pinned)]
+        return free

@@ -15,6 +15,7 @@ from gpucache_pipes.files.layout import (
 )
 from gpucache_pipes.files.local import LocalFiles, file_size
 from gpucache_pipes.files.path_table import PathLike, PathTable
+from gpucache_pipes.files.paths import PathList, Paths
 from gpucache_pipes.files.source import LoadedFeature, OpenFeature, Source
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "LocalFiles",
     "OpenFeature",
     "PathLike",
+    "PathList",
     "PathTable",
+    "Paths",
     "Source",
     "Tree",
     "build",

@@ -3,10 +3,13 @@
 import fnmatch
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from gpucache_pipes.files.local import current_directory
+from gpucache_pipes.files.paths import PathList, Paths
 
 GLOB_CHARACTERS = frozenset("*?[")
 
@@ -52,20 +55,21 @@ class GivenPaths:
         given: the paths as they were given.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.given = self._now = paths
-        # Strings that begin with a slash are neighbours in the order of strings.
-        some_relative = bool(paths) and not (
-            os.path.isabs(min(paths)) and os.path.isabs(max(paths))
-        )
-        self._cwd = os.getcwd() if some_relative else None
+    def __init__(self, paths: list[str]) -> None:
+        self.given = paths
+        self._files = PathList.here(paths)
 
-    def now(self) -> Sequence[str]:
-        """The paths. Takes a microsecond if some are relative."""
-        if self._cwd is not None and current_directory() != self._cwd:
-            self._now = [os.path.join(self._cwd, path) for path in self.given]
-            self._cwd = None
-        return self._now
+    def files(self) -> PathList:
+        """The paths as a list for `Paths`. Takes a microsecond if some are relative."""
+        cwd = self._files.cwd
+        if cwd is not None and current_directory() != cwd:
+            everything = np.arange(len(self.given))
+            self._files = PathList(Paths(self._files, everything).absolute())
+        return self._files
+
+    def now(self) -> list[str]:
+        """The paths."""
+        return self.files().paths
 
 
 def list_files(files: str, pattern: str, recursive: bool) -> list[str]:

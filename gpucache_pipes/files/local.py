@@ -1,20 +1,18 @@
 """Feature files in the local file system: identity, versions, sizes, and how to open them."""
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
 from gpucache_pipes.files.formats import FileOpener
 from gpucache_pipes.files.links import LinkFinder
+from gpucache_pipes.files.paths import URL
 from gpucache_pipes.files.source import LoadedFeature, OpenFeature
 from gpucache_pipes.files.versions import is_racy, version_of
 
 _NOT_A_NAME = ("/", "/.", "/..")
 """Ends of paths whose last part is not the name of a file."""
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 _SAMPLED = 64
 _FEW = 8
@@ -56,7 +54,7 @@ class LocalFiles:
         Joined and not normalised: what `..` means after a link only the system knows. A URL
         ("s3://bucket/a.pt") is absolute already.
         """
-        if _URL.match(path):
+        if URL.match(path):
             return path
         joined = os.path.join(cwd, path)
         if self._load_fn is None or joined == path:
@@ -69,7 +67,7 @@ class LocalFiles:
         The path without links. A path that the system refuses to look at is its own key, and so is
         a URL: opening it will say what is wrong. Takes a few microseconds.
         """
-        if _URL.match(path):
+        if URL.match(path):
             return path
         head, _, name = path.rpartition("/")
         try:

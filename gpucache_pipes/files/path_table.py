@@ -1,14 +1,21 @@
 """One number for each file, however its path is spelled."""
 
 import os
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import PurePath
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
+from numpy.typing import NDArray
+
+from gpucache_pipes.files.paths import PathList, Paths
 from gpucache_pipes.files.source import Source
 
 PathLike = str | os.PathLike[str]
+Numbers = NDArray[np.intp]
 
 _MANY = 8
 """From this many new files of one directory on, they are numbered together."""
@@ -50,28 +57,67 @@ class PathTable:
         # The current directory, and the numbers of paths that were given in it, relative ones among
         # them. The pair is replaced as a whole: another thread never sees one without the other.
         self._relative: tuple[str, dict[PathLike, int]] = ("", {})
+        self._listed: WeakKeyDictionary[PathList, _Listed] = WeakKeyDictionary()
+        self._latest = _Listed(PathList([]))
 
-    def resolve(self, paths: Iterable[PathLike]) -> tuple[list[int], list[PathLike] | None]:
-        """The number of each path, in order. Well under 1 us for a spelling that is known.
+    def resolve(self, paths: Iterable[PathLike]) -> tuple[Numbers, Sequence[PathLike] | None]:
+        """The number of each path, in order: for `Paths` that are known by one look into an array.
 
-        And the paths themselves, if all are absolute; else None.
+        And the paths themselves, if all are absolute or `Paths`; else None.
 
         Raises TypeError for a single path instead of a sequence, or for an item that is not a
         non-empty str or os.PathLike; the message names it.
         """
+        cwd = None
+        if type(paths) is Paths:
+            numbers = self._find_listed(paths)
+            if numbers is not None:
+                return numbers, paths
+            cwd = paths.files.cwd
         if isinstance(paths, (str, os.PathLike)):
             raise TypeError(f"a sequence of paths is needed, not the single path {paths!r}")
         paths = list(paths)
+        found, absolute = self._find(paths, cwd)
+        return np.array(found, np.intp), absolute
+
+    def _find_listed(self, paths: Paths) -> Numbers | None:
+        """The numbers of files of a list; None if each spelling has to be looked up."""
+        files = paths.files
+        if self._links:
+            return None
+        listed = self._latest
+        if listed.files() is not files:
+            listed = self._listed.get(files) or self._listed.setdefault(files, _Listed(files))
+            self._latest = listed
+        numbers: Numbers = listed.numbers[paths.positions]
+        if not listed.complete and (numbers < 0).any():
+            new = list(dict.fromkeys(paths.positions[numbers < 0].tolist()))
+            named = Paths(files, np.array(new, np.intp))
+            # Other threads may do so, too: they write the same numbers.
+            found = self._find(list(named), files.cwd)[0]
+            if self._links:
+                return None
+            listed.numbers[named.positions] = found
+            listed.complete = not (listed.numbers < 0).any()
+            numbers = listed.numbers[paths.positions]
+        return numbers
+
+    def _find(
+        self, paths: list[PathLike], cwd: str | None = None
+    ) -> tuple[Sequence[int], list[PathLike] | None]:
+        """The numbers of spellings, relative ones in `cwd` or else in the current directory."""
         if not self._links or self._links.isdisjoint(paths):
             try:
                 return list(map(self._numbers.__getitem__, paths)), paths
             except (KeyError, TypeError):
                 if (first := self._add_directory(paths)) is not None:
-                    return list(range(first, first + len(paths))), paths
+                    return range(first, first + len(paths)), paths
         spellings = list(map(_spelling, paths))
-        cwd, table = None, self._numbers
-        if not all(map(os.path.isabs, spellings)):
-            cwd = os.getcwd()
+        table = self._numbers
+        if all(map(os.path.isabs, spellings)):
+            cwd = None
+        else:
+            cwd = cwd or os.getcwd()
             known = self._relative
             if known[0] != cwd:
                 known = self._relative = (cwd, {})
@@ -137,6 +183,22 @@ class PathTable:
             looked_at = zip(spellings, paths, strict=True)
             self._links.update(spelling for spelling, path in looked_at if source.is_link(path))
         return dict(zip(spellings, map(numbers.__getitem__, keys), strict=True))
+
+
+class _Listed:
+    """The numbers of the files of a list, by position; -1 where a number is not known.
+
+    Attributes:
+        files: a weak reference to the list.
+        complete: whether all are known.
+    """
+
+    __slots__ = ("complete", "files", "numbers")
+
+    def __init__(self, files: PathList) -> None:
+        self.files = weakref.ref(files)
+        self.numbers: Numbers = np.full(len(files.paths), -1, np.intp)
+        self.complete = False
 
 
 def _spelling(path: object) -> str | PurePath:

@@ -5,7 +5,9 @@ import zlib
 from array import array
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gpucache_pipes.files import file_size
 
@@ -32,8 +34,8 @@ class Buckets:
     Attributes:
         checksum: of all sizes; with other sizes, batches are others.
 
-    >>> Buckets([30, 10, 20, 40], batch_size=2).group(range(4), None)
-    [1, 2, 0, 3]
+    >>> Buckets([30, 10, 20, 40], batch_size=2).group(np.arange(4), None)
+    array([1, 2, 0, 3])
     """
 
     def __init__(self, sizes: Sequence[float], batch_size: int) -> None:
@@ -74,23 +76,23 @@ class Buckets:
     def __str__(self) -> str:
         return f"batch_size={self._batch_size}"
 
-    def group(self, order: Sequence[int], random: torch.Generator | None) -> list[int]:
+    def group(self, order: NDArray[np.intp], random: torch.Generator | None) -> NDArray[np.intp]:
         """The same positions in a new order, in which every `batch_size` of them are a batch.
 
         Args:
             order: positions in the list of files.
             random: shuffles the batches; None if the order is not shuffled.
         """
-        positions = torch.tensor(order, device="cpu")
+        positions = torch.from_numpy(order)
         if random is None:
-            return self._by_size(positions).tolist()
+            return self._by_size(positions).numpy()
         whole = len(positions) // self._batch_size
         window = max(1, min(_MOST_BATCHES, whole // 2)) * self._batch_size
         full = whole * self._batch_size
         grouped, rest = positions[:full], positions[full:]
         batches = torch.cat([self._by_size(part) for part in grouped.split(window)])
         drawn = torch.randperm(whole, generator=random, device="cpu")
-        return [*batches.view(-1, self._batch_size)[drawn].flatten().tolist(), *rest.tolist()]
+        return torch.cat([batches.view(-1, self._batch_size)[drawn].flatten(), rest]).numpy()
 
     def _by_size(self, positions: torch.Tensor) -> torch.Tensor:
         return positions[self._sizes[positions].argsort(stable=True)]

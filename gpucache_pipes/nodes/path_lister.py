@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torchdata.nodes import BaseNode
 
+from gpucache_pipes.files import Paths
 from gpucache_pipes.files.listing import GivenPaths, directory_prefix, find_files
 from gpucache_pipes.nodes.buckets import Buckets
 from gpucache_pipes.nodes.order import DrawnOrder, SampledOrder
@@ -17,6 +20,8 @@ from gpucache_pipes.store import Upcoming
 from gpucache_pipes.units import positive_int
 
 Source = str | os.PathLike[str] | Iterable[Any]
+Order = NDArray[np.intp] | list[Any]
+"""Positions in the list of files; a list of positions or of batches where a sampler yields them."""
 
 
 class PathLister(BaseNode[Any]):
@@ -34,7 +39,7 @@ class PathLister(BaseNode[Any]):
             node that yields paths, iterated once per epoch in its own order.
         pattern: which names in a directory are features.
         recursive: look into subdirectories as well.
-        batch_size: yield lists of this many paths, at least 1; None yields single paths.
+        batch_size: yield batches of this many paths, at least 1; None yields single paths.
         drop_last: omit the last batch if it is smaller.
         shuffle: a new order in each epoch: that of torch.utils.data.DistributedSampler with the
             same seed and one replica.
@@ -133,7 +138,7 @@ class PathLister(BaseNode[Any]):
         self._epoch = 0
         self._next_epoch: int | None = None
         self._position = 0
-        self._order: Sequence[Any] | None = None
+        self._order: Order | None = None
 
     def _choose_shards(self, num_shards: int | None, shard_index: int | None, shard: str) -> Shards:
         if (num_shards is None) != (shard_index is None):
@@ -220,14 +225,15 @@ class PathLister(BaseNode[Any]):
             )
         self._order = self._drawing.draw(self._epoch)
         if initial_state is not None and following is not None:
-            ended = not self._flat(self._order, self._position)
+            ended = not len(self._flat(self._order, self._position))
             if following > self._epoch or (ended and following != self._epoch):
                 self._epoch, self._position = following, 0
                 self._order = self._drawing.draw(self._epoch)
 
     def next(self) -> Any:
-        """The next path, or the next batch as a new list."""
+        """The next path, or the next batch: a list, or a read-only sequence that is like one."""
         count = self.batch_size or 1
+        batch: Sequence[Any]
         if self._stream is not None:
             batch = [_path(item) for item in islice(self._stream, count)]
         else:
@@ -238,25 +244,21 @@ class PathLister(BaseNode[Any]):
             raise StopIteration
         return batch[0] if self.batch_size is None else batch
 
-    def _pick(self, order: Sequence[Any]) -> list[Any]:
+    def _pick(self, order: Order) -> Sequence[Any]:
         """The paths at these positions, or the batches of them, where a sampler yields batches."""
-        path = self._paths.__getitem__
-        if self.sampler is not None:
-            return self._pick_sampled(order)
-        return list(map(path, order))
-
-    def _pick_sampled(self, order: Sequence[Any]) -> list[Any]:
-        path = self._paths.__getitem__
-        try:
-            if not order or isinstance(order[0], int):
-                return list(map(path, order))
+        assert self._given is not None
+        files = self._given.files()
+        if isinstance(order, np.ndarray):
+            # A copy, so that a batch does not keep the order of its epoch.
+            return Paths(files, order.copy())
+        if order and not isinstance(order[0], int):
             if self.batch_size is not None:
                 raise ValueError("the sampler yields batches already: omit batch_size")
-            return [list(map(path, batch)) for batch in order]
-        except IndexError as error:
-            raise IndexError(
-                f"the sampler yields positions beyond the {len(self._paths)} files"
-            ) from error
+            return [self._pick(batch) for batch in order]
+        positions, count = np.array(order, np.intp), len(files.paths)
+        if order and not -count <= positions.min() <= positions.max() < count:
+            raise IndexError(f"the sampler yields positions beyond the {count} files")
+        return Paths(files, positions % count)
 
     def get_state(self) -> dict[str, Any]:
         """Epoch, position, and what identifies the list: a few numbers, for any number of files.
@@ -274,9 +276,10 @@ class PathLister(BaseNode[Any]):
         """The paths that are left of this epoch, and all of the next one, in order.
 
         Before the first reset, those of the first two epochs. Empty for a stream, whose order is
-        not known. Takes about 0.1 us per file, and shares the list of paths.
+        not known. Takes next to nothing: the next epoch is drawn when it is needed, except by a
+        sampler.
         """
-        if self._stream is not None:
+        if self._given is None:
             return Upcoming((), (), 0)
         if self._order is None:
             self._find_rank_again()
@@ -287,23 +290,31 @@ class PathLister(BaseNode[Any]):
         else:
             rest = self._flat(self._drawing.draw(following))
             following += 1
-        after = self._flat(self._drawing.draw(following))
-        return Upcoming(self._paths, [*rest, *after], len(rest))
+        drawing = self._drawing
 
-    def _flat(self, order: Sequence[Any], start: int = 0) -> Sequence[int]:
+        def both_epochs() -> NDArray[np.intp]:
+            return np.concatenate([rest, self._flat(drawing.draw(following))])
+
+        files = self._given.files()
+        if isinstance(drawing, DrawnOrder):
+            return Upcoming(files, both_epochs, len(rest))
+        return Upcoming(files, both_epochs(), len(rest))  # a sampler is for this thread only
+
+    def _flat(self, order: Order, start: int = 0) -> NDArray[np.intp]:
         """The positions of files from element `start` on, without those that drop_last omits."""
         end = len(order)
         if self.drop_last and self.batch_size is not None:
             end -= end % self.batch_size
         rest = order[start:end]
-        if self.sampler is None:
+        if isinstance(rest, np.ndarray):
             return rest
         if rest and not isinstance(rest[0], int):
             rest = list(chain.from_iterable(rest))
         # Positions may be negative, as in sequences. One that is out of range is an error in the
         # `next()` that reaches it.
         count = len(self._paths)
-        return [i % count for i in rest if -count <= i < count]
+        flat = np.array(rest, np.intp)
+        return flat[(flat >= -count) & (flat < count)] % count
 
     def __len__(self) -> int:
         """Elements that an epoch yields. Raises TypeError if the source is a stream."""

@@ -2,10 +2,11 @@
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch.distributed
+from numpy.typing import NDArray
 
 from gpucache_pipes.units import positive_int
 
@@ -24,12 +25,12 @@ class Shards:
     Raises:
         ValueError: count < 1, or an index that is not below it.
 
-    >>> Shards(count=3, index=0).share(range(7))
-    [0, 3, 6]
-    >>> Shards(count=3, index=1).share(range(7))  # 0 and 1 make the parts equal
-    [1, 4, 0]
-    >>> Shards(count=3, index=1, drop=True).share(range(7))
-    range(1, 6, 3)
+    >>> Shards(count=3, index=0).share(np.arange(7))
+    array([0, 3, 6])
+    >>> Shards(count=3, index=1).share(np.arange(7))  # 0 and 1 make the parts equal
+    array([1, 4, 0])
+    >>> Shards(count=3, index=1, drop=True).share(np.arange(7))
+    array([1, 4])
     """
 
     count: int = 1
@@ -46,17 +47,19 @@ class Shards:
         """Length of each part of `files` files, as in torch.utils.data.DistributedSampler."""
         return files // self.count if self.drop else math.ceil(files / self.count)
 
-    def pool(self, files: int) -> Sequence[int]:
+    def pool(self, files: int) -> NDArray[np.intp]:
         """The positions from which an epoch over `files` files is drawn.
 
         All of them; for a static part its own, with those that it repeats.
         """
         if not self.static:
-            return range(files)
-        mine = list(range(self.index, files, self.count))[: self.size(files)]
-        return mine + [self.index % files] * (self.size(files) - len(mine))
+            return np.arange(files)
+        mine = np.arange(self.index, files, self.count)[: self.size(files)]
+        return np.append(mine, [self.index % files] * (self.size(files) - len(mine))).astype(
+            np.intp
+        )
 
-    def share(self, order: Sequence[int]) -> Sequence[int]:
+    def share(self, order: NDArray[np.intp]) -> NDArray[np.intp]:
         """The files of this part in an epoch whose pool is in the given order.
 
         As torch.utils.data.DistributedSampler divides it: every `count`-th position from `index`
@@ -65,9 +68,7 @@ class Shards:
         if self.static or self.count == 1:
             return order
         total = self.size(len(order)) * self.count
-        if total > len(order):
-            order = [*order, *(order[at % len(order)] for at in range(total - len(order)))]
-        return order[self.index : total : self.count]
+        return np.resize(order, total)[self.index :: self.count]
 
 
 def find_rank() -> tuple[int, int]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gpucache_pipes.batches import (
     ColumnBatch,
@@ -14,7 +15,7 @@ from gpucache_pipes.batches import (
     RaggedOptions,
     to_device,
 )
-from gpucache_pipes.cache import LAYOUT_SHIFT, Cache
+from gpucache_pipes.cache import LAYOUT_SHIFT, Cache, Numbers, first_pages, runs_of
 from gpucache_pipes.device import Backend
 from gpucache_pipes.files import ALIGNMENT, Layout, LoadedFeature, PathLike
 
@@ -25,13 +26,13 @@ class Taken(NamedTuple):
     Attributes:
         numbers: of the entries.
         paths: of their files, absolute.
-        rows: theirs, as `Cache.rows` has them, if all have one.
+        places: of the entries; those of substituted ones are NOWHERE.
         substitutes: by position, features that replace entries that could not be loaded.
     """
 
-    numbers: Sequence[int]
+    numbers: Numbers
     paths: Sequence[PathLike]
-    rows: Sequence[int] | None
+    places: NDArray[np.int64]
     substitutes: Mapping[int, LoadedFeature]
 
 
@@ -39,35 +40,30 @@ class Gatherer:
     """Gathers READY entries, in the thread that calls and on its current stream.
 
     Reads the cache without the lock. That is safe because the entries are pinned until the caller
-    is done: no other thread writes to a pinned READY entry but to stop caching it, which leaves
-    its pages, layout and values alone; and the tables are only added to.
+    is done: no other thread changes where the pages of a pinned READY entry are, its layout or its
+    values; and the tables of these are only added to.
     """
 
     def __init__(self, cache: Cache, backend: Backend) -> None:
         self._cache = cache
         self._backend = backend
+        # The layout of the latest batch, and the byte ranges of its leaves. Replaced as a whole.
+        self._extents_of: tuple[Layout | None, list[tuple[int, int]]] = (None, [])
 
     def gather(self, taken: Taken) -> FeatureBatch:
         """The batch. Takes a few device operations, whatever is in it."""
         if taken.substitutes:
             return self._gather_with_substitutes(taken)
-        rows = taken.rows
-        if rows and self._have_one_layout(rows):
-            return self._gather_columns(taken, rows)
-        entries = [self._cache.entries[number] for number in taken.numbers]
-        layouts: list[Layout] = [entry.layout for entry in entries]
-        if layouts and layouts.count(layouts[0]) == len(layouts):
-            layouts = layouts[:1]
-        placements = [entry.pages for entry in entries]
-        page_bytes = self._backend.page_bytes
-        starts = [page_bytes * n for n in accumulate(map(len, placements), initial=0)]
+        alike = self._one_layout(taken)
+        if alike is not None and self._cache.layouts.pages[alike] <= 1:
+            return self._gather_columns(taken, alike)
+        layouts, counts = self._layouts_of(taken, alike)
+        runs = runs_of(taken.places, counts, taken.numbers, self._cache.entries.scattered)
+        block = self._backend.join(*runs) if len(runs[0]) else self._no_bytes()
+        begins = self._backend.page_bytes * (np.cumsum(counts) - counts)
+        starts = [*begins.tolist(), len(block)]
         return PageBatch(
-            self._backend.device,
-            taken.paths,
-            layouts,
-            [entry.values for entry in entries],
-            self._join(placements) if starts[-1] else self._no_bytes(),
-            starts,
+            self._backend.device, taken.paths, layouts, self._values(taken), block, starts
         )
 
     def collate(self, taken: Taken, ragged: RaggedOptions) -> Any:
@@ -77,79 +73,95 @@ class Gatherer:
         from the pages.
         """
         memory = self._backend.memory()
-        alike = taken.rows and self._have_one_layout(taken.rows)
-        if memory is None or alike or taken.substitutes or not ragged.copies:
+        if memory is None or taken.substitutes or self._one_layout(taken) is not None:
             return self.gather(taken).collate(ragged)
-        entries = [self._cache.entries[number] for number in taken.numbers]
-        layouts: list[Layout] = [entry.layout for entry in entries]
-        runs = [entry.pages for entry in entries if isinstance(entry.pages, range)]
-        kinds = {layout.kind for layout in layouts}
-        if len(runs) < len(entries) or len(kinds) != 1 or layouts.count(layouts[0]) == len(layouts):
+        if not len(taken.places) or taken.places.min() < 0:
             return self.gather(taken).collate(ragged)
-        page_bytes = self._backend.page_bytes
+        layouts, _ = self._layouts_of(taken, None)
+        if not ragged.copies or len({layout.kind for layout in layouts}) != 1:
+            return self.gather(taken).collate(ragged)
+        starts = (first_pages(taken.places) * self._backend.page_bytes).tolist()
         in_place = PageBatch(
-            self._backend.device,
-            taken.paths,
-            layouts,
-            [entry.values for entry in entries],
-            memory,
-            [run.start * page_bytes for run in runs],
+            self._backend.device, taken.paths, layouts, self._values(taken), memory, starts
         )
         return in_place.collate(ragged)
 
-    def _join(self, placements: Sequence[Sequence[int]]) -> torch.Tensor:
-        if all(type(pages) is range for pages in placements):
-            first = np.array([pages[0] if pages else 0 for pages in placements])
-            counts = np.array([len(pages) for pages in placements])
-            return self._backend.join(first[counts > 0], counts[counts > 0])
-        single = np.array([page for pages in placements for page in pages])
-        return self._backend.join(single, np.ones(len(single), np.int64))
+    def _one_layout(self, taken: Taken) -> int | None:
+        """The number of the layout of all features, if they have one and lie in runs of pages."""
+        places, cache = taken.places, self._cache
+        if not len(places):
+            return None
+        if len(cache.layouts) == 1 and not cache.entries.scattered:
+            return 0
+        least = int(places.min())
+        number = least >> LAYOUT_SHIFT
+        return number if least >= 0 and int(places.max()) >> LAYOUT_SHIFT == number else None
+
+    def _layouts_of(
+        self, taken: Taken, alike: int | None
+    ) -> tuple[list[Layout], NDArray[np.int64]]:
+        """The layout of each feature, or the one of all, and how many pages each has."""
+        table = self._cache.layouts
+        if alike is not None:
+            return [table.layouts[alike]], np.repeat(table.pages[alike], len(taken.places))
+        numbers = table.of_places(taken.places)
+        layouts: list[Layout] = list(map(table.layouts.__getitem__, numbers.tolist()))
+        if layouts and layouts.count(layouts[0]) == len(layouts):
+            layouts = layouts[:1]
+        return layouts, table.pages[numbers]
+
+    def _values(self, taken: Taken) -> list[tuple[Any, ...]]:
+        values = self._cache.entries.values
+        return [values.get(number, ()) for number in taken.numbers.tolist()] if values else []
 
     def _no_bytes(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device=self._backend.device)
 
-    def _have_one_layout(self, rows: Sequence[int]) -> bool:
-        return (
-            len(self._cache.layouts) == 1 or min(rows) >> LAYOUT_SHIFT == max(rows) >> LAYOUT_SHIFT
-        )
-
-    def _gather_columns(self, taken: Taken, rows: Sequence[int]) -> ColumnBatch:
+    def _gather_columns(self, taken: Taken, number: int) -> ColumnBatch:
         """One contiguous tensor [B, *shape] for each leaf, by one gather each."""
-        cache, backend = self._cache, self._backend
-        number_of_layout = rows[0] >> LAYOUT_SHIFT
-        layout: Layout = cache.layouts[number_of_layout]
-        base = number_of_layout << LAYOUT_SHIFT
-        pages = [row - base for row in rows] if base else rows
-        extents = [(leaf.offset, leaf.nbytes) for leaf in layout.leaves if leaf.nbytes]
-        gathered = iter(backend.gather(pages, extents))
+        backend = self._backend
+        layout: Layout = self._cache.layouts.layouts[number]
+        pages = taken.places - (number << LAYOUT_SHIFT) if number else taken.places
         count = len(pages)
+        known, extents = self._extents_of
+        if known is not layout:
+            extents = [(leaf.offset, leaf.nbytes) for leaf in layout.leaves if leaf.nbytes]
+            self._extents_of = layout, extents
+        gathered = iter(backend.gather(pages, extents) if extents else ())
         columns = []
         for dtype, shape, _, nbytes in layout.leaves:
             if not nbytes:
                 columns.append(torch.empty(count, *shape, dtype=dtype, device=backend.device))
                 continue
-            column = next(gathered).view(dtype)
+            column = next(gathered)
+            if column.dtype is not dtype:
+                column = column.view(dtype)
             columns.append(column if len(shape) == 1 else column.view(count, *shape))
-        values = [cache.entries[n].values for n in taken.numbers] if layout.plain else ()
+        values = self._values(taken) if layout.plain else ()
         return ColumnBatch(backend.device, taken.paths, layout, values, columns)
 
     def _gather_with_substitutes(self, taken: Taken) -> PageBatch:
         """The same where features come from the host: one by one, since that is rare."""
-        entries, backend = self._cache.entries, self._backend
+        table, entries, backend = self._cache.layouts, self._cache.entries, self._backend
+        numbers = taken.numbers.tolist()
+        held = [at for at in range(len(numbers)) if at not in taken.substitutes]
+        of_entry = dict(zip(held, table.of_places(taken.places[held]).tolist(), strict=True))
         layouts: list[Layout] = []
         values: list[tuple[Any, ...]] = []
         pieces: list[torch.Tensor] = []
-        for position, number in enumerate(taken.numbers):
-            substitute = taken.substitutes.get(position)
-            feature: Any = entries[number] if substitute is None else substitute
-            layouts.append(feature.layout)
-            values.append(feature.values)
+        for at, number in enumerate(numbers):
+            substitute = taken.substitutes.get(at)
             if substitute is not None:
-                pieces.append(self._upload(substitute, entries[number].path))
-            elif feature.pages:
-                pieces.append(self._join([feature.pages]))
-            else:
-                pieces.append(self._no_bytes())
+                layouts.append(substitute.layout)
+                values.append(substitute.values)
+                pieces.append(self._upload(substitute, entries.paths[number]))
+                continue
+            layouts.append(table.layouts[of_entry[at]])
+            values.append(entries.values.get(number, ()))
+            one = slice(at, at + 1)
+            counts = table.pages[[of_entry[at]]]
+            runs = runs_of(taken.places[one], counts, taken.numbers[one], entries.scattered)
+            pieces.append(backend.join(*runs) if len(runs[0]) else self._no_bytes())
         starts = list(accumulate((len(piece) for piece in pieces), initial=0))
         return PageBatch(backend.device, taken.paths, layouts, values, torch.cat(pieces), starts)
 

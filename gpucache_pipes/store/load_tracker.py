@@ -1,30 +1,22 @@
 """What becomes of LOADING entries: the steps of the loader."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import get_ident
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from gpucache_pipes.cache import Cache, Entry, NoPagesError
+import numpy as np
+
+from gpucache_pipes.cache import LOADING, NoPagesError, Numbers
 from gpucache_pipes.device import Backend, DeviceMemoryError
-from gpucache_pipes.store.lock import StoreLock
+from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.pending_batch import PendingBatch
-from gpucache_pipes.store.read_task import OpenEntry, ReadTask
-from gpucache_pipes.store.refusal import Refusal
+from gpucache_pipes.store.read_task import OpenFile, ReadTask
 from gpucache_pipes.store.stats import Counters
 
-_NONE_FAILED: Mapping[Entry, BaseException] = {}
+_NONE_FAILED: Mapping[int, BaseException] = {}
 
-
-class Owner(Protocol):
-    """The SharedCache that a LoadTracker is a part of."""
-
-    lock: StoreLock
-    cache: Cache
-    refusal: Refusal
-
-    def end(self, error: BaseException) -> None:
-        """See SharedCache."""
+if TYPE_CHECKING:
+    from gpucache_pipes.store.shared_cache import SharedCache
 
 
 class LoadTracker:
@@ -35,13 +27,15 @@ class LoadTracker:
 
     Attributes:
         uses: those of the lock: see StoreLock.
+        waiting: by number, the batches of which files are being loaded.
         held_by: the thread that holds the readers, if one does.
     """
 
-    def __init__(self, owner: Owner, backend: Backend, counters: Counters) -> None:
+    def __init__(self, owner: "SharedCache", backend: Backend, counters: Counters) -> None:
         self.held_by: Callable[[], int | None] = lambda: None
         self._lock = owner.lock
         self.uses = owner.lock.uses
+        self.waiting: dict[int, PendingBatch] = {}
         self._cache = owner.cache
         self._owner = owner
         self._backend = backend
@@ -78,6 +72,10 @@ class LoadTracker:
         """Paths of up to `most` known files. Takes no lock: the list is only added to."""
         return self._cache.entries.paths[:most]
 
+    def identity(self, number: int) -> tuple[str, str]:
+        """Key and path of a file. Takes no lock: tables of files are only added to."""
+        return self._cache.entries.key(number), self._cache.entries.paths[number]
+
     def page_limit(self) -> int | None:
         """0 while pages are held and their size cannot change, else the budget in bytes.
 
@@ -86,34 +84,91 @@ class LoadTracker:
         return 0 if self._cache.ledger.held_pages else self._cache.ledger.max_bytes
 
     def place(
-        self, task: ReadTask, group: Sequence[OpenEntry], page_bytes: int, pages_per_file: float
-    ) -> tuple[list[OpenEntry], dict[Entry, BaseException]]:
-        """Assign pages to all that need them; returns those, and the errors of those that failed.
+        self, task: ReadTask, group: Sequence[OpenFile], page_bytes: int, pages_per_file: float
+    ) -> tuple[list[OpenFile], list[Sequence[int]], dict[int, BaseException]]:
+        """Assign pages to all that need them.
 
-        What is in neither is not needed: it is ABSENT again, and out of the task. `page_bytes` is
-        the size of a page to use if no page is held; 0 leaves it. `pages_per_file` is the mean, if
-        it is known. Raises RuntimeError if the store was closed.
+        Args:
+            task: what the files belong to.
+            group: open files.
+            page_bytes: the size of a page to use if no page is held; 0 leaves it.
+            pages_per_file: the mean, if it is known.
+
+        Returns:
+            The files that have pages now, the pages of each, and the errors of those that failed,
+            by number. What is in none of these is not needed: it is ABSENT again, and out of the
+            task.
+
+        Raises:
+            RuntimeError: the store was closed.
         """
-        placed: list[OpenEntry] = []
-        failed: dict[Entry, BaseException] = {}
-        with self._lock:
-            self.require_running()
-            self._set_page_bytes(page_bytes)
-            if pages_per_file:
-                self._cache.arena.pages_per_file = pages_per_file
-            for opened in group:
-                entry, layout = opened.entry, opened.feature.layout
+        cache = self._cache
+        tried: list[Announcement] = []
+        while True:
+            with self._lock:
+                self.require_running()
+                self._set_page_bytes(page_bytes)
+                if pages_per_file:
+                    cache.arena.pages_per_file = pages_per_file
+                cache.close_lost_batches()
+                cache.layouts.tidy()  # here, where no number is in between
+                numbers, layouts, failed = self._layouts_of(group)
+                unbuilt = [] if cache.allocator.fits(layouts) else cache.log.unbuilt()
+                plans = [announcement for announcement in unbuilt if announcement not in tried]
+                if not plans:
+                    return self._allocate(task, group, numbers, layouts, failed)
+            # The policy will choose victims. What it must know is found out without the lock.
+            tried += plans
+            for announcement in plans:
+                announcement.build()
+
+    def _layouts_of(
+        self, group: Sequence[OpenFile]
+    ) -> tuple[Numbers, Numbers, dict[int, BaseException]]:
+        """Entries, numbers of their layouts, and the errors of those that are too large."""
+        numbers, layouts = [], []
+        failed: dict[int, BaseException] = {}
+        last = None
+        for opened in group:
+            layout = opened.feature.layout
+            if layout is not last:
                 try:
-                    if self._cache.allocate(entry, layout.span, layout.nbytes):
-                        placed.append(opened)
-                    else:
-                        task.left.pop(entry, None)
-                        self._tell(dict.fromkeys(self._cache.fail_loading(entry), 1))
-                except Exception as error:
-                    failed[entry] = error
-                    if isinstance(error, NoPagesError) and self._backend.device.type != "cpu":
-                        failed[entry] = DeviceMemoryError(str(error))
-        return placed, failed
+                    number = self._cache.allocator.layout_number(
+                        opened.number, layout, layout.span, layout.nbytes
+                    )
+                except MemoryError as error:
+                    failed[opened.number] = error
+                    continue
+                last = layout
+            numbers.append(opened.number)
+            layouts.append(number)
+        return np.array(numbers, np.intp), np.array(layouts, np.intp), failed
+
+    def _allocate(
+        self,
+        task: ReadTask,
+        group: Sequence[OpenFile],
+        numbers: Numbers,
+        layouts: Numbers,
+        failed: dict[int, BaseException],
+    ) -> tuple[list[OpenFile], list[Sequence[int]], dict[int, BaseException]]:
+        cache = self._cache
+        for number, error in cache.allocator.allocate(numbers, layouts).items():
+            failed[number] = error
+            if isinstance(error, NoPagesError) and self._backend.device.type != "cpu":
+                failed[number] = DeviceMemoryError(str(error))
+        without = numbers[cache.entries.state[numbers] == LOADING].tolist()
+        if unneeded := [number for number in without if number not in failed]:
+            for number in unneeded:
+                task.left.pop(number, None)
+            cache.fail_loading(np.array(unneeded, np.intp))
+            self._tell()
+        placed = list(group)
+        if without or failed:
+            has_no_pages = failed.keys() | without
+            placed = [opened for opened in group if opened.number not in has_no_pages]
+        pages = cache.page_lists([opened.number for opened in placed])
+        return placed, pages, failed
 
     def _set_page_bytes(self, page_bytes: int) -> None:
         ledger = self._cache.ledger
@@ -130,90 +185,93 @@ class LoadTracker:
 
     def complete(
         self,
-        left: dict[Entry, None],
-        ready: Sequence[OpenEntry] = (),
-        failed: Mapping[Entry, BaseException] = _NONE_FAILED,
+        left: dict[int, None],
+        ready: Sequence[OpenFile] = (),
+        failed: Mapping[int, BaseException] = _NONE_FAILED,
     ) -> None:
-        """End LOADING of the entries that have been read, and of those that failed.
+        """End the loading of the entries that have been read, and of those that failed.
 
         Takes them out of `left`, the entries of a task.
         """
-        errors = dict(failed)
-        arrived: dict[PendingBatch, int] = defaultdict(int)
+        cache, counters = self._cache, self._counters
         with self._lock:
             try:
-                for entry, feature, version in ready:
-                    try:
-                        waiters = self._cache.finish_loading(
-                            entry, feature.layout, feature.values, version
-                        )
-                    except Exception as error:  # raised by a policy
-                        errors[entry] = error
-                        continue
-                    left.pop(entry, None)
-                    self._counters.files_read += 1
-                    self._counters.bytes_read += feature.bytes_read
-                    for batch in waiters:
-                        arrived[batch] += 1
-                for entry, cause in errors.items():
-                    self._counters.failures += 1
-                    left.pop(entry, None)
-                    self._fail(entry, self._cache.fail_loading(entry), cause, arrived)
+                if ready:
+                    numbers = np.array([opened.number for opened in ready], np.intp)
+                    versions = [opened.version for opened in ready]
+                    cache.finish_loading(
+                        numbers,
+                        [opened.feature.values for opened in ready],
+                        versions if any(versions) else None,
+                    )
+                    for opened in ready:
+                        left.pop(opened.number, None)
+                    counters.files_read += len(ready)
+                    counters.bytes_read += sum(opened.feature.bytes_read for opened in ready)
+                for number, cause in failed.items():
+                    counters.failures += 1
+                    left.pop(number, None)
+                    self._fail(number, cause)
+                if failed:
+                    cache.fail_loading(np.array(list(failed), np.intp))
             finally:
-                # Whatever a policy raises: what is READY has no waiters any more.
-                self._tell(arrived)
+                self._tell()
 
-    def fail(self, entries: Iterable[Entry], error: BaseException) -> None:
-        """End LOADING of entries that no reader reads."""
-        self.complete({}, failed=dict.fromkeys(entries, error))
+    def fail(self, numbers: Iterable[int], error: BaseException) -> None:
+        """End the loading of entries that no reader reads."""
+        self.complete({}, failed=dict.fromkeys(numbers, error))
 
-    def take_over(self, task: ReadTask, seconds: float) -> tuple[Entry, list[Entry]] | None:
+    def take_over(self, task: ReadTask, seconds: float) -> tuple[int, list[int]] | None:
         """Take a task from a reader that hangs: the entry that it is at, and the others.
 
         The entry fails with a TimeoutError. The others stay LOADING, without pages. None if the
         reader is not overdue.
         """
+        cache = self._cache
         with self._lock:
             hanging = task.revoke(seconds)
             if hanging is None:
                 return None
-            if hanging.pages:
-                task.abandoned = hanging
-            rest = [entry for entry in task.left if entry is not hanging]
+            rest = [number for number in task.left if number != hanging]
             task.left.clear()
             self._counters.failures += 1
-            cause = TimeoutError(f"not read within read_timeout={seconds:g} seconds")
-            arrived: dict[PendingBatch, int] = defaultdict(int)
-            self._fail(hanging, self._cache.abandon_loading(hanging), cause, arrived)
-            self._tell(arrived)
-            for entry in rest:
-                self._cache.restart_loading(entry)
+            self._fail(hanging, TimeoutError(f"not read within read_timeout={seconds:g} seconds"))
+            if cache.abandon_loading(hanging):
+                task.abandoned = hanging
+            self._tell()
+            cache.restart_loading(np.array(rest, np.intp))
         return hanging, rest
 
     def end_abandoned(self, task: ReadTask) -> None:
         """The reader of a task that was taken over has returned: free the pages it wrote to."""
         with self._lock:
             if task.abandoned is not None:
-                self._cache.fail_loading(task.abandoned)
-            self._tell({})
+                self._cache.fail_loading(np.array([task.abandoned], np.intp))
+            self._tell()
 
-    def _fail(
-        self,
-        entry: Entry,
-        waiters: Sequence[PendingBatch],
-        cause: BaseException,
-        arrived: dict[PendingBatch, int],
-    ) -> None:
-        for batch in waiters:
-            batch.fail(entry, cause)
-            arrived[batch] += 1
+    def _fail(self, number: int, cause: BaseException) -> None:
+        """Note the error for the batches that wait for this entry, if it is still being loaded."""
+        if self._cache.is_loading(np.array([number], np.intp))[0]:
+            path = self._cache.entries.paths[number]
+            for batch in self.waiting.values():
+                batch.fail(number, path, cause)
 
-    def _tell(self, arrived: Mapping[PendingBatch, int]) -> None:
-        """Tell batches how many of their entries have arrived; wake consumers that wait.
+    def wait_for(self, number: int, batch: PendingBatch) -> None:
+        """Files of a new batch are being loaded. With the lock held."""
+        numbers = np.unique(batch.numbers)
+        batch.missing = numbers[self._cache.is_loading(numbers)]
+        self.waiting[number] = batch
 
-        Only where a batch is complete or nothing is LOADING: a consumer that is woken in vain takes
-        the interpreter from reader threads.
+    def _tell(self) -> None:
+        """Note what has arrived of the batches that wait; wake the consumers of complete ones.
+
+        A consumer that is woken in vain takes the interpreter from reader threads.
         """
-        complete = [batch for batch, count in arrived.items() if batch.arrived(count)]
+        complete = False
+        for number, batch in list(self.waiting.items()):
+            batch.missing = batch.missing[self._cache.is_loading(batch.missing)]
+            if not len(batch.missing):
+                del self.waiting[number]
+                complete = True
         if complete or not self._cache.loading:
             self._lock.changed.notify_all()

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from threading import TIMEOUT_MAX, current_thread
 from typing import Any
 
-from gpucache_pipes.cache import Entry
 from gpucache_pipes.device import Backend, ends_the_device, is_device_error
 from gpucache_pipes.files import Source
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.lock import require_stack
 from gpucache_pipes.store.page_size import choose_page_bytes, pages_per_file
 from gpucache_pipes.store.process_hooks import join_at_exit
-from gpucache_pipes.store.read_task import OpenEntry, ReadTask, Revoked
+from gpucache_pipes.store.read_task import OpenFile, ReadTask, Revoked
 from gpucache_pipes.store.reader_gate import ReaderGate
 from gpucache_pipes.store.reader_pool import ReaderPool
 from gpucache_pipes.store.tracing import trace
@@ -80,12 +79,13 @@ class Loader:
         if pool is not None and read_timeout is not None:
             pool.watch(read_timeout / 4, weakref.WeakMethod(self.replace_overdue_readers))
 
-    def submit(self, entries: list[Entry]) -> None:
-        """Have `entries`, which are LOADING, read, and empty the list. Takes no lock of the store.
+    def submit(self, numbers: list[int]) -> None:
+        """Have these entries, which are LOADING, read, and empty the list.
 
-        Whatever is raised, entries that are still in the list afterwards are not being read.
+        Takes no lock of the store. Whatever is raised, numbers that are still in the list
+        afterwards are not being read.
         """
-        if not entries:
+        if not numbers:
             return
         if self._pool is None:
             require_stack(_FRAMES)
@@ -94,7 +94,7 @@ class Loader:
             try:
                 self.gate.enter(use)
                 self._loads.begin_use(use)
-                self._load(entries.copy(), entries)
+                self._load(numbers.copy(), numbers)
             finally:
                 # By one operation, and not within a function: an interrupt may come at its entry.
                 uses.pop(use, None)
@@ -103,16 +103,16 @@ class Loader:
                 self._loads.run_postponed()
             return
         # Fewer files in a task when there are few, so that all readers have work.
-        size = min(_FILES_PER_TASK, -(-len(entries) // len(self._pool.threads)))
-        tasks = [[entries[at : at + size]] for at in range(0, len(entries), size)]
+        size = min(_FILES_PER_TASK, -(-len(numbers) // len(self._pool.threads)))
+        tasks = [[numbers[at : at + size]] for at in range(0, len(numbers), size)]
         try:
             for boxed in tasks:
                 self._pool.submit(self._load_in_thread, boxed)
-            entries.clear()
+            numbers.clear()
         except BaseException:
             # An interrupt. Each task belongs to the thread that takes it out of its list first: a
             # reader or this one.
-            entries[:] = [entry for boxed in tasks for entry in _take(boxed)]
+            numbers[:] = [entry for boxed in tasks for entry in _take(boxed)]
             raise
 
     def drain(self) -> None:
@@ -139,14 +139,14 @@ class Loader:
 
     # Reader threads
 
-    def _load_in_thread(self, boxed: list[list[Entry]]) -> bool:
+    def _load_in_thread(self, boxed: list[list[int]]) -> bool:
         """Read one task. Returns True if this thread has been replaced and must end."""
         reader = current_thread()
         self.gate.enter(reader)
         try:
-            entries = _take(boxed)
-            if entries:
-                self._load(entries, [])
+            numbers = _take(boxed)
+            if numbers:
+                self._load(numbers, [])
         except Revoked:
             return True
         except BaseException:
@@ -155,24 +155,24 @@ class Loader:
             self.gate.leave(reader)
         return False
 
-    def _load(self, entries: Sequence[Entry], caller: list[Entry]) -> None:
+    def _load(self, numbers: Sequence[int], caller: list[int]) -> None:
         """Open, place, read and report every entry. None is LOADING afterwards.
 
         `caller` is the list of a caller that fails what is still in it when this raises. It is
         emptied once the entries are safe here: they are always in one place or the other.
         """
-        task = ReadTask(entries)
-        group: list[OpenEntry] = []
+        task = ReadTask(numbers)
+        group: list[OpenFile] = []
         size = 0
         self._running.add(task)
         try:
             caller.clear()
-            for entry in entries:
+            for number in numbers:
                 if self._stopping:
                     raise RuntimeError("the store was closed")
-                opened = self._open(entry, task)
+                opened = self._open(number, task)
                 if isinstance(opened, BaseException):
-                    self._loads.complete(task.left, failed={entry: opened})
+                    self._loads.complete(task.left, failed={number: opened})
                     continue
                 group.append(opened)
                 size += opened.feature.layout.span
@@ -195,15 +195,16 @@ class Loader:
             self._running.discard(task)
             task.close_opened()
 
-    def _open(self, entry: Entry, task: ReadTask) -> OpenEntry | BaseException:
+    def _open(self, number: int, task: ReadTask) -> OpenFile | BaseException:
         version = feature = None
-        task.begin(entry)
+        key, path = self._loads.identity(number)
+        task.begin(number)
         try:
             if self._revalidate:
                 # Before opening: a file that changes in between is taken for older than it is.
-                version = self._source.version(entry.key)
+                version = self._source.version(key)
             with trace("gpucache::read"):
-                feature = self._source.open(entry.key, entry.path)
+                feature = self._source.open(key, path)
         except BaseException as error:
             if not self._concerns_the_file(error):
                 raise
@@ -211,8 +212,8 @@ class Loader:
         finally:
             task.end(feature)
         # After `end`, which raises in a reader that was replaced: it must not touch anything.
-        task.opened[entry] = feature
-        return OpenEntry(entry, feature, version)
+        task.opened[number] = feature
+        return OpenFile(number, feature, version)
 
     def _concerns_the_file(self, error: BaseException) -> bool:
         """Whether an exception fails one file, and the others are read all the same."""
@@ -221,43 +222,41 @@ class Loader:
         # In a reader thread even a SystemExit comes from the file: no signal is handled there.
         return isinstance(error, Exception) or self._pool is not None
 
-    def _upload(self, group: Sequence[OpenEntry], task: ReadTask) -> None:
+    def _upload(self, group: Sequence[OpenFile], task: ReadTask) -> None:
         try:
-            placed, failed = self._loads.place(task, group, *self._choose_page_bytes(group))
+            placed, pages, failed = self._loads.place(task, group, *self._choose_page_bytes(group))
             with trace("gpucache::upload"):
-                for part in self._parts(placed):
-                    upload = self._backend.upload([opened.entry.pages for opened in part])
-                    for number, (entry, feature, _) in enumerate(part):
-                        task.begin(entry)
+                for begin, end in self._parts(pages):
+                    upload = self._backend.upload(pages[begin:end])
+                    for at, (number, feature, _) in enumerate(placed[begin:end]):
+                        task.begin(number)
                         try:
-                            feature.read_into(upload.buffers(number))
+                            feature.read_into(upload.buffers(at))
                         except BaseException as error:
                             if not self._concerns_the_file(error):
                                 raise
-                            failed[entry] = error
+                            failed[number] = error
                         finally:
                             task.end(feature)
                     upload.finish()
         finally:
             task.close_opened()
-        ready = [opened for opened in placed if opened.entry not in failed]
+        ready = [opened for opened in placed if opened.number not in failed]
         self._loads.complete(task.left, ready, failed)
 
-    def _parts(self, placed: list[OpenEntry]) -> Iterator[list[OpenEntry]]:
-        """What goes to the device at once."""
+    def _parts(self, pages: list[Sequence[int]]) -> Iterator[tuple[int, int]]:
+        """What goes to the device at once: from which to which feature, given their pages."""
         most = self._upload_bytes // (self._backend.page_bytes or 1)
-        part: list[OpenEntry] = []
-        pages = 0
-        for opened in placed:
-            if part and pages + len(opened.entry.pages) > most:
-                yield part
-                part, pages = [], 0
-            part.append(opened)
-            pages += len(opened.entry.pages)
-        if part:
-            yield part
+        begin = total = 0
+        for end, held in enumerate(pages):
+            if end > begin and total + len(held) > most:
+                yield begin, end
+                begin, total = end, 0
+            total += len(held)
+        if begin < len(pages):
+            yield begin, len(pages)
 
-    def _choose_page_bytes(self, group: Sequence[OpenEntry]) -> tuple[int, float]:
+    def _choose_page_bytes(self, group: Sequence[OpenFile]) -> tuple[int, float]:
         """The page size that suits these features and others like them; 0 for no choice.
 
         And how many pages a file takes in the mean.
@@ -302,12 +301,12 @@ class Loader:
             # Without the lock: the handlers of a log have locks of their own.
             _log.warning(
                 "%r: not read within read_timeout=%g seconds; another thread goes on with the "
-                "files after it", hanging.path, self._read_timeout,
+                "files after it", self._loads.identity(hanging)[1], self._read_timeout,
             )  # fmt: skip
 
 
 def _take(boxed: list[list[Any]]) -> list[Any]:
-    """The entries of a task for the first caller, none for the others: `list.pop` is atomic."""
+    """The numbers of a task for the first caller, none for the others: `list.pop` is atomic."""
     try:
         return boxed.pop()
     except IndexError:

@@ -1,30 +1,19 @@
 """What becomes of the memory of the device: freeing it, and leaving it to the model."""
 
 import logging
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from gpucache_pipes.cache import Cache
+import numpy as np
+
 from gpucache_pipes.device import Backend
-from gpucache_pipes.store.load_tracker import LoadTracker
-from gpucache_pipes.store.lock import StoreLock
-from gpucache_pipes.store.refusal import Refusal
 
 _log = logging.getLogger("gpucache_pipes")
 
 _PATIENCE = 5.0
 """Seconds to wait for gathers that other threads are issuing."""
 
-
-class Owner(Protocol):
-    """The SharedCache that a MemoryTracker is a part of."""
-
-    lock: StoreLock
-    cache: Cache
-    loads: LoadTracker
-    refusal: Refusal
-
-    def require_open(self) -> None:
-        """See SharedCache."""
+if TYPE_CHECKING:
+    from gpucache_pipes.store.shared_cache import SharedCache
 
 
 class MemoryTracker:
@@ -35,9 +24,10 @@ class MemoryTracker:
 
     Attributes:
         unfinished: whether `settle` has something to do.
+        watches: whether `balance` has something to do.
     """
 
-    def __init__(self, owner: Owner, backend: Backend) -> None:
+    def __init__(self, owner: "SharedCache", backend: Backend) -> None:
         self._lock = owner.lock
         self._cache = owner.cache
         self._owner = owner
@@ -45,6 +35,7 @@ class MemoryTracker:
         # clear() was called, and memory is to be freed when no batch is in flight.
         self._clearing = False
         self.unfinished = False
+        self.watches = backend.shares_memory and owner.cache.ledger.max_bytes is None
 
     def lacks_size(self, owner: object) -> bool:
         """Whether the device would like to know how many files a pipeline has. Takes no lock."""
@@ -58,7 +49,7 @@ class MemoryTracker:
         """Stop caching everything, and free the memory as soon as no batch is in flight."""
         with self._lock:
             self._owner.require_open()
-            self._cache.release(list(self._cache.entries.values()))
+            self._cache.release(np.arange(len(self._cache.entries)))
             self._clearing = self.unfinished = True
             self.settle()
 
@@ -73,9 +64,9 @@ class MemoryTracker:
 
     def balance(self) -> None:
         """Where there is no budget: leave the model what it needs. Called now and then."""
-        ledger = self._cache.ledger
-        if ledger.max_bytes is not None:
+        if not self.watches:
             return
+        ledger = self._cache.ledger
         try:
             pages = self._backend.balance()
         except Exception:  # of a device that has failed: the batch at hand is complete
@@ -109,7 +100,7 @@ class MemoryTracker:
                     raise
                 self._cache.arena.renumber(pages)
                 for batch in self._cache.pins.holders():
-                    batch.forget_rows()
+                    batch.forget_places()
             else:
                 self._owner.loads.free_arena()
             return max(0, before - self._backend.reserved_bytes)

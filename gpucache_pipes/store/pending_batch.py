@@ -1,31 +1,18 @@
 """A batch that was requested and has not been gathered."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gpucache_pipes.batches import FeatureBatch
-from gpucache_pipes.cache import Entry
+from gpucache_pipes.cache import Numbers
 from gpucache_pipes.device import DeviceMemoryError, is_device_error, is_out_of_memory
-from gpucache_pipes.files import LoadedFeature, PathLike, load_error
+from gpucache_pipes.files import LoadedFeature, PathLike, Paths, load_error
 
-
-class Issuer(Protocol):
-    """Makes pending batches and takes them back: the request manager of a store."""
-
-    def collect(self, batches: "Sequence[PendingBatch]") -> FeatureBatch:
-        """Gather them into one batch."""
-
-    def cancel(self, batches: "Sequence[PendingBatch]") -> None:
-        """Take them back unused."""
-
-    def abandon(self, number: int) -> None:
-        """Take one back later, without a lock."""
-
-    def wait(self, batch: "PendingBatch") -> dict[int, Exception]:
-        """Wait for its files; the errors of those that failed, by position."""
-
-    def replace(self, batch: "PendingBatch", position: int, feature: LoadedFeature | None) -> None:
-        """Replace a feature that failed, or leave it out."""
+if TYPE_CHECKING:
+    from gpucache_pipes.store.requests import RequestManager
 
 
 class PendingBatch:
@@ -36,30 +23,30 @@ class PendingBatch:
 
     Attributes:
         numbers: of the entries, in order; repeats are allowed.
-        paths: of their files, as they were requested, absolute.
-        rows: theirs in the cache, if all were READY in one page at the request.
-        pending: how many entries are still LOADING.
+        paths: of their files, as they were requested, absolute or `Paths`.
+        places: theirs in the cache, if all were ready at the request.
+        missing: those that are still being loaded, each once.
         errors: for the number of each entry that failed, its path and the exception.
         issuer: what made it.
         claim: holds the number of the batch until one caller takes it: see `use_up`.
         substitutes: by position, features that replace entries that failed; None leaves one out.
 
-    `pending`, `errors` and `substitutes` change with the lock of the store held.
+    `missing`, `errors` and `substitutes` change with the lock of the store held.
     """
 
     def __init__(
         self,
-        issuer: Issuer,
+        issuer: "RequestManager",
         number: int,
-        numbers: Sequence[int],
+        numbers: Numbers,
         paths: Sequence[PathLike],
-        rows: Sequence[int] | None,
+        places: NDArray[np.int64] | None,
         keep_alive: object,
     ) -> None:
         self.numbers = numbers
         self.paths = paths
-        self.rows = rows
-        self.pending = 0
+        self.places = places
+        self.missing: Numbers = _NONE
         self.errors: dict[int, tuple[str, BaseException]] = {}
         self.substitutes: dict[int, LoadedFeature | None] = {}
         # The store: one that is dropped while a caller waits for a batch would not read it.
@@ -75,7 +62,8 @@ class PendingBatch:
         Raises what loading a file raised (FeatureLoadError, FileNotFoundError, MemoryError), the
         first by position; RuntimeError if the batch was consumed, or the store closed.
         """
-        return self.issuer.collect([self])
+        batch: FeatureBatch = self.issuer.collect([self])
+        return batch
 
     def wait(self) -> dict[int, Exception]:
         """Wait until all files have been read. Returns the errors of those that failed.
@@ -97,7 +85,8 @@ class PendingBatch:
 
     def cancel(self) -> None:
         """Give the batch up. Does nothing if it was consumed."""
-        self.issuer.cancel([self])
+        if self.claim:
+            self.issuer.cancel([self])
 
     @property
     def used(self) -> bool:
@@ -124,25 +113,17 @@ class PendingBatch:
         if number is not None:
             self.issuer.abandon(number)
 
-    def forget_rows(self) -> None:
+    def forget_places(self) -> None:
         """The features have moved to other pages. With the lock held."""
-        self.rows = None
+        self.places = None
 
-    def expect(self) -> None:
-        """One more entry is LOADING. With the lock held."""
-        self.pending += 1
-
-    def arrived(self, count: int) -> bool:
-        """Count entries that are not LOADING any more; returns whether that was the last of them.
-
-        With the lock held.
-        """
-        self.pending -= count
-        return not self.pending
-
-    def fail(self, entry: Entry, error: BaseException) -> None:
-        """An entry, which arrives as well, could not be loaded. With the lock held."""
-        self.errors[entry.number] = (entry.path, error)
+    def fail(self, number: int, path: str, error: BaseException) -> None:
+        """An entry could not be loaded: if it is missing, it no longer is. With the lock held."""
+        missing = self.missing != number
+        if not missing.all():
+            # The error first: whoever sees that nothing is missing looks for errors next.
+            self.errors[number] = (path, error)
+            self.missing = self.missing[missing]
 
     def failures(self) -> Iterator[tuple[int, Exception]]:
         """The positions of features that failed and have no substitute, each with a new exception.
@@ -150,7 +131,7 @@ class PendingBatch:
         With the lock held. Raises the error of the device, if it has failed.
         """
         if self.errors:
-            for position, number in enumerate(self.numbers):
+            for position, number in enumerate(self.numbers.tolist()):
                 if number in self.errors and position not in self.substitutes:
                     yield position, self.error_of(number)
 
@@ -169,27 +150,27 @@ class PendingBatch:
         return error
 
 
+_NONE: Numbers = np.empty(0, np.intp)
+
+
 def concatenate(
     batches: Sequence[PendingBatch],
-) -> tuple[list[int], list[PathLike], dict[int, LoadedFeature]]:
+) -> tuple[Numbers, list[PathLike], dict[int, LoadedFeature]]:
     """The entries of several batches in order, their paths, and the substitutes by position.
 
     Features that are left out are not counted.
     """
-    numbers: list[int] = []
+    numbers = [_NONE]
     paths: list[PathLike] = []
     substitutes: dict[int, LoadedFeature] = {}
     for batch in batches:
-        if not batch.substitutes:
-            numbers += batch.numbers
-            paths += batch.paths
-            continue
-        for position, number in enumerate(batch.numbers):
-            if position in batch.substitutes:
-                feature = batch.substitutes[position]
-                if feature is None:
-                    continue
-                substitutes[len(numbers)] = feature
-            numbers.append(number)
-            paths.append(batch.paths[position])
-    return numbers, paths, substitutes
+        keep = np.array([at not in batch.left_out for at in range(len(batch.numbers))], bool)
+        start = len(paths)
+        numbers.append(batch.numbers[keep])
+        named = batch.paths.absolute() if isinstance(batch.paths, Paths) else batch.paths
+        paths += [path for path, kept in zip(named, keep.tolist(), strict=True) if kept]
+        position = np.cumsum(keep) - 1 + start
+        for at, feature in batch.substitutes.items():
+            if feature is not None:
+                substitutes[int(position[at])] = feature
+    return np.concatenate(numbers), paths, substitutes

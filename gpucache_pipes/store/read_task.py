@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from threading import Thread, current_thread
 from typing import NamedTuple
 
-from gpucache_pipes.cache import Entry
 from gpucache_pipes.files import OpenFeature
 
 
@@ -13,16 +12,16 @@ class Revoked(BaseException):
     """Raised in a reader thread whose task another has taken over: it must not touch anything."""
 
 
-class OpenEntry(NamedTuple):
-    """An entry whose file is open.
+class OpenFile(NamedTuple):
+    """A file that is open.
 
     Attributes:
-        entry: LOADING.
-        feature: what was opened for it.
+        number: of its entry, which is LOADING.
+        feature: what was opened.
         version: of the file before it was opened, where the store revalidates.
     """
 
-    entry: Entry
+    number: int
     feature: OpenFeature
     version: bytes | None
 
@@ -36,28 +35,28 @@ class ReadTask:
     with and without the global interpreter lock.
 
     Attributes:
-        left: the entries that are LOADING because of this task. Others may load an entry again once
-            it has left. Changed with the lock of the store held.
+        left: the numbers of the entries that are LOADING because of this task, in order. Others may
+            load an entry again once it has left. Changed with the lock of the store held.
         opened: what is open for them. Items are taken out one at a time (`dict.popitem`, which is
             atomic), so each is closed once.
         thread: the reader.
-        abandoned: the entry to whose pages a reader may still write after `revoke`.
+        abandoned: the number of the entry to whose pages a reader may still write after `revoke`.
     """
 
     __slots__ = ("_current", "_since", "abandoned", "left", "opened", "thread")
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.left = dict.fromkeys(entries)
-        self.opened: dict[Entry, OpenFeature] = {}
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.left = dict.fromkeys(numbers)
+        self.opened: dict[int, OpenFeature] = {}
         self.thread: Thread = current_thread()
-        self.abandoned: Entry | None = None
-        self._current: list[Entry] = []
+        self.abandoned: int | None = None
+        self._current: list[int] = []
         self._since = 0.0
 
-    def begin(self, entry: Entry) -> None:
-        """The reader begins with the file of `entry`."""
+    def begin(self, number: int) -> None:
+        """The reader begins with the file of this entry."""
         self._since = time.monotonic()
-        self._current = [entry]
+        self._current = [number]
 
     def end(self, feature: OpenFeature | None = None) -> None:
         """The reader has finished with the file. Raises Revoked if the task was taken away.
@@ -84,8 +83,8 @@ class ReadTask:
         """Whether the reader has been at one file for longer than `seconds`."""
         return bool(self._current) and time.monotonic() - self._since > seconds
 
-    def revoke(self, seconds: float) -> Entry | None:
-        """Take the task away if the reader is overdue; the entry that it is at, or None."""
+    def revoke(self, seconds: float) -> int | None:
+        """Take the task away if the reader is overdue; the number of the entry that it is at."""
         current = self._current
         if not self.is_overdue(seconds):
             return None

@@ -1,12 +1,22 @@
 """Requests for files become pending batches, and pending batches become batches."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
+
 from gpucache_pipes.batches import RaggedOptions
-from gpucache_pipes.cache import AccessPlan, Entry
+from gpucache_pipes.cache import AccessPlan, Numbers
 from gpucache_pipes.device import ends_the_device
-from gpucache_pipes.files import LoadedFeature, PathLike, PathTable, Source
+from gpucache_pipes.files import (
+    LoadedFeature,
+    PathLike,
+    Paths,
+    PathTable,
+    Source,
+)
+from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.gather import Gatherer
 from gpucache_pipes.store.loader import Loader
 from gpucache_pipes.store.lock import require_stack
@@ -46,17 +56,17 @@ class RequestManager:
         self._revalidate = revalidate
         self._paths = PathTable(source, shared.cache.entries.add, shared.lock, revalidate)
 
-    def resolve(self, paths: Iterable[PathLike]) -> list[int]:
+    def resolve(self, paths: Iterable[PathLike]) -> Numbers:
         """The numbers of the entries of `paths`. Raises RuntimeError if the store was closed."""
         return self._resolve(paths)[0]
 
-    def _resolve(self, paths: Iterable[PathLike]) -> tuple[list[int], Sequence[PathLike]]:
+    def _resolve(self, paths: Iterable[PathLike]) -> tuple[Numbers, Sequence[PathLike]]:
         """The numbers of the entries of `paths`, and the paths, absolute."""
         if self._shared.refusal.reason is not None:
             self._shared.refusal.check()
         numbers, absolute = self._paths.resolve(paths)
         if absolute is None:
-            absolute = list(map(self._shared.cache.entries.paths.__getitem__, numbers))
+            absolute = list(map(self._shared.cache.entries.paths.__getitem__, numbers.tolist()))
         return numbers, absolute
 
     # Requests
@@ -65,7 +75,7 @@ class RequestManager:
         """See GPUFeatureStore."""
         numbers = self.resolve(paths)
         require_stack()
-        loading: list[Entry] = []
+        loading: list[int] = []
         stale = self._find_stale(numbers)
         try:
             self._shared.start_loading(numbers, stale, loading)
@@ -89,7 +99,7 @@ class RequestManager:
         """
         numbers, absolute = self._resolve(paths)
         require_stack()
-        loading: list[Entry] = []
+        loading: list[int] = []
         stale = self._find_stale(numbers)
         try:
             batch = self._shared.open_batch(
@@ -111,21 +121,20 @@ class RequestManager:
             raise
         return batch
 
-    def _find_stale(self, numbers: Sequence[int]) -> list[OldVersion]:
-        """The READY entries whose files have changed. Looks at each file, without the lock."""
+    def _find_stale(self, numbers: Numbers) -> list[OldVersion]:
+        """The ready entries whose files have changed. Looks at each file, without the lock."""
         if not self._revalidate:
             return []
         return [
-            (entry, version)
-            for entry, version in self._shared.versions(numbers)
-            if not self._source.is_current(entry.path, version)
+            (number, version)
+            for number, path, version in self._shared.versions(numbers)
+            if not self._source.is_current(path, version)
         ]
 
     # Pending batches
 
     def collect(self, batches: Sequence[PendingBatch], ragged: RaggedOptions | None = None) -> Any:
         """See GPUFeatureStore."""
-        require_stack()
         held: list[int] = []
         use, uses = object(), self._shared.lock.uses
         try:
@@ -159,7 +168,7 @@ class RequestManager:
         self._shared.cancel(batches)
 
     def abandon(self, number: int) -> None:
-        """See Issuer."""
+        """See PendingBatch."""
         self._shared.abandon(number)
 
     def _require_own(self, batches: Iterable[PendingBatch]) -> None:
@@ -200,21 +209,25 @@ class RequestManager:
         upcoming: Iterable[PathLike] | Upcoming | Callable[[], Iterable[PathLike] | Upcoming],
     ) -> None:
         """See GPUFeatureStore."""
-        if not self._shared.cache.ledger.bounded:
-            # Nothing will ever have to be evicted. But one allocation for all files is the best.
-            if self._shared.memory.lacks_size(owner) and callable(upcoming):
-                upcoming = upcoming()
-            if isinstance(upcoming, Upcoming):
-                self._shared.memory.expect_files(owner, len(upcoming.files))
+        cache, memory = self._shared.cache, self._shared.memory
+        builds_plan = cache.ledger.bounded and cache.log.uses_plans
+        if not builds_plan and not memory.lacks_size(owner):
             return
-        # What takes long is done without the lock.
         if callable(upcoming):
             upcoming = upcoming()
         if isinstance(upcoming, Upcoming):
-            numbers = self.resolve(upcoming.files)
-            in_order = numbers == list(range(len(numbers)))  # as for the first pipeline
-            keys = upcoming.order if in_order else map(numbers.__getitem__, upcoming.order)
-            plan = AccessPlan(keys, upcoming.left)
-        else:
-            plan = AccessPlan(self.resolve(upcoming))
-        self._shared.announce(owner, plan)
+            # One allocation for all files is the best.
+            memory.expect_files(owner, len(upcoming.files.paths))
+        if builds_plan:
+            if not isinstance(upcoming, Upcoming):
+                numbers = self.resolve(upcoming)  # while paths mean what they mean now
+                announcement = Announcement(lambda: AccessPlan(numbers))
+            else:
+                announcement = Announcement(partial(self._plan, upcoming))
+            self._shared.announce(owner, announcement)
+
+    def _plan(self, upcoming: Upcoming) -> AccessPlan:
+        """Takes long for many files: called without the lock."""
+        files = upcoming.files
+        numbers, _ = self._paths.resolve(Paths(files, np.arange(len(files.paths))))
+        return AccessPlan(numbers[upcoming.order], upcoming.left)

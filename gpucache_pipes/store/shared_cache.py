@@ -1,37 +1,35 @@
 """The cache of a store, shared by its threads: the one owner of the store's lock."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from functools import partial
 from logging import getLogger
 from threading import get_ident
+from typing import TYPE_CHECKING
 
-from gpucache_pipes.cache import (
-    NOT_READY,
-    SCATTERED,
-    AccessPlan,
-    Cache,
-    Entry,
-    Ledger,
-    Policy,
-    State,
-    check_cache,
-)
+import numpy as np
+
+from gpucache_pipes.cache import READY, Cache, Ledger, Numbers, Policy, check_cache
 from gpucache_pipes.device import Backend
 from gpucache_pipes.files import LoadedFeature, PathLike
+from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.gather import Taken
 from gpucache_pipes.store.load_tracker import LoadTracker
-from gpucache_pipes.store.lock import StoreLock
+from gpucache_pipes.store.lock import StoreLock, require_stack
 from gpucache_pipes.store.memory_tracker import MemoryTracker
-from gpucache_pipes.store.pending_batch import Issuer, PendingBatch, concatenate
+from gpucache_pipes.store.pending_batch import PendingBatch, concatenate
 from gpucache_pipes.store.refusal import Refusal
 from gpucache_pipes.store.stats import Counters, StoreStats
 from gpucache_pipes.store.tracing import trace
 
+if TYPE_CHECKING:
+    from gpucache_pipes.store.requests import RequestManager
+
 _log = getLogger("gpucache_pipes")
 
-OldVersion = tuple[Entry, bytes | None]
-"""A READY entry, and the version of its file that was read."""
+OldVersion = tuple[int, bytes | None]
+"""The number of an entry that is ready, and the version of its file that was read."""
 
 _BATCHES = 32
 """Batches between two looks at the memory of the device. A look takes up to 0.1 ms."""
@@ -66,7 +64,7 @@ class SharedCache:
         self._counters = Counters()
         self.loads = LoadTracker(self, backend, self._counters)
         self.memory = MemoryTracker(self, backend)
-        self._gathered = 0
+        self._gathered = self._waiting = 0  # batches; consumers
         # Files that have been left out and named in the log.
         self._logged: set[int] = set()
 
@@ -74,14 +72,14 @@ class SharedCache:
 
     def open_batch(
         self,
-        numbers: Sequence[int],
+        numbers: Numbers,
         paths: Sequence[PathLike],
-        loading: list[Entry],
+        loading: list[int],
         *,
         stale: Sequence[OldVersion],
         owner: object,
         warmup: bool,
-        issuer: Issuer,
+        issuer: "RequestManager",
         keep_alive: object,
         ahead: int = 0,
     ) -> PendingBatch:
@@ -90,7 +88,7 @@ class SharedCache:
         Args:
             numbers: of the entries; repeats are allowed.
             paths: of their files, absolute.
-            loading: gets the entries that the caller must have read.
+            loading: gets the numbers of the entries that the caller must have read.
             stale: entries to drop first.
             owner: whose request it is, for the policy.
             warmup: neither count it as a request nor evict anything for it.
@@ -98,58 +96,49 @@ class SharedCache:
             keep_alive: see PendingBatch.
             ahead: how many more such batches the caller will have pending.
         """
+        count = len(numbers)
         with self.lock:
             self.require_open()
             cache = self.cache
-            if len(numbers) * (1 + ahead) > cache.arena.files_in_flight:
-                cache.arena.files_in_flight = len(numbers) * (1 + ahead)
-            numbers = self._renew(numbers, stale)
-            rows = list(map(cache.rows.__getitem__, numbers))
-            least = min(rows, default=NOT_READY)
+            if count * (1 + ahead) > cache.arena.files_in_flight:
+                cache.arena.files_in_flight = count * (1 + ahead)
+            if stale or cache.entries.newer:
+                numbers = self._renew(numbers, stale)
+            ready = cache.entries.are_ready(numbers)
             number = cache.open_batch(numbers, owner, report=not warmup)
-            known = rows if least > SCATTERED else None
-            batch = PendingBatch(issuer, number, numbers, paths, known, keep_alive)
+            places = cache.entries.place[numbers] if ready else None
+            batch = PendingBatch(issuer, number, numbers, paths, places, keep_alive)
             cache.pins.hold(number, batch)
-            if least == NOT_READY:
-                self._start_loading(numbers, loading, evict=not warmup)
-                for number in set(numbers):
-                    if cache.join_loading(cache.entries[number], batch, evict=not warmup):
-                        batch.expect()
+            if not ready:
+                loading += cache.start_loading(numbers, evict=not warmup)
+                self.loads.wait_for(number, batch)
             if not warmup:
                 self._counters.misses += len(loading)
-                self._counters.hits += len(numbers) - len(loading)
+                self._counters.hits += count - len(loading)
         return batch
 
     def start_loading(
-        self, numbers: Sequence[int], stale: Sequence[OldVersion], loading: list[Entry]
+        self, numbers: Numbers, stale: Sequence[OldVersion], loading: list[int]
     ) -> None:
         """Mark the ABSENT ones of these entries as LOADING, and add them to `loading`."""
         with self.lock:
             self.require_open()
-            self._start_loading(self._renew(numbers, stale), loading)
+            loading += self.cache.start_loading(self._renew(numbers, stale))
 
-    def _start_loading(
-        self, numbers: Sequence[int], loading: list[Entry], *, evict: bool = True
-    ) -> None:
-        for number in dict.fromkeys(numbers):
-            entry = self.cache.entries[number]
-            if entry.state is State.ABSENT:
-                loading.append(entry)
-                self.cache.start_loading(entry, evict=evict)
+    def versions(self, numbers: Numbers) -> list[tuple[int, str, bytes | None]]:
+        """The ready ones of these entries, with path and the version that was read. No lock."""
+        entries = self.cache.entries
+        numbers = entries.current(np.unique(numbers))
+        ready = numbers[entries.state[numbers] >= READY].tolist()
+        return [(n, entries.paths[n], entries.versions.get(n)) for n in ready]
 
-    def versions(self, numbers: Sequence[int]) -> list[OldVersion]:
-        """The READY ones of these entries, with the version that was read. Takes no lock."""
-        numbers = self.cache.entries.current(list(dict.fromkeys(numbers)))
-        # By get and not by [], which would make an entry where there is none.
-        entries = filter(None, map(self.cache.entries.get, numbers))
-        return [(entry, entry.version) for entry in entries if entry.state is State.READY]
-
-    def _renew(self, numbers: Sequence[int], stale: Sequence[OldVersion]) -> Sequence[int]:
+    def _renew(self, numbers: Numbers, stale: Sequence[OldVersion]) -> Numbers:
         """Drop what is stale; the numbers of the entries that replace it."""
-        for entry, version in stale:
-            if entry.version is version:  # else it has been read again meanwhile
-                self.cache.renew(entry)
-        return self.cache.entries.current(numbers) if self.cache.entries.newer else numbers
+        entries = self.cache.entries
+        for number, version in stale:
+            if entries.versions.get(number) is version:  # else it has been read again meanwhile
+                self.cache.renew(number)
+        return entries.current(numbers)
 
     def wait(self, batch: PendingBatch) -> dict[int, Exception]:
         """Wait until nothing of `batch` is LOADING; the errors of its files by position."""
@@ -163,39 +152,57 @@ class SharedCache:
         Adds their numbers to `held`, and `use` to the uses of the lock. Whatever happens, the
         caller removes the one and passes the other to `finish`. Raises the first error of a file.
         """
+        if len(batches) == 1 and (taken := self._take_at_once(batches[0], held, use)) is not None:
+            return taken
+        require_stack()
         with self.lock:
             self._wait(batches)
             for batch in batches:
                 if batch.errors:
                     for _, error in batch.failures():
                         raise error
-            if len(batches) == 1 and not batches[0].substitutes:
-                [batch] = batches
-                numbers, paths, rows = batch.numbers, batch.paths, batch.rows
-                substitutes: dict[int, LoadedFeature] = {}
-            else:
-                numbers, paths, substitutes = concatenate(batches)
-                rows = None
-            if rows is None:
-                rows = list(map(self.cache.rows.__getitem__, numbers))
-                rows = rows if min(rows, default=NOT_READY) > SCATTERED else None
+            numbers, paths, substitutes = concatenate(batches)
             # From here on no other thread can close them during the gather.
             held += [n for batch in batches if (n := batch.use_up()) is not None]
             if len(held) < len(batches):
                 raise RuntimeError(_USED)
             self.lock.uses[use] = get_ident()
-            return Taken(numbers, paths, rows, substitutes)
+            return Taken(numbers, paths, self.cache.entries.place[numbers], substitutes)
+
+    def _take_at_once(self, batch: PendingBatch, held: list[int], use: object) -> Taken | None:
+        """The same for a batch that is complete, without the lock; None if that is not possible.
+
+        What is pinned stays where it is, unless the store is closed, or the arena is moved while
+        readers are held. Both say so first and then look for uses; here it is the other way round.
+        """
+        if len(batch.missing) or batch.errors:
+            return None
+        self.lock.uses[use] = get_ident()
+        if self.refusal.reason is None and self.loads.held_by() is None:
+            number = batch.use_up()
+            if number is not None:
+                held.append(number)
+                known = batch.places
+                places = self.cache.entries.place[batch.numbers] if known is None else known
+                return Taken(batch.numbers, batch.paths, places, {})
+        self.lock.uses.pop(use, None)
+        return None
 
     def finish(self, batches: Sequence[PendingBatch], held: list[int]) -> None:
-        """The gather that `take` prepared has been issued, or has failed: close the batches."""
-        if len(held) == len(batches) > 0:
-            with self.lock:
-                self._close(held)
-                self._gathered += 1
-                if not self._gathered % _BATCHES:
-                    self.memory.balance()
-        else:
+        """The gather of `take` is issued, or has failed: let the next step close the batches."""
+        if not len(held) == len(batches) > 0:
             self.cancel(batches, held)
+            return
+        self.cache.pins.ended.extend(held)
+        self._gathered += 1
+        watch = self.memory.watches and not self._gathered % _BATCHES
+        if watch or self.memory.unfinished or self._waiting:
+            with self.lock:
+                self._run_queued()
+                self.lock.changed.notify_all()
+                if watch:
+                    self.memory.balance()
+        self.lock.run_postponed()
 
     def cancel(self, batches: Sequence[PendingBatch], held: Sequence[int] = ()) -> None:
         """Close the batches that have not been used up, and those whose numbers are `held`."""
@@ -203,22 +210,26 @@ class SharedCache:
             # Under the lock no interrupt can come between taking a number and closing it.
             with self.lock:
                 numbers = [n for batch in batches if (n := batch.use_up()) is not None]
-                self._close([*held, *numbers])
+                self.cache.close_batches([*held, *numbers])
+                self._run_queued()
+                self.lock.changed.notify_all()  # whoever waits for one of them gets an error
 
     def replace(self, batch: PendingBatch, position: int, feature: LoadedFeature | None) -> None:
         """Replace an entry of the batch that failed; with None leave it out."""
         if not 0 <= position < len(batch.numbers):
             raise IndexError(f"there is no feature {position} among {len(batch.numbers)}")
         with self.lock:
-            entry = self.cache.entries[batch.numbers[position]]
-            if entry.number not in batch.errors:
-                raise ValueError(f"{entry.path!r} has not failed: there is nothing to replace")
+            number = int(batch.numbers[position])
+            if number not in batch.errors:
+                path = self.cache.entries.paths[number]
+                raise ValueError(f"{path!r} has not failed: there is nothing to replace")
             batch.substitutes[position] = feature
             self._counters.skipped += 1
-            error = batch.error_of(entry.number)
-            new = feature is None and entry.file not in self._logged
+            error = batch.error_of(number)
+            file = self.cache.entries.file(number)
+            new = feature is None and file not in self._logged
             if new:
-                self._logged.add(entry.file)
+                self._logged.add(file)
         if new:
             _log.warning("left out: %s", error)
 
@@ -227,10 +238,12 @@ class SharedCache:
             return
         self.loads.require_running_readers()
         start = time.perf_counter()
+        self._waiting += 1
         try:
             with trace("gpucache::wait"):
                 self.lock.wait_for(lambda: self._have_arrived(batches))
         finally:
+            self._waiting -= 1
             self._counters.wait_seconds += time.perf_counter() - start
 
     def _have_arrived(self, batches: Sequence[PendingBatch]) -> bool:
@@ -238,54 +251,45 @@ class SharedCache:
         self.require_open()
         if not all(batch.claim for batch in batches):
             raise RuntimeError(_USED)
-        return not any(batch.pending for batch in batches)
-
-    def _close(self, numbers: Sequence[int]) -> None:
-        """Unpin, and wake the threads that wait for batches or for their end."""
-        self.cache.close_batches(numbers)
-        self.lock.changed.notify_all()
-        if self.memory.unfinished:
-            self.memory.settle()
+        return not any(len(batch.missing) for batch in batches)
 
     # The store
 
-    def cached(self, numbers: Sequence[int]) -> int:
+    def cached(self, numbers: Numbers) -> int:
         """How many of these entries are cached, repeats counted once."""
         with self.lock:
             self.require_open()
-            current = set(self.cache.entries.current(numbers))
-            return sum(self.cache.entries[number].cached for number in current)
+            return self.cache.count_cached(numbers)
 
     def size(self) -> tuple[int, int]:
         """How many features are cached, and bytes of their tensors. Takes no lock."""
         return self.cache.ledger.cached_items, self.cache.ledger.cached_bytes
 
-    def release(self, numbers: Sequence[int]) -> None:
+    def release(self, numbers: Numbers) -> None:
         """Stop caching these entries."""
         with self.lock:
             self.require_open()
-            entries = self.cache.entries
-            self.cache.release([entries[number] for number in entries.current(numbers)])
+            self.cache.release(self.cache.entries.current(numbers))
 
     def begin_epoch(self, owner: object) -> None:
         """Tell the policy that `owner` begins a new pass over its data."""
         with self.lock:
             self.require_open()
-            self.cache.begin_epoch(owner)
+            self.cache.log.begin_epoch(owner)
 
-    def announce(self, owner: object, plan: AccessPlan) -> None:
+    def announce(self, owner: object, announcement: Announcement) -> None:
         """Tell the policy what `owner` will request."""
         with self.lock:
             self.require_open()
-            self.cache.announce(owner, plan)
+            self.cache.log.announce(owner, announcement)
 
     def retract(self, owner: object) -> None:
         """Take back, the next time the lock is held, what `owner` announced. Takes no lock."""
-        self.lock.enqueue(partial(self.cache.retract, owner))
+        self.lock.enqueue(partial(self.cache.log.retract, owner))
 
     def abandon(self, number: int) -> None:
         """Close a batch the next time the lock is held. Takes no lock."""
-        self.lock.enqueue(partial(self.cache.close_batches, [number]))
+        self.cache.pins.ended.append(number)
 
     def wait_idle(self, seconds: float | None) -> bool:
         """Wait until nothing is LOADING, at most this long. Returns whether that is so."""
@@ -293,19 +297,18 @@ class SharedCache:
             if self.cache.loading:
                 self.loads.require_running_readers()
             # Of a closed store, files may stay LOADING that no reader reads.
-            self.lock.wait_for(lambda: not self.cache.loading or self._is_ended(), seconds)
+            self.lock.wait_for(self._is_idle, seconds)
             return not self.cache.loading
 
-    def _measure(self) -> StoreStats:
-        return StoreStats.of(self.cache, self._counters, self._backend)
+    def _is_idle(self) -> bool:
+        return not self.cache.loading or self.refusal.reason is not None
 
     def stats(self) -> StoreStats:
         """Counters and sizes. Of one moment, unless this thread is inside the lock already."""
-        if not self.lock.is_entered():
-            with self.lock:
+        with contextlib.nullcontext() if (inside := self.lock.is_entered()) else self.lock:
+            if not inside:
                 self._run_queued()
-                return self._measure()
-        return self._measure()
+            return StoreStats.of(self.cache, self._counters, self._backend)
 
     def check(self) -> None:
         """Recompute all totals; raises AssertionError on a difference."""
@@ -322,15 +325,12 @@ class SharedCache:
         self._run_queued()
 
     def _run_queued(self) -> None:
-        if self.cache.pins.gone:
+        if self.cache.pins.ended:
             self.cache.close_lost_batches()
         if self.lock.queued:
             self.lock.run_queued()
         if self.memory.unfinished:
             self.memory.settle()
-
-    def _is_ended(self) -> bool:
-        return self.refusal.reason is not None
 
     def end(self, error: BaseException) -> None:
         """The device has failed for good: every call raises `error` from now on."""

@@ -70,7 +70,7 @@ class StoreStats:
             items=ledger.cached_items,
             cached_bytes=ledger.cached_bytes,
             padding_bytes=ledger.cached_pages * ledger.page_bytes - ledger.cached_bytes,
-            bypassed_items=len(cache.bypassed),
+            bypassed_items=cache.bypassed,
             pending_batches=len(cache.pins.batches),
             reserved_bytes=backend.reserved_bytes,
             staging_bytes=backend.staging_bytes,

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from gpucache_pipes.files import PathLike
@@ -45,8 +46,7 @@ def _finish(requests: RequestManager, shared: SharedCache, part: PendingBatch, b
     """Wait for a part; whether all of it is cached. Raises the first error."""
     for error in requests.wait(part).values():
         raise error
-    numbers = set(part.numbers)
-    all_cached = shared.cached(part.numbers) == len(numbers)
+    all_cached = shared.cached(part.numbers) == len(np.unique(part.numbers))
     requests.cancel([part])
     bar.update(len(part.numbers))
     return all_cached

@@ -136,17 +136,24 @@ def test_an_error_of_the_machine_is_raised_as_it_is(
         batch.collate(RaggedOptions(ragged))  # nothing else was wrong
 
 
-def test_more_layouts_than_have_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpucache_pipes.cache import cache
+@pytest.mark.parametrize("max_items", [None, 2])
+def test_numbers_of_layouts_are_used_again(
+    monkeypatch: pytest.MonkeyPatch, max_items: int | None
+) -> None:
+    from gpucache_pipes.cache import layouts
 
-    monkeypatch.setattr(cache, "_MOST_LAYOUTS", 2)
-    items = {f"/{n}": torch.arange(n + 1) for n in range(5)}
-    with GPUFeatureStore("cpu", load_fn=items.__getitem__, page_bytes=64) as store:
-        for _ in range(2):
-            for feature, expected in zip(store.get_batch(list(items)), items.values(), strict=True):
-                assert_same(feature, expected)
-        for path, expected in items.items():
+    monkeypatch.setattr(layouts, "_MANY", 2)
+    items = {f"/{n}": torch.arange(n + 1) for n in range(8)}
+    options: Any = {"load_fn": items.__getitem__, "page_bytes": 64, "policy": "lru"}
+    with GPUFeatureStore("cpu", max_cache_items=max_items, **options) as store:
+        for path, expected in [*items.items()] * 2:
             assert_same(store.get_batch([path, path]).collate(), torch.stack([expected] * 2))
+            store.check()
+        known = len(store._shared.cache.layouts)
+        assert known == 8 if max_items is None else known < 8
+        for feature, expected in zip(store.get_batch(list(items)), items.values(), strict=True):
+            assert_same(feature, expected)
+        store.check()
 
 
 def test_joining_on_the_host_starts_no_threads_of_torch() -> None:

@@ -4,13 +4,14 @@ import itertools
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpucache_pipes import GPUFeatureStore, GPUPrefetcher, PathLister
-from gpucache_pipes.cache import Cache, Ledger, make_policy
+from gpucache_pipes.cache import Cache, Ledger, check_cache, make_policy
 from gpucache_pipes.device import AcceleratorBackend, DeviceMemory, growing_arena, growth
 from gpucache_pipes.device.growth import ModelMemory
 from gpucache_pipes.testing.allocator import Block, CountingRuntime, SimulatedAllocator
@@ -53,14 +54,14 @@ class Run:
                 numbers = [self._number_of(path, known) for path in numbers]
             if self.known:
                 self.cache.arena.files_in_flight = batch_size * (1 + depth)
-            self.pending.append(self.cache.open_batch(numbers, None))
+            self.pending.append(self.cache.open_batch(np.array(numbers), None))
             for number in numbers:
                 self._load(number)
             if len(self.pending) > depth:
                 self.cache.close_batches([self.pending.pop(0)])
             moves += arena is not self.backend._pages.arena
             arena = self.backend._pages.arena
-        self.cache.ledger.check(self.cache.entries.values())
+        check_cache(self.cache)
         return moves
 
     def _number_of(self, path: int, known: int) -> int:
@@ -70,11 +71,11 @@ class Run:
         return self.numbers[path]
 
     def _load(self, number: int) -> None:
-        entry = self.cache.entries[number]
-        if entry.state.name == "ABSENT":
-            self.cache.start_loading(entry)
-            self.cache.allocate(entry, FEATURE, FEATURE)
-            self.cache.finish_loading(entry, "layout", ())
+        numbers = np.array([number])
+        if self.cache.start_loading(numbers):
+            layout = self.cache.allocator.layout_number(number, "layout", FEATURE, FEATURE)
+            assert not self.cache.allocator.allocate(numbers, np.array([layout]))
+            self.cache.finish_loading(numbers, [()])
 
 
 CASES = [

@@ -96,7 +96,7 @@ class Numbers:
         self.table = PathTable(LocalFiles(), self.add, threading.Lock())
 
     def of(self, paths: Any) -> list[int]:
-        return self.table.resolve(paths)[0]
+        return self.table.resolve(paths)[0].tolist()
 
     def add(self, keys: Sequence[str], paths: Sequence[str]) -> int:
         for key, path in zip(keys, paths, strict=True):

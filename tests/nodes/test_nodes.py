@@ -412,7 +412,8 @@ def test_shutting_down_takes_no_lock() -> None:
             gc.collect()
 
     policy: Any = Acting(drop)  # whose actions run with the lock held
-    with GPUFeatureStore("cpu", load_fn=FEATURES.__getitem__, policy=policy) as store:
+    options: dict[str, Any] = {"load_fn": FEATURES.__getitem__, "max_cache_items": 1}
+    with GPUFeatureStore("cpu", policy=policy, **options) as store:
         node = GPUPrefetcher(PathLister(PATHS), store)
         next(node)
         assert store.wait_idle(60)

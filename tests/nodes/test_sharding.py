@@ -25,7 +25,7 @@ def epochs_of(lister: PathLister, count: int) -> list[list[Any]]:
         lister.reset()
         ahead = lister.upcoming()
         elements = list(lister)
-        flat = [p for e in elements for p in (e if isinstance(e, list) else [e])]
+        flat = [p for e in elements for p in ([e] if isinstance(e, str) else e)]
         assert list(ahead)[: ahead.left] == flat
         assert len(elements) == len(lister)
         epochs.append(flat)

@@ -141,3 +141,12 @@ def test_a_promise_has_a_test() -> None:
     table = page.partition("| promise | test |")[2].partition("## ")[0]
     rows = [row for row in table.splitlines() if row.startswith("| ")]
     assert len(rows) > 20 and all("`test_" in row for row in rows)
+
+
+def test_the_page_has_the_table_of_states() -> None:
+    from gpucache_pipes.cache.states import STATES, TRANSITIONS
+
+    page = (ROOT / "docs" / "concurrency.md").read_text()
+    for state, (name, meaning) in STATES.items():
+        following = [f"{STATES[b][0]}: {why}" for a, b, why in TRANSITIONS if a == state]
+        assert f"| {name} | {meaning} | {'; '.join(following)} |" in page

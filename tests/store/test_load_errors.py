@@ -96,6 +96,7 @@ def test_a_policy_that_raises_hangs_nobody(make_files: Files, mood: str) -> None
     paths = make_files(3)
     policy = Moody()
     with GPUFeatureStore("cpu", max_cache_items=2, policy=policy) as store:
+        store.get_batch(paths[:2])
         policy.mood = mood
         with pytest.raises(FeatureLoadError, match="not today"):
             store.get_batch(paths)

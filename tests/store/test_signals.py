@@ -75,8 +75,9 @@ def test_close_by_a_handler_under_the_lock(handled: Any, asynchronous: bool) -> 
     send = handled(close)
     policy: Any = Acting(send)
     store = GPUFeatureStore(
-        "cpu", load_fn=FEATURES.__getitem__, asynchronous=asynchronous, policy=policy
-    )
+        "cpu", load_fn=FEATURES.__getitem__, asynchronous=asynchronous, policy=policy,
+        max_cache_items=1,
+    )  # fmt: skip
 
     def use() -> None:
         for _ in range(3):
@@ -407,8 +408,9 @@ def test_a_finalizer_may_close_a_store_from_inside(asynchronous: bool) -> None:
 
     policy: Any = Acting(collect)
     store = GPUFeatureStore(
-        "cpu", load_fn=FEATURES.__getitem__, asynchronous=asynchronous, policy=policy
-    )
+        "cpu", load_fn=FEATURES.__getitem__, asynchronous=asynchronous, policy=policy,
+        max_cache_items=1,
+    )  # fmt: skip
 
     def use() -> None:
         for _ in range(2):
@@ -423,9 +425,10 @@ def test_a_finalizer_may_close_a_store_from_inside(asynchronous: bool) -> None:
 def test_what_may_not_be_called_from_inside_says_so() -> None:
     policy: Any = Acting(lambda: store.get("/1"))
     options: dict[str, Any] = {"load_fn": FEATURES.__getitem__, "asynchronous": False}
-    with GPUFeatureStore("cpu", policy=policy, **options) as store:
+    with GPUFeatureStore("cpu", policy=policy, max_cache_items=1, **options) as store:
+        store.get("/0")
         with pytest.raises(FeatureLoadError, match="called from within itself"):
-            store.get("/0")
+            store.get("/2")
         store.check()
 
 

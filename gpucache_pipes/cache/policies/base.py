@@ -16,8 +16,8 @@ class Policy(Protocol):
     """Orders keys for eviction. It counts no bytes, takes no locks and never touches the device.
 
     The store calls every method with its lock held, one call at a time, from any thread. No method
-    may call the store. Requests are reported in the order in which they are made, but with a
-    delay: in bundles, and always before the next insertion, removal or eviction scan.
+    may call the store. Everything is reported in the order in which it happens, but late: before
+    the next eviction scan. While none is needed, old requests may never be reported.
 
         >>> policy = make_policy("lru")
         >>> for key in (1, 2, 3):

@@ -29,11 +29,11 @@ class Clairvoyant(BasePolicy):
     prefers small features would have more hits and read more bytes.
 
         >>> policy = Clairvoyant()
-        >>> policy.announce("training", AccessPlan([0, 1, 2, 2, 1, 0]))
+        >>> policy.announce("training", AccessPlan([0, 1, 2, 2, 2, 1, 0]))
         >>> policy.on_access([0, 1, 2], "training")
         >>> policy.on_insert(0)
         >>> policy.on_insert(1)
-        >>> list(policy.victims(2))  # 0 is needed after 1
+        >>> list(policy.victims(2))  # which is used twice before them; 0 is needed after 1
         [0, 1]
     """
 
