@@ -5,7 +5,7 @@ ragged-large), overhead.py and million.py; their docstrings say what is measured
 budget everywhere. "a dict" is a dict of features by path, and `torch.stack` or `pad_sequence`. All
 figures are medians, ratios those within a round; the other loaders of a scenario are left out.
 
-    python benchmarks/aims.py [--quick] [--json benchmarks/results/aims.json]
+    python benchmarks/aims.py [--quick] [--files 1000000] [--json benchmarks/results/aims.json]
 
 With `--quick` there are fewer files and rounds, in a minute: to try the command.
 """
@@ -147,6 +147,7 @@ def many_files(count: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer files and rounds")
+    parser.add_argument("--files", type=int, default=1_000_000, help="of million.py")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     options = Options(0.5, 1) if args.quick else Options()
@@ -154,7 +155,7 @@ def main() -> None:
         *small_files(options),
         *ragged_files(options),
         *python_of_a_batch(5 if args.quick else 30),
-        *many_files(4096 if args.quick else 1_000_000),
+        *many_files(4096 if args.quick else args.files),
     ]
     table = [row.as_json() for row in rows]
     print(rows_as_table(table))
