@@ -1,6 +1,6 @@
-"""Measure what a cached batch costs, and print it beside the aims as one table.
+"""Measure what a cached batch costs, and print it next to the aims as one table.
 
-Calls scenarios.py (small in batches of 8 to 1,024, alone and beside two busy processes; ragged and
+Calls scenarios.py (small in batches of 8 to 1,024, alone and with two busy processes; ragged and
 ragged-large), overhead.py and million.py; their docstrings say what is measured. The store has a
 budget everywhere. "a dict" is a dict of features by path, and `torch.stack` or `pad_sequence`. All
 figures are medians, ratios those within a round; the other loaders of a scenario are left out.

@@ -41,7 +41,7 @@ Figures = dict[str, Any]
 
 
 def link_files(directory: Path, count: int, symbolic: bool = False, width: int = 64) -> str:
-    """Make `count` links to files with f32[width], written beside them; returns their directory."""
+    """Make `count` links to new files with f32[width]; returns the directory of the links."""
     originals = directory / "originals"
     links = directory / ("symbolic" if symbolic else "hard")
     links.mkdir()

@@ -1,7 +1,7 @@
 """Measure all contenders on generated files, in one of the fixed scenarios.
 
 - small: 4,000 files of {"feature": f32[1024], "label": int64[1]}, 6 KB, in batches of 256.
-- busy: later epochs of small only, alone and beside two busy processes.
+- busy: later epochs of small only, alone and with two busy processes running.
 - large: 64 files of 4 MB in batches of 8.
 - ragged: 4,000 files of {"frames": f32[T, 32], "label": int64[]}, T log-normal about 60 (a median
   of 8 KB), in batches of 256, padded.

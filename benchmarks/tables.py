@@ -23,16 +23,16 @@ CASES = {
     "first": "first epoch",
     "later": "later, all cached",
     "partial": "5 epochs, half cached",
-    "overlap": "first epoch beside training: total / compute",
-    "busy": "later, beside two busy processes",
+    "overlap": "first epoch during training: total / compute",
+    "busy": "later, with two busy processes running",
 }
 KINDS = {"ours": "", "peer": "", "format": " (another format)", "limit": " (limit)"}
 GAINS = [
     ("small", "first", "4,000 files of 6 KB: a first epoch"),
     ("small", "later", "later, everything cached"),
-    ("busy", "busy", "the same beside two busy processes"),
+    ("busy", "busy", "the same with two busy processes running"),
     ("small", "partial", "five epochs, room for half"),
-    ("small", "overlap", "beside training: total time / training alone"),
+    ("small", "overlap", "during training: total time / training alone"),
     ("large", "first", "64 files of 4 MB: a first epoch"),
     ("large", "later", "later, everything cached"),
     ("ragged", "later", "4,000 sequences of 8 KB, padded, everything cached"),
@@ -75,14 +75,17 @@ def scenario(name: str) -> str:
             + " | ".join(f"{strong}{text}{strong}" if text else "" for text in cells)
             + " |"
         )
-    lines += ["", "| gpucache_pipes | beside the best that reads the same files | time / limit |"]
+    lines += [
+        "",
+        "| gpucache_pipes | compared with the best that reads the same files | time / limit |",
+    ]
     lines.append("|---|---|---|")
     for case, title in cases.items():
         winner, speed = best(report, case)
         ratio = contenders[OURS.name]["cases"][case]["times_as_fast"][0] / speed
         limit = contenders[OURS.name]["cases"][case]["to_limit"]
-        beside = f"{three_digits(ratio)} times as fast as {winner}"
-        lines.append(f"| {title} | {beside} | {as_spread(limit)} |")
+        compared = f"{three_digits(ratio)} times as fast as {winner}"
+        lines.append(f"| {title} | {compared} | {as_spread(limit)} |")
     left_out = {n: e["problem"] for n, e in report["contenders"].items() if e["problem"]}
     lines += [f"\nNot measured: {name}, since {problem}." for name, problem in left_out.items()]
     return "\n".join(lines)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpucache_pipes.cache.entries import LAYOUT_SHIFT
-from gpucache_pipes.cache.ledger import Pages
+from gpucache_pipes.cache.entries import LAYOUT_SHIFT, Pages
 from gpucache_pipes.cache.places import scattered_among
 from gpucache_pipes.cache.states import CACHED
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from gpucache_pipes.cache.allocation import Allocator
 from gpucache_pipes.cache.arena_size import ArenaSize, Grow
-from gpucache_pipes.cache.entries import NOWHERE, Entries, Numbers
+from gpucache_pipes.cache.entries import NOWHERE, Entries, Numbers, Pages
 from gpucache_pipes.cache.layouts import LayoutTable
-from gpucache_pipes.cache.ledger import Ledger, Pages
+from gpucache_pipes.cache.ledger import Ledger
 from gpucache_pipes.cache.pins import Pins
 from gpucache_pipes.cache.places import first_pages, pages_in
 from gpucache_pipes.cache.policies import Policy
@@ -27,6 +27,7 @@ from gpucache_pipes.cache.states import (
     FILLING_BYPASSED,
     LOADING,
     READY,
+    counts_as_cached,
 )
 
 
@@ -198,7 +199,7 @@ class Cache:
     def count_cached(self, numbers: Numbers) -> int:
         """How many of these files are cached, or being read into the cache; repeats count once."""
         states = self.entries.state[self.entries.current(np.unique(numbers))]
-        return int(((states == CACHED) | (states == FILLING)).sum())
+        return int(counts_as_cached(states).sum())
 
     # Leaving the cache
 
@@ -259,8 +260,7 @@ class Cache:
         if not len(numbers):
             return
         layouts = self.layouts.of_places(entries.place[numbers])
-        states = entries.state[numbers]
-        cached = (states == CACHED) | (states == FILLING)
+        cached = counts_as_cached(entries.state[numbers])
         self.count(layouts[cached], -1, cached=True)
         self.count(layouts[~cached], -1, cached=False)
         self.ledger.free(self.pages_of(numbers))

@@ -5,15 +5,7 @@ import numpy as np
 from gpucache_pipes.cache.cache import Cache
 from gpucache_pipes.cache.entries import NOWHERE
 from gpucache_pipes.cache.places import scattered_among
-from gpucache_pipes.cache.states import (
-    ABSENT,
-    BYPASSED,
-    CACHED,
-    FILLING,
-    FILLING_BYPASSED,
-    LOADING,
-    READY,
-)
+from gpucache_pipes.cache.states import ABSENT, BYPASSED, LOADING, READY, counts_as_cached
 
 
 def check_cache(cache: Cache) -> None:
@@ -26,8 +18,7 @@ def check_cache(cache: Cache) -> None:
     known = np.arange(entries.count)
     state, place = entries.state[: entries.count], entries.place[: entries.count]
     held = np.flatnonzero(place != NOWHERE)
-    has_place = np.isin(state, (FILLING, FILLING_BYPASSED, BYPASSED, CACHED))
-    _require(np.array_equal(known[has_place], held), "a state does not agree with its place")
+    _require(np.array_equal(known[state > LOADING], held), "a state does not agree with its place")
 
     used = layouts.of_places(place[held])
     _require(bool((used < len(layouts)).all()), "a place has an unknown layout")
@@ -42,7 +33,7 @@ def check_cache(cache: Cache) -> None:
     _require(expected == actual, "scattered entries are not those that are")
     _require(expected.keys() == set(held[place[held] < 0].tolist()), "a place is the wrong kind")
 
-    cached = np.isin(state[held], (CACHED, FILLING))
+    cached = counts_as_cached(state[held])
     sums = layouts.sums(used[cached])
     totals = {
         "cached_items": int(cached.sum()),

@@ -11,6 +11,9 @@ from gpucache_pipes.cache.states import ABSENT, ALLOWED, READY, STATES
 Numbers: TypeAlias = NDArray[np.intp]
 """Numbers of entries, in order; repeats are allowed where that is not excluded."""
 
+Pages: TypeAlias = NDArray[np.int64]
+"""Numbers of pages."""
+
 LAYOUT_SHIFT: Final = 40
 """A place is (number of the layout << LAYOUT_SHIFT) + first page; see Entries."""
 
@@ -46,7 +49,7 @@ class Entries:
         self.count = 0
         self.state = np.zeros(64, np.uint8)
         self.place = np.full(64, NOWHERE, np.int64)
-        self.scattered: dict[int, NDArray[np.int64]] = {}
+        self.scattered: dict[int, Pages] = {}
         self.paths: list[str] = []
         self.values: dict[int, tuple[Any, ...]] = {}
         self.versions: dict[int, bytes | None] = {}

@@ -1,9 +1,8 @@
 """Which pages are free, and all totals of bytes, items and pages."""
 
 import numpy as np
-from numpy.typing import NDArray
 
-Pages = NDArray[np.int64]
+from gpucache_pipes.cache.entries import Pages
 
 
 class Ledger:

@@ -26,7 +26,7 @@ class Pins:
     Attributes:
         batches: by the number of each open batch, the numbers of its entries.
         ended: open batches that are to be closed, by number, and references to holders that have
-            been collected. Any thread may append, without a lock: see `lost`.
+            been collected: see `lost`.
     """
 
     def __init__(self) -> None:
@@ -69,6 +69,10 @@ class Pins:
         """The objects that stand for open batches."""
         held = [reference() for reference in self._holders.values()]
         return [holder for holder in held if holder is not None]
+
+    def end(self, batches: Iterable[int]) -> None:
+        """Have these batches closed by who asks for `lost` next. Takes no lock."""
+        self.ended.extend(batches)
 
     def lost(self) -> list[int]:
         """Batches that have ended without a call of `close`, or whose holders were collected."""

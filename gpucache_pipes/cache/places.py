@@ -5,9 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from gpucache_pipes.cache.entries import PAGE_MASK, Numbers
-
-Pages = NDArray[np.int64]
+from gpucache_pipes.cache.entries import PAGE_MASK, Numbers, Pages
 
 
 def first_pages(places: NDArray[np.int64]) -> Pages:

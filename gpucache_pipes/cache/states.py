@@ -6,6 +6,7 @@ This table is all there is: `Entries.move` changes states, and refuses what is n
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 ABSENT: Final = 0
 LOADING: Final = 1
@@ -16,6 +17,13 @@ CACHED: Final = 5
 
 READY: Final = BYPASSED
 """States from here on: the bytes are in pages, for every batch to gather."""
+
+
+def counts_as_cached(states: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Of which of these states the pages count against the budget."""
+    counted: NDArray[np.bool_] = (states == FILLING) | (states == CACHED)
+    return counted
+
 
 STATES: dict[int, tuple[str, str]] = {
     ABSENT: ("ABSENT", "nothing of it is held"),

@@ -55,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--overlap", action="store_true", help="also with training steps, which takes longer"
     )
     bench.add_argument(
-        "--busy", type=int, default=0, metavar="N", help="also beside N processes that are busy"
+        "--busy",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also while N other processes keep a core busy each",
     )
     bench.add_argument(
         "--cold-storage", action="store_true", help="read from the disk, not from the page cache"

@@ -1,6 +1,7 @@
 """The order of an epoch: drawn from a seed, or by a sampler of the user's."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,21 @@ class SampledOrder:
     def __str__(self) -> str:
         """What must be the same in a state and in the lister that resumes it."""
         return f"sampler={type(self._sampler).__name__}, seed={self._seed}"
+
+
+def flatten(sampled: list[Any], files: int) -> NDArray[np.intp]:
+    """The positions that a sampler yields, those of its batches one after the other, from 0 on.
+
+    They may be negative, as in sequences. Those out of range are left out: they are an error in the
+    `next()` that reaches them.
+
+    >>> flatten([[0, -1], [7, 1]], files=3)
+    array([0, 2, 1])
+    """
+    if sampled and not isinstance(sampled[0], int):
+        sampled = list(chain.from_iterable(sampled))
+    flat = np.array(sampled, np.intp)
+    return flat[(flat >= -files) & (flat < files)] % files
 
 
 def _generator(seed: int) -> torch.Generator:

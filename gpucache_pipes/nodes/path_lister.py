@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torchdata.nodes import BaseNode
 from gpucache_pipes.files import Paths
 from gpucache_pipes.files.listing import GivenPaths, directory_prefix, find_files
 from gpucache_pipes.nodes.buckets import Buckets
-from gpucache_pipes.nodes.order import DrawnOrder, SampledOrder
+from gpucache_pipes.nodes.order import DrawnOrder, SampledOrder, flatten
 from gpucache_pipes.nodes.resuming import fingerprint, resumed_position
 from gpucache_pipes.nodes.sharding import Shards, find_rank
 from gpucache_pipes.nodes.upstream import as_node
@@ -129,8 +129,7 @@ class PathLister(BaseNode[Any]):
         self._rank_unknown = num_shards is None and sampler is None and self._stream is None
         self._shard = shard
         self.shards = self._choose_shards(num_shards, shard_index, shard)
-        self._drawing = self._new_order()
-        self._order_name = str(self._drawing)
+        self._make_order()
         self._fingerprint: int | None = None
         # The current epoch, the one that set_epoch has named for the next reset, how many paths
         # of the current one were yielded (for a sampler of batches, how many batches), and its
@@ -161,18 +160,20 @@ class PathLister(BaseNode[Any]):
             )
         return shards
 
-    def _new_order(self) -> DrawnOrder | SampledOrder:
+    def _make_order(self) -> None:
+        self._drawing: DrawnOrder | SampledOrder
         if self.sampler is not None:
-            return SampledOrder(self.sampler, self.seed)
-        files = len(self._paths)
-        return DrawnOrder(files, self.shuffle, self.seed, self.shards, self._buckets)
+            self._drawing = SampledOrder(self.sampler, self.seed)
+        else:
+            files = len(self._paths)
+            self._drawing = DrawnOrder(files, self.shuffle, self.seed, self.shards, self._buckets)
+        self._order_name = str(self._drawing)
 
     def _find_rank_again(self) -> None:
         """Follow a torch.distributed that was initialised after the lister was made."""
         if self._rank_unknown and find_rank() != (self.shards.count, self.shards.index):
             self.shards = self._choose_shards(None, None, self._shard)
-            self._drawing = self._new_order()
-            self._order_name = str(self._drawing)
+            self._make_order()
 
     @property
     def _paths(self) -> Sequence[str]:
@@ -281,24 +282,23 @@ class PathLister(BaseNode[Any]):
         """
         if self._given is None:
             return Upcoming((), (), 0)
+        following = self._next_epoch
+        if following is None:
+            following = self._epoch + (self._order is not None)
         if self._order is None:
             self._find_rank_again()
-        begun = self._order is not None
-        following = self._epoch + begun if self._next_epoch is None else self._next_epoch
-        if self._order is not None:
-            rest = self._flat(self._order, self._position)
-        else:
             rest = self._flat(self._drawing.draw(following))
             following += 1
+        else:
+            rest = self._flat(self._order, self._position)
         drawing = self._drawing
 
         def both_epochs() -> NDArray[np.intp]:
             return np.concatenate([rest, self._flat(drawing.draw(following))])
 
-        files = self._given.files()
-        if isinstance(drawing, DrawnOrder):
-            return Upcoming(files, both_epochs, len(rest))
-        return Upcoming(files, both_epochs(), len(rest))  # a sampler is for this thread only
+        # A sampler is for this thread only.
+        order = both_epochs if isinstance(drawing, DrawnOrder) else both_epochs()
+        return Upcoming(self._given.files(), order, len(rest))
 
     def _flat(self, order: Order, start: int = 0) -> NDArray[np.intp]:
         """The positions of files from element `start` on, without those that drop_last omits."""
@@ -306,15 +306,7 @@ class PathLister(BaseNode[Any]):
         if self.drop_last and self.batch_size is not None:
             end -= end % self.batch_size
         rest = order[start:end]
-        if isinstance(rest, np.ndarray):
-            return rest
-        if rest and not isinstance(rest[0], int):
-            rest = list(chain.from_iterable(rest))
-        # Positions may be negative, as in sequences. One that is out of range is an error in the
-        # `next()` that reaches it.
-        count = len(self._paths)
-        flat = np.array(rest, np.intp)
-        return flat[(flat >= -count) & (flat < count)] % count
+        return rest if isinstance(rest, np.ndarray) else flatten(rest, len(self._paths))
 
     def __len__(self) -> int:
         """Elements that an epoch yields. Raises TypeError if the source is a stream."""

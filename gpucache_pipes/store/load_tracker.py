@@ -113,9 +113,8 @@ class LoadTracker:
                 cache.close_lost_batches()
                 cache.layouts.tidy()  # here, where no number is in between
                 numbers, layouts, failed = self._layouts_of(group)
-                unbuilt = [] if cache.allocator.fits(layouts) else cache.log.unbuilt()
-                plans = [announcement for announcement in unbuilt if announcement not in tried]
-                if not plans:
+                plans = [unbuilt for unbuilt in cache.log.unbuilt() if unbuilt not in tried]
+                if not plans or cache.allocator.fits(layouts):
                     return self._allocate(task, group, numbers, layouts, failed)
             # The policy will choose victims. What it must know is found out without the lock.
             tried += plans

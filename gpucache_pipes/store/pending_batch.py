@@ -1,6 +1,7 @@
 """A batch that was requested and has not been gathered."""
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -164,11 +165,16 @@ def concatenate(
     paths: list[PathLike] = []
     substitutes: dict[int, LoadedFeature] = {}
     for batch in batches:
-        keep = np.array([at not in batch.left_out for at in range(len(batch.numbers))], bool)
         start = len(paths)
-        numbers.append(batch.numbers[keep])
         named = batch.paths.absolute() if isinstance(batch.paths, Paths) else batch.paths
-        paths += [path for path, kept in zip(named, keep.tolist(), strict=True) if kept]
+        if not batch.substitutes:
+            numbers.append(batch.numbers)
+            paths += named
+            continue
+        keep = np.ones(len(batch.numbers), bool)
+        keep[list(batch.left_out)] = False
+        numbers.append(batch.numbers[keep])
+        paths += compress(named, keep.tolist())
         position = np.cumsum(keep) - 1 + start
         for at, feature in batch.substitutes.items():
             if feature is not None:

@@ -193,7 +193,7 @@ class SharedCache:
         if not len(held) == len(batches) > 0:
             self.cancel(batches, held)
             return
-        self.cache.pins.ended.extend(held)
+        self.cache.pins.end(held)
         self._gathered += 1
         watch = self.memory.watches and not self._gathered % _BATCHES
         if watch or self.memory.unfinished or self._waiting:
@@ -289,7 +289,7 @@ class SharedCache:
 
     def abandon(self, number: int) -> None:
         """Close a batch the next time the lock is held. Takes no lock."""
-        self.cache.pins.ended.append(number)
+        self.cache.pins.end([number])
 
     def wait_idle(self, seconds: float | None) -> bool:
         """Wait until nothing is LOADING, at most this long. Returns whether that is so."""
