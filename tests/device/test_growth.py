@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_allocator import Block, CountingRuntime, SimulatedAllocator
 
 from gpucache_pipes import GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.cache import Cache, Ledger, check_cache, make_policy
 from gpucache_pipes.device import AcceleratorBackend, DeviceMemory, growing_arena, growth
 from gpucache_pipes.device.growth import ModelMemory
-from gpucache_pipes.testing.allocator import Block, CountingRuntime, SimulatedAllocator
 
 MiB, GiB = 1 << 20, 1 << 30
 FEATURE = 64 * MiB
