@@ -7,7 +7,7 @@ from gpucache_pipes.cache.access_plan import AccessPlan
 from gpucache_pipes.cache.arena_size import NoPagesError
 from gpucache_pipes.cache.cache import Cache
 from gpucache_pipes.cache.check import check_cache
-from gpucache_pipes.cache.entries import LAYOUT_SHIFT, NOWHERE, Numbers
+from gpucache_pipes.cache.entries import LAYOUT_SHIFT, NOWHERE, Numbers, distinct
 from gpucache_pipes.cache.ledger import Ledger
 from gpucache_pipes.cache.places import first_pages, runs_of
 from gpucache_pipes.cache.policies import Policy, make_policy, register
@@ -34,6 +34,7 @@ __all__ = [
     "Simulation",
     "Trace",
     "check_cache",
+    "distinct",
     "first_pages",
     "make_policy",
     "register",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gpucache_pipes.cache.allocation import Allocator
 from gpucache_pipes.cache.arena_size import ArenaSize, Grow
-from gpucache_pipes.cache.entries import NOWHERE, Entries, Numbers, Pages
+from gpucache_pipes.cache.entries import NOWHERE, Entries, Numbers, Pages, distinct
 from gpucache_pipes.cache.layouts import LayoutTable
 from gpucache_pipes.cache.ledger import Ledger
 from gpucache_pipes.cache.pins import Pins
@@ -198,7 +198,7 @@ class Cache:
 
     def count_cached(self, numbers: Numbers) -> int:
         """How many of these files are cached, or being read into the cache; repeats count once."""
-        states = self.entries.state[self.entries.current(np.unique(numbers))]
+        states = self.entries.state[self.entries.current(distinct(numbers))]
         return int(counts_as_cached(states).sum())
 
     # Leaving the cache
@@ -206,7 +206,7 @@ class Cache:
     def release(self, numbers: Numbers) -> None:
         """Stop caching these. What pending batches need stays, bypassed, until they have it."""
         state = self.entries.state
-        numbers = np.unique(numbers)
+        numbers = distinct(numbers)
         self.not_cached.update(numbers[self.is_loading(numbers)].tolist())
         self._bypass(numbers[state[numbers] == FILLING], FILLING_BYPASSED)
         cached = numbers[state[numbers] == CACHED]

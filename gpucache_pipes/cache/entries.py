@@ -148,6 +148,16 @@ class Entries:
         return iter(self._versions.items())
 
 
+def distinct(numbers: Numbers) -> Numbers:
+    """These numbers, none of which is negative, in ascending order and each once.
+
+    `np.unique` does not work here: its first call imports `numpy.ma`, and if a signal handler
+    raises or makes a call of its own in the middle of that, numpy stays broken.
+    """
+    ordered = np.sort(numbers)
+    return ordered[np.diff(ordered, prepend=-1) > 0]
+
+
 def _longer(table: NDArray[Any], size: int, fill: int) -> NDArray[Any]:
     longer = np.full(size, fill, table.dtype)
     longer[: len(table)] = table

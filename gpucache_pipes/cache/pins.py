@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpucache_pipes.cache.entries import Numbers
+from gpucache_pipes.cache.entries import Numbers, distinct
 
 
 class _Holder(weakref.ref[object]):
@@ -92,7 +92,7 @@ class Pins:
 
     def without_pins(self, numbers: Numbers) -> Numbers:
         """Those of `numbers` that no open batch names, each once, in order of number."""
-        free = np.unique(numbers)
+        free = distinct(numbers)
         for pinned in self.batches.values():
             if not len(free):
                 break

@@ -178,7 +178,7 @@ class Arena:
         if len(self._starts) == 1:
             return [(0, pages, pages[:0])]
         segments = self._segments_of(pages)
-        groups = [(n, np.flatnonzero(segments == n)) for n in np.unique(segments).tolist()]
+        groups = [(n, np.flatnonzero(segments == n)) for n in sorted(set(segments.tolist()))]
         return [(n, pages[positions] - self._starts[n], positions) for n, positions in groups]
 
     def _word(self, column: Column) -> torch.dtype:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpucache_pipes.cache import LOADING, NoPagesError, Numbers
+from gpucache_pipes.cache import LOADING, NoPagesError, Numbers, distinct
 from gpucache_pipes.device import Backend, DeviceMemoryError
 from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.pending_batch import PendingBatch
@@ -257,7 +257,7 @@ class LoadTracker:
 
     def wait_for(self, number: int, batch: PendingBatch) -> None:
         """Files of a new batch are being loaded. With the lock held."""
-        numbers = np.unique(batch.numbers)
+        numbers = distinct(batch.numbers)
         batch.missing = numbers[self._cache.is_loading(numbers)]
         self.waiting[number] = batch
 

@@ -8,9 +8,7 @@ from logging import getLogger
 from threading import get_ident
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from gpucache_pipes.cache import READY, Cache, Ledger, Numbers, Policy, check_cache
+from gpucache_pipes.cache import READY, Cache, Ledger, Numbers, Policy, check_cache, distinct
 from gpucache_pipes.device import Backend
 from gpucache_pipes.files import LoadedFeature, PathLike
 from gpucache_pipes.store.announcement import Announcement
@@ -128,7 +126,7 @@ class SharedCache:
     def versions(self, numbers: Numbers) -> list[tuple[int, str, bytes | None]]:
         """The ready ones of these entries, with path and the version that was read. No lock."""
         entries = self.cache.entries
-        numbers = entries.current(np.unique(numbers))
+        numbers = entries.current(distinct(numbers))
         ready = numbers[entries.state[numbers] >= READY].tolist()
         return [(n, entries.paths[n], entries.versions.get(n)) for n in ready]
 

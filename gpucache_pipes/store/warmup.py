@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
+from gpucache_pipes.cache import distinct
 from gpucache_pipes.files import PathLike
 from gpucache_pipes.store.pending_batch import PendingBatch
 from gpucache_pipes.store.requests import RequestManager
@@ -46,7 +46,7 @@ def _finish(requests: RequestManager, shared: SharedCache, part: PendingBatch, b
     """Wait for a part; whether all of it is cached. Raises the first error."""
     for error in requests.wait(part).values():
         raise error
-    all_cached = shared.cached(part.numbers) == len(np.unique(part.numbers))
+    all_cached = shared.cached(part.numbers) == len(distinct(part.numbers))
     requests.cancel([part])
     bar.update(len(part.numbers))
     return all_cached

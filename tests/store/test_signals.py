@@ -580,3 +580,31 @@ def list_frames() -> list[Any]:
         frames.append(frame)
         frame = frame.f_back  # type: ignore[assignment]
     return frames
+
+
+def test_nothing_is_imported_while_a_store_is_used(make_files: Files) -> None:
+    """A handler that raises in the middle of a lazy import of numpy leaves numpy broken."""
+    paths = make_files(8)
+    code = f"""
+import sys
+from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
+
+before = set()
+with GPUFeatureStore("cpu", max_cache_bytes="30KiB", revalidate=True) as store:
+    for turn in range(2):
+        store.warm({paths}, progress=False)
+        lister = PathLister({paths}, batch_size=3, shuffle=True)
+        for _ in GPUCollator(GPUPrefetcher(lister, store)):
+            pass
+        {paths[0]!r} in store
+        store.release({paths})
+        store.get_batch({paths})
+        store.stats()
+        store.clear()
+        if not turn:
+            before = set(sys.modules)
+            lazy = [name for name in before if name == "numpy.ma"]
+print(sorted(set(sys.modules) - before) + lazy)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.stdout == "[]\n", run.stderr
