@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types tests coverage speed bench soak attack stress gpu-check clean
+.PHONY: demo test lint types tests tests-python-reader coverage speed bench soak attack stress gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
@@ -20,6 +20,10 @@ types: $(INSTALLED)
 # Two processes, with one thread of torch each.
 tests: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# Once more without the native reader, as where there is no compiler.
+tests-python-reader: $(INSTALLED)
+	GPUCACHE_PIPES_NATIVE=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 coverage: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --cov --cov-report=term
@@ -63,7 +67,8 @@ stress: $(INSTALLED)
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(CHECK)
 
-$(INSTALLED): pyproject.toml constraints.txt
+# Again when what is compiled has changed: an editable installation is not.
+$(INSTALLED): pyproject.toml setup.py constraints.txt gpucache_pipes/files/_native.c
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -17,6 +17,7 @@ from time_limit import pytest_configure, pytest_runtest_protocol  # noqa: F401
 
 from gpucache_pipes.cache import make_policy
 from gpucache_pipes.device import AcceleratorBackend, InOrderRuntime
+from gpucache_pipes.files import batch_reader
 from gpucache_pipes.store import GPUFeatureStore, process_hooks
 from gpucache_pipes.testing import SimulatedRuntime
 
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="there is no accelerator"))
+
+
+@pytest.fixture
+def python_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the native reader, as where there was no compiler."""
+    monkeypatch.setattr(batch_reader, "_native", None)
 
 
 settings.register_profile(

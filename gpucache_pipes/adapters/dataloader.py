@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.adapters.iteration import Iteration, Progress
+from gpucache_pipes.files import Paths
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
 from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.nodes.options import CollateOptions, OnError, PrefetchOptions
@@ -141,6 +142,8 @@ class GPUCachedPathDataLoader:
 
     def _paths_of(self, batch: Any) -> Sequence[Any]:
         paths = batch if self._path_extractor is None else self._path_extractor(batch)
+        if isinstance(paths, Paths):
+            return paths
         if (
             isinstance(paths, str)
             or not isinstance(paths, Sequence)

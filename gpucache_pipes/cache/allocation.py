@@ -1,5 +1,6 @@
 """Pages for the files of a group that has been opened."""
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +97,12 @@ class Allocator:
         """Assign pages to all of these that there are pages for; note the errors of the others."""
         cache = self._cache
         ledger = cache.ledger
-        if cache.layouts.sums(layouts)[0] <= ledger.free_pages:
+        total = cache.layouts.sums(layouts)[0]
+        if total > ledger.free_pages:
+            # A MemoryError says which file has no pages, which is found out below.
+            with contextlib.suppress(MemoryError):
+                cache.arena.grow(total, cache.layouts.pages.item(layouts[0]))
+        if total <= ledger.free_pages:
             self._assign(numbers, layouts, cached=cached)
             return
         ceiling = ledger.ceiling

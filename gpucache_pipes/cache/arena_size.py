@@ -59,14 +59,19 @@ class ArenaSize:
 
     # Growing
 
+    def grow(self, pages: int, each: int) -> bool:
+        """Have `pages` free ones from the device, if it has them, for features of `each`."""
+        ledger = self._ledger
+        self.settle()
+        if ledger.ceiling is None and not ledger.retiring:
+            self._add(pages - ledger.free_pages, *self._wishes(each))
+        return ledger.free_pages >= pages
+
     def find_pages(self, wanted: int, pages: int, cached: bool) -> bool:
         """Have `pages` free ones: from the device or, once that is full, by evicting."""
         ledger, owner = self._ledger, self._owner
-        self.settle()
-        if ledger.ceiling is None and not ledger.retiring:
-            self._add(pages - ledger.free_pages, *self._wishes(pages))
-            if ledger.free_pages >= pages:
-                return True
+        if self.grow(pages, pages):
+            return True
         owner.log.report()
         victims: dict[int, None] = {}
         shortage = pages - ledger.free_pages

@@ -137,13 +137,14 @@ class Cache:
     def finish_loading(
         self,
         numbers: Numbers,
-        values: Iterable[tuple[Any, ...]],
-        versions: Iterable[bytes | None] | None = None,
+        values: Sequence[tuple[Any, ...]],
+        versions: Sequence[bytes | None] | None = None,
     ) -> None:
         """FILLING -> CACHED or BYPASSED, with the plain values and versions of their files."""
         entries = self.entries
         filled = numbers.tolist()
-        entries.values.update((n, v) for n, v in zip(filled, values, strict=True) if v)
+        if any(values):
+            entries.values.update((n, v) for n, v in zip(filled, values, strict=True) if v)
         if versions is not None:
             entries.versions.update(zip(filled, versions, strict=True))
         self._end_loading(numbers)

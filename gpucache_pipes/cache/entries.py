@@ -84,6 +84,12 @@ class Entries:
         """The identity of the file in its source."""
         return self._keys.get(number) or self.paths[number]
 
+    def keys(self, numbers: Sequence[int]) -> list[str]:
+        """The identities of files in their source."""
+        if not self._keys:
+            return [self.paths[number] for number in numbers]
+        return [self.key(number) for number in numbers]
+
     def are_ready(self, numbers: Numbers) -> bool:
         """Whether all of these are READY. By bytes: a fifth of the time of `min()`."""
         return not self.state[numbers].tobytes().translate(None, _READY)

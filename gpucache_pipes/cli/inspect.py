@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from gpucache_pipes.files import FileOpener, Layout, file_size, leaf_names
+from gpucache_pipes.files import FileOpener, Layout, file_size, leaf_names, native_problem
 from gpucache_pipes.store.page_size import choose_page_bytes
 from gpucache_pipes.units import format_bytes
 
@@ -139,7 +139,7 @@ def files_as_text(report: dict[str, Any]) -> str:
     if report["sizes"]:
         spread = ", ".join(f"{name} {format_bytes(n)}" for name, n in report["sizes"].items())
         lines.append(f"a feature: {spread}")
-    lines.append(f"{report['fast']} are read by their bytes")
+    lines.append(f"{report['fast']} are read by their bytes, {reader_as_text()}")
     lines += [f"{n} by torch.load: {why}" for why, n in report["reasons"].items()]
     lines.append(f"{report['number_of_layouts']} layouts")
     for layout in report["layouts"]:
@@ -155,6 +155,13 @@ def files_as_text(report: dict[str, Any]) -> str:
             f"({format_bytes(best['max_cache_bytes'])}); page_bytes={best['page_bytes']} suits it"
         )
     return "\n".join(lines)
+
+
+def reader_as_text() -> str:
+    """Whether small files are read natively, and if not, why not."""
+    if native_problem is None:
+        return "small ones of like form by the native reader"
+    return f"in Python: the native reader is not in use ({native_problem})"
 
 
 def _leaf_lines(leaves: Sequence[dict[str, Any]], indent: str = "  ") -> list[str]:

@@ -24,6 +24,13 @@ class Upload(Protocol):
         The backend owns the memory. The caller writes to it before `finish` and not after.
         """
 
+    def memory(self) -> tuple[memoryview | None, npt.NDArray[np.int64]]:
+        """Memory that holds the buffers of all placements, and where each of them begins in it.
+
+        -1 for a placement whose buffers do not lie in a row. None if there is no such memory.
+        """
+        return None, np.empty(0, np.int64)
+
     def finish(self) -> None:
         """Submit the written bytes. Gathers that start after this see them.
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gpucache_pipes.device import results
@@ -40,7 +41,7 @@ class HostBackend(Backend):
         self.device = torch.device("cpu")
         self.page_bytes = 0
         self._arena: Arena | None = None
-        self._memory = memoryview(b"")
+        self._memory = memoryview(bytearray())
         self._opened = 0
         self._warned = False
 
@@ -143,7 +144,7 @@ class HostBackend(Backend):
         """See Backend."""
         # Tensors and memoryviews in use hold the mapping. It is unmapped with the last of them.
         self._arena = None
-        self._memory = memoryview(b"")
+        self._memory = memoryview(bytearray())
         results.MEMORY.clear()
         self._opened = 0
         self.page_bytes = 0
@@ -176,6 +177,11 @@ class HostUpload:
             else:
                 runs.append([page, page + 1])
         return [self._memory[first * size : end * size] for first, end in runs]
+
+    def memory(self) -> tuple[memoryview, npt.NDArray[np.int64]]:
+        """See Upload."""
+        first = [pages.start if isinstance(pages, range) else -1 for pages in self._placements]
+        return self._memory, np.array(first, np.int64) * self._page_bytes
 
     def finish(self) -> None:
         """See Upload. The bytes are in their pages already."""

@@ -8,6 +8,7 @@ from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gpucache_pipes.device.backend import Pages
@@ -94,6 +95,10 @@ class StagedUpload:
         """See Upload."""
         size = self._page_bytes
         return [self._bytes[self._starts[number] * size : self._starts[number + 1] * size]]
+
+    def memory(self) -> tuple[memoryview, npt.NDArray[np.int64]]:
+        """See Upload."""
+        return self._bytes, np.array(self._starts[:-1], np.int64) * self._page_bytes
 
     def finish(self) -> None:
         """See Upload."""

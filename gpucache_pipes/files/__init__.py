@@ -1,5 +1,6 @@
 """Feature files: where they are, what is in them, and how their bytes are read."""
 
+from gpucache_pipes.files.batch_reader import native_problem, read_many
 from gpucache_pipes.files.failures import load_error
 from gpucache_pipes.files.formats import FileOpener
 from gpucache_pipes.files.layout import (
@@ -16,7 +17,13 @@ from gpucache_pipes.files.layout import (
 from gpucache_pipes.files.local import LocalFiles, file_size
 from gpucache_pipes.files.path_table import PathLike, PathTable
 from gpucache_pipes.files.paths import PathList, Paths
-from gpucache_pipes.files.source import LoadedFeature, OpenFeature, Source
+from gpucache_pipes.files.source import (
+    LoadedFeature,
+    OpenFeature,
+    Progress,
+    Source,
+    VersionedFeature,
+)
 
 __all__ = [
     "ALIGNMENT",
@@ -31,12 +38,16 @@ __all__ = [
     "PathList",
     "PathTable",
     "Paths",
+    "Progress",
     "Source",
     "Tree",
+    "VersionedFeature",
     "build",
     "copy_value",
     "file_size",
     "flatten",
     "leaf_names",
     "load_error",
+    "native_problem",
+    "read_many",
 ]

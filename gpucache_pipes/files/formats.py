@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+from gpucache_pipes.files.batch_reader import BatchReader
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.npy import NpyReader
 from gpucache_pipes.files.planned import PlanReader
 from gpucache_pipes.files.pt.fallback import by_torch_load
 from gpucache_pipes.files.pt.reader import PtReader
 from gpucache_pipes.files.safetensors import SafetensorsReader
-from gpucache_pipes.files.source import OpenFeature
+from gpucache_pipes.files.source import OpenFeature, Progress, VersionedFeature
 
 FORMATS: dict[str, Callable[[], PlanReader]] = {
     ".npy": NpyReader,
@@ -25,15 +26,33 @@ class FileOpener:
         self._readers = {suffix: make() for suffix, make in FORMATS.items()}
         self._suffixes = tuple(self._readers)
         self._pt = PtReader()
+        self._batch_readers = {
+            suffix: BatchReader(reader)
+            for suffix, reader in [*self._readers.items(), ("", self._pt)]
+        }
 
     def open(self, path: str) -> OpenFeature:
         """The feature in a file. Raises OSError, or ValueError with the reason."""
         return self.probe(path)[0]
 
+    def open_many(self, paths: list[str], progress: Progress) -> "list[VersionedFeature | None]":
+        """See Source. The first of these files and those after it that have its format."""
+        suffix = ""
+        if any(path.endswith(self._suffixes) for path in paths):
+            suffix = self._suffix(paths[0])
+            others = (n for n, path in enumerate(paths) if self._suffix(path) != suffix)
+            paths = paths[: next(others, len(paths))]
+        return self._batch_readers[suffix].open(paths, progress)
+
+    def _suffix(self, path: str) -> str:
+        if not path.endswith(self._suffixes):
+            return ""
+        return next(suffix for suffix in self._suffixes if path.endswith(suffix))
+
     def probe(self, path: str) -> tuple[OpenFeature, str | None]:
         """The feature, and why `torch.load` read it, or None. Raises as `open` does."""
-        if path.endswith(self._suffixes):
-            reader = next(r for suffix, r in self._readers.items() if path.endswith(suffix))
+        if suffix := self._suffix(path):
+            reader = self._readers[suffix]
             try:
                 return reader.open(path), None
             except Unsupported as error:

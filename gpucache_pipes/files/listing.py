@@ -80,12 +80,12 @@ def list_files(files: str, pattern: str, recursive: bool) -> list[str]:
     """
     if os.path.isdir(files):
         hidden = pattern.startswith(".")
-        match = fnmatch.filter
         found = [
-            os.path.join(directory, name)
+            prefix + name
             for directory, names in _directories(files, recursive)
-            for name in match(names, pattern)
-            if hidden or not name.startswith(".")
+            for prefix in [os.path.join(directory, "")]
+            for name in _matching(names, pattern)
+            if hidden or name[0] != "."
         ]
         where = f"in directory {files!r} with pattern {pattern!r}" + (
             "" if recursive else " (recursive=True looks into subdirectories too)"
@@ -100,6 +100,14 @@ def list_files(files: str, pattern: str, recursive: bool) -> list[str]:
     if not found:
         raise FileNotFoundError(f"no files {where}")
     return sorted(found)
+
+
+def _matching(names: list[str], pattern: str) -> list[str]:
+    """`fnmatch.filter`; patterns such as "*.pt" take a tenth of its time."""
+    end = pattern.removeprefix("*")
+    if end != pattern and end == glob.escape(end):
+        return [name for name in names if name.endswith(end)]
+    return fnmatch.filter(names, pattern)
 
 
 def _directories(root: str, recursive: bool) -> Iterator[tuple[str, list[str]]]:

@@ -8,7 +8,7 @@ from typing import Any
 from gpucache_pipes.files.formats import FileOpener
 from gpucache_pipes.files.links import LinkFinder
 from gpucache_pipes.files.paths import URL
-from gpucache_pipes.files.source import LoadedFeature, OpenFeature
+from gpucache_pipes.files.source import LoadedFeature, OpenFeature, Progress, VersionedFeature
 from gpucache_pipes.files.versions import is_racy, version_of
 
 _NOT_A_NAME = ("/", "/.", "/..")
@@ -120,6 +120,12 @@ class LocalFiles:
         if isinstance(path, _FromRelative) and current_directory() == path.cwd:
             return LoadedFeature(self._load_fn(path.written))
         return LoadedFeature(self._load_fn(str(path)))
+
+    def open_many(
+        self, keys: list[str], paths: Sequence[str], progress: Progress
+    ) -> "list[VersionedFeature | None]":
+        """See Source. A `load_fn` opens its files one by one."""
+        return [] if self._load_fn is not None else self._opener.open_many(keys, progress)
 
     def version(self, key: str) -> bytes | None:
         """See Source. From device, inode, size and modification time.

@@ -11,7 +11,14 @@ import torch
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout
-from gpucache_pipes.files.planned import Bytes, Extent, PlanReader, ReadPlan, StridedExtent
+from gpucache_pipes.files.planned import (
+    Bytes,
+    Extent,
+    FormParts,
+    PlanReader,
+    ReadPlan,
+    StridedExtent,
+)
 
 _DTYPES = {
     "f8": torch.float64,
@@ -50,6 +57,11 @@ class NpyReader(PlanReader):
 
     Files are read at least as strictly as numpy reads them.
     """
+
+    def form(self, file: Bytes, plan: ReadPlan) -> FormParts | None:
+        """See PlanReader."""
+        starts = [extent.start for extent in plan.extents]
+        return FormParts([(0, min(starts))]) if starts else None
 
     def plan(self, file: Bytes) -> ReadPlan:
         """See PlanReader."""

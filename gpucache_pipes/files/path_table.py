@@ -94,7 +94,7 @@ class PathTable:
             new = list(dict.fromkeys(paths.positions[numbers < 0].tolist()))
             named = Paths(files, np.array(new, np.intp))
             # Other threads may do so, too: they write the same numbers.
-            found = self._find(list(named), files.cwd)[0]
+            found = self._find(list(named), files.cwd, len(files.paths))[0]
             if self._links:
                 return None
             listed.numbers[named.positions] = found
@@ -103,14 +103,17 @@ class PathTable:
         return numbers
 
     def _find(
-        self, paths: list[PathLike], cwd: str | None = None
+        self, paths: list[PathLike], cwd: str | None = None, expected: int = 0
     ) -> tuple[Sequence[int], list[PathLike] | None]:
-        """The numbers of spellings, relative ones in `cwd` or else in the current directory."""
+        """The numbers of spellings, relative ones in `cwd` or else in the current directory.
+
+        `expected` is how many files there are of which these are the first to be asked about.
+        """
         if not self._links or self._links.isdisjoint(paths):
             try:
                 return list(map(self._numbers.__getitem__, paths)), paths
             except (KeyError, TypeError):
-                if (first := self._add_directory(paths)) is not None:
+                if (first := self._add_directory(paths, expected)) is not None:
                     return range(first, first + len(paths)), paths
         spellings = list(map(_spelling, paths))
         table = self._numbers
@@ -132,12 +135,13 @@ class PathTable:
         numbers = list(map(found.__getitem__, spellings))
         return numbers, list(spellings) if cwd is None else None
 
-    def _add_directory(self, paths: Sequence[PathLike]) -> int | None:
+    def _add_directory(self, paths: Sequence[PathLike], expected: int) -> int | None:
         """Number new files of one directory; None if `paths` are anything else.
 
         Takes no Python step for each file: a pipeline may announce a million of them.
         """
-        if len(paths) < _MANY or not isinstance(paths[0], str):
+        expected = max(expected, len(paths))
+        if expected < _MANY or not isinstance(paths[0], str):
             return None
         head = paths[0].rpartition("/")[0]
         try:
@@ -150,7 +154,7 @@ class PathTable:
             or text.count("\0") != count + 1
             or text.count(f"\0{head}/") != count
             or text.count("/") != count * (head.count("/") + 1)
-            or not self._source.are_keys(head, text, count)
+            or not self._source.are_keys(head, text, expected)
         ):
             return None
         files: list[Any] = list(paths)

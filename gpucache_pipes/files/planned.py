@@ -85,6 +85,20 @@ Plan = ReadPlan
 """The former name."""
 
 
+class FormParts(NamedTuple):
+    """What a file must have in common with another, of the same size, to be read by its plan.
+
+    Attributes:
+        equal: runs (start, count) that must be equal, those first that differ most often.
+        digits: runs of ASCII digits, whatever they are.
+        prefixes: runs of equal length that hold one ASCII text without "/" and zeros.
+    """
+
+    equal: Sequence[tuple[int, int]]
+    digits: Sequence[tuple[int, int]] = ()
+    prefixes: Sequence[tuple[int, int]] = ()
+
+
 class Bytes:
     """The bytes of a file, all of which are in memory.
 
@@ -148,7 +162,7 @@ class PlanReader:
 
     # `_plans` is shared by all reader threads without a lock. That relies on `get`, item
     # assignment and `clear` of a dict being atomic under the GIL; the keys are bytes, so no Python
-    # code runs in between. What is not atomic is `_remember` as a whole and `_cost += ...`: two
+    # code runs in between. What is not atomic is `remember` as a whole and `_cost += ...`: two
     # threads can lose one addition, or clear the dict twice. The bound is then approximate, and
     # a plan that is lost is made again.
 
@@ -169,7 +183,21 @@ class PlanReader:
         """
         raise NotImplementedError
 
-    def _remember(self, version: bytes, plan: ReadPlan) -> None:
+    def form(self, file: Bytes, plan: ReadPlan) -> FormParts | None:
+        """What another file must have in common with this one to be read by its plan.
+
+        None if that cannot be said. Files are then parsed one by one.
+        """
+        return None
+
+    def remembered(self, version: bytes) -> ReadPlan | None:
+        """The read plan of the file that has this version, if it is remembered."""
+        return self._plans.get(version)
+
+    def remember(self, version: bytes, plan: ReadPlan) -> None:
+        """Remember the read plan of a file, unless it is large."""
+        if plan.cost > MAX_PLAN_COST:
+            return
         self._cost += plan.cost
         if len(self._plans) >= _MAX_PLANS or self._cost > _MAX_COST:
             self._plans.clear()
@@ -190,7 +218,7 @@ class PlanReader:
                 raise OSError(f"{path!r} is not a regular file")
             size = status.st_size
             version = version_of(status)
-            plan = self._plans.get(version)
+            plan = self.remembered(version)
             if plan is not None:
                 feature.follow(plan, b"")
                 return feature
@@ -202,8 +230,8 @@ class PlanReader:
                 plan = self.plan(Bytes(data))
             else:
                 plan = self.plan(Windows(feature.fd, size))
-            if plan.cost <= MAX_PLAN_COST and not is_racy(status):
-                self._remember(version, plan)
+            if not is_racy(status):
+                self.remember(version, plan)
             feature.follow(plan, data)
         except BaseException:
             feature.close()
@@ -263,23 +291,15 @@ class PlannedFeature:
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """See OpenFeature. Raises OSError if the file ends before an extent does."""
-        data, single = self._data, buffers[0] if len(buffers) == 1 else None
+        if self._data:
+            fill(self._plan, self._data, buffers)
+            return
         for start, offset, nbytes in self._plan.extents:
-            if data and single is not None:
-                single[offset : offset + nbytes] = data[start : start + nbytes]
-                continue
-            parts = [single[offset : offset + nbytes]] if single else _cut(buffers, offset, nbytes)
-            if data:
-                for part in parts:
-                    part[:] = data[start : start + len(part)]
-                    start += len(part)
-            else:
-                self._read(parts, start)
-        for start, nbytes, strides, leaf in self._plan.strided_extents:
-            held = bytearray(nbytes)
-            self._read([memoryview(held)], start)
-            view = torch.frombuffer(held, dtype=leaf.dtype).as_strided(leaf.shape, strides)
-            spread(view.contiguous().view(-1).view(torch.uint8), leaf.offset, buffers)
+            self._read(_cut(buffers, offset, nbytes), start)
+        for extent in self._plan.strided_extents:
+            held = bytearray(extent.nbytes)
+            self._read([memoryview(held)], extent.start)
+            _spread_strided(held, extent, buffers)
 
     def _read(self, parts: list[memoryview], start: int) -> None:
         """Fill `parts`, which are emptied, with the bytes from `start` on."""
@@ -296,6 +316,28 @@ class PlannedFeature:
     def close(self) -> None:
         """See OpenFeature."""
         self._file.close()
+
+
+def fill(plan: ReadPlan, data: memoryview, buffers: Sequence[memoryview]) -> None:
+    """Fill `buffers` with the feature of a file whose bytes are `data`, as OpenFeature does."""
+    single = buffers[0] if len(buffers) == 1 else None
+    for start, offset, nbytes in plan.extents:
+        if single is not None:
+            single[offset : offset + nbytes] = data[start : start + nbytes]
+            continue
+        for part in _cut(buffers, offset, nbytes):
+            part[:] = data[start : start + len(part)]
+            start += len(part)
+    for extent in plan.strided_extents:
+        held = bytearray(data[extent.start : extent.start + extent.nbytes])
+        _spread_strided(held, extent, buffers)
+
+
+def _spread_strided(held: bytearray, extent: StridedExtent, buffers: Sequence[memoryview]) -> None:
+    """Copy the leaf of an extent, whose bytes are `held`, to its place in the feature."""
+    leaf = extent.leaf
+    view = torch.frombuffer(held, dtype=leaf.dtype).as_strided(leaf.shape, extent.strides)
+    spread(view.contiguous().view(-1).view(torch.uint8), leaf.offset, buffers)
 
 
 def _cut(buffers: Sequence[memoryview], offset: int, nbytes: int) -> list[memoryview]:

@@ -11,7 +11,14 @@ import torch
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, flatten
-from gpucache_pipes.files.planned import MAX_PLAN_COST, Bytes, Extent, PlanReader, ReadPlan
+from gpucache_pipes.files.planned import (
+    MAX_PLAN_COST,
+    Bytes,
+    Extent,
+    FormParts,
+    PlanReader,
+    ReadPlan,
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -45,6 +52,11 @@ class SafetensorsReader(PlanReader):
     def __init__(self) -> None:
         super().__init__()
         self._by_header: dict[bytes, ReadPlan] = {}
+
+    def form(self, file: Bytes, plan: ReadPlan) -> FormParts | None:
+        """See PlanReader."""
+        [count] = struct.unpack("<Q", file.read(0, 8))
+        return FormParts([(0, 8 + count)])
 
     def plan(self, file: Bytes) -> ReadPlan:
         """See PlanReader."""

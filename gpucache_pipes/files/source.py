@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from gpucache_pipes.files.layout import Layout, flatten
@@ -34,6 +35,52 @@ class OpenFeature(Protocol):
         """Release what opening took. Always called, by the same thread."""
 
 
+class VersionedFeature(OpenFeature, Protocol):
+    """What `Source.open_many` opens. It holds nothing but memory, and need not be closed.
+
+    Attributes:
+        version: of the file, as `Source.version` gives it, looked up before its bytes were read.
+    """
+
+    @property
+    def version(self) -> bytes | None:
+        """See above."""
+
+
+class Progress:
+    """How far a source is in opening many files, for the thread that watches readers.
+
+    Attributes:
+        shared: int64 [3], which native code changes while it runs: the position of the file at
+            hand, nanoseconds from the beginning of the call until it began with that file, and
+            whether to stop, if not 0.
+    """
+
+    __slots__ = ("shared",)
+
+    def __init__(self) -> None:
+        self.shared = np.zeros(3, np.int64)
+
+    @property
+    def current(self) -> int:
+        """The position of the file at hand."""
+        return int(self.shared[0])
+
+    @property
+    def since(self) -> float:
+        """Seconds from the beginning of the call until it began with the file at hand."""
+        return float(self.shared[1]) / 1e9
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the call should return after the file at hand."""
+        return bool(self.shared[2])
+
+    def stop(self) -> None:
+        """Have the call return after the file at hand."""
+        self.shared[2] = 1
+
+
 class Source(Protocol):
     """Where features come from. `LocalFiles` is the one for local files.
 
@@ -59,6 +106,24 @@ class Source(Protocol):
 
     def open(self, key: str, path: str) -> OpenFeature:
         """Open one file. Called by reader threads; what it raises is an error of this file."""
+
+    def open_many(
+        self, keys: list[str], paths: Sequence[str], progress: Progress
+    ) -> "list[VersionedFeature | None]":
+        """Open the first of these files in one go, without the interpreter lock if possible.
+
+        Called as `open` is. The features are read before the next call of the same thread.
+
+        Args:
+            keys: of the files; not changed.
+            paths: of the files.
+            progress: to be kept up to date.
+
+        Returns:
+            What was opened, in order; None for what `open` has to open, since it takes other means
+            or is an error. Empty if `open` has to open all of them, or if `progress` says to stop.
+        """
+        return []
 
     def version(self, key: str) -> bytes | None:
         """A value that changes when the file changes, read before `open`. None if unknown."""

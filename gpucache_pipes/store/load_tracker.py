@@ -10,7 +10,7 @@ from gpucache_pipes.cache import LOADING, NoPagesError, Numbers, distinct
 from gpucache_pipes.device import Backend, DeviceMemoryError
 from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.pending_batch import PendingBatch
-from gpucache_pipes.store.read_task import OpenFile, ReadTask
+from gpucache_pipes.store.read_task import OpenFiles, ReadTask
 from gpucache_pipes.store.stats import Counters
 
 _NONE_FAILED: Mapping[int, BaseException] = {}
@@ -76,6 +76,11 @@ class LoadTracker:
         """Key and path of a file. Takes no lock: tables of files are only added to."""
         return self._cache.entries.key(number), self._cache.entries.paths[number]
 
+    def identities(self, numbers: Sequence[int]) -> tuple[list[str], list[str]]:
+        """Keys and paths of files. Takes no lock."""
+        entries = self._cache.entries
+        return entries.keys(numbers), [entries.paths[number] for number in numbers]
+
     def page_limit(self) -> int | None:
         """0 while pages are held and their size cannot change, else the budget in bytes.
 
@@ -84,8 +89,8 @@ class LoadTracker:
         return 0 if self._cache.ledger.held_pages else self._cache.ledger.max_bytes
 
     def place(
-        self, task: ReadTask, group: Sequence[OpenFile], page_bytes: int, pages_per_file: float
-    ) -> tuple[list[OpenFile], list[Sequence[int]], dict[int, BaseException]]:
+        self, task: ReadTask, group: OpenFiles, page_bytes: int, pages_per_file: float
+    ) -> tuple[OpenFiles, list[Sequence[int]], dict[int, BaseException]]:
         """Assign pages to all that need them.
 
         Args:
@@ -121,36 +126,34 @@ class LoadTracker:
             for announcement in plans:
                 announcement.build()
 
-    def _layouts_of(
-        self, group: Sequence[OpenFile]
-    ) -> tuple[Numbers, Numbers, dict[int, BaseException]]:
+    def _layouts_of(self, group: OpenFiles) -> tuple[Numbers, Numbers, dict[int, BaseException]]:
         """Entries, numbers of their layouts, and the errors of those that are too large."""
         numbers, layouts = [], []
         failed: dict[int, BaseException] = {}
-        last = None
-        for opened in group:
-            layout = opened.feature.layout
+        last, layout_number = None, 0
+        for number, feature in zip(group.numbers, group.features, strict=True):
+            layout = feature.layout
             if layout is not last:
                 try:
-                    number = self._cache.allocator.layout_number(
-                        opened.number, layout, layout.span, layout.nbytes
+                    layout_number = self._cache.allocator.layout_number(
+                        number, layout, layout.span, layout.nbytes
                     )
                 except MemoryError as error:
-                    failed[opened.number] = error
+                    failed[number] = error
                     continue
                 last = layout
-            numbers.append(opened.number)
-            layouts.append(number)
+            numbers.append(number)
+            layouts.append(layout_number)
         return np.array(numbers, np.intp), np.array(layouts, np.intp), failed
 
     def _allocate(
         self,
         task: ReadTask,
-        group: Sequence[OpenFile],
+        group: OpenFiles,
         numbers: Numbers,
         layouts: Numbers,
         failed: dict[int, BaseException],
-    ) -> tuple[list[OpenFile], list[Sequence[int]], dict[int, BaseException]]:
+    ) -> tuple[OpenFiles, list[Sequence[int]], dict[int, BaseException]]:
         cache = self._cache
         for number, error in cache.allocator.allocate(numbers, layouts).items():
             failed[number] = error
@@ -162,12 +165,8 @@ class LoadTracker:
                 task.left.pop(number, None)
             cache.fail_loading(np.array(unneeded, np.intp))
             self._tell()
-        placed = list(group)
-        if without or failed:
-            has_no_pages = failed.keys() | without
-            placed = [opened for opened in group if opened.number not in has_no_pages]
-        pages = cache.page_lists([opened.number for opened in placed])
-        return placed, pages, failed
+        placed = group.without(failed.keys() | without) if without or failed else group
+        return placed, cache.page_lists(placed.numbers), failed
 
     def _set_page_bytes(self, page_bytes: int) -> None:
         ledger = self._cache.ledger
@@ -185,8 +184,9 @@ class LoadTracker:
     def complete(
         self,
         left: dict[int, None],
-        ready: Sequence[OpenFile] = (),
+        ready: OpenFiles | None = None,
         failed: Mapping[int, BaseException] = _NONE_FAILED,
+        natively: int = 0,
     ) -> None:
         """End the loading of the entries that have been read, and of those that failed.
 
@@ -195,18 +195,17 @@ class LoadTracker:
         cache, counters = self._cache, self._counters
         with self._lock:
             try:
-                if ready:
-                    numbers = np.array([opened.number for opened in ready], np.intp)
-                    versions = [opened.version for opened in ready]
+                if ready is not None:
                     cache.finish_loading(
-                        numbers,
-                        [opened.feature.values for opened in ready],
-                        versions if any(versions) else None,
+                        np.array(ready.numbers, np.intp),
+                        [feature.values for feature in ready.features],
+                        ready.versions if any(ready.versions) else None,
                     )
-                    for opened in ready:
-                        left.pop(opened.number, None)
-                    counters.files_read += len(ready)
-                    counters.bytes_read += sum(opened.feature.bytes_read for opened in ready)
+                    for number in ready.numbers:
+                        left.pop(number, None)
+                    counters.files_read += len(ready.numbers)
+                    counters.files_read_natively += natively
+                    counters.bytes_read += sum([feature.bytes_read for feature in ready.features])
                 for number, cause in failed.items():
                     counters.failures += 1
                     left.pop(number, None)

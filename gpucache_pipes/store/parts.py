@@ -14,6 +14,7 @@ from gpucache_pipes.store.reader_pool import ReaderPool
 from gpucache_pipes.store.requests import RequestManager
 from gpucache_pipes.store.shared_cache import SharedCache
 from gpucache_pipes.store.shutdown import Shutdown
+from gpucache_pipes.store.task_reader import TaskReader
 from gpucache_pipes.units import parse_bytes, positive_int
 
 _DEFAULT_THREADS = 1
@@ -72,16 +73,16 @@ def make_parts(
     if asynchronous:
         pool = ReaderPool(threads, "gpucache-reader", backend.bind_thread)
     shared = SharedCache(ledger, policy, backend)
-    loader = Loader(
+    reader = TaskReader(
         source,
         shared.loads,
         backend,
-        pool,
+        in_threads=asynchronous,
         page_bytes=page_bytes,
         upload_bytes=_power_of_two_below(staging // (2 * threads)),
         revalidate=revalidate,
-        read_timeout=read_timeout,
     )
+    loader = Loader(reader, shared.loads, backend, pool, read_timeout)
     gatherer = Gatherer(shared.cache, backend)
     requests = RequestManager(shared, source, loader, gatherer, revalidate=revalidate)
     shutdown = Shutdown(store, shared, loader, pool, backend)

@@ -1,29 +1,42 @@
 """The files that one reader thread reads, and how another takes them over when it hangs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from itertools import compress
 from threading import Thread, current_thread
 from typing import NamedTuple
 
-from gpucache_pipes.files import OpenFeature
+from gpucache_pipes.files import OpenFeature, Progress
+
+_FIRST = Progress()
+"""Of one file."""
 
 
 class Revoked(BaseException):
     """Raised in a reader thread whose task another has taken over: it must not touch anything."""
 
 
-class OpenFile(NamedTuple):
-    """A file that is open.
+class OpenFiles(NamedTuple):
+    """Files that are open, in columns.
 
     Attributes:
-        number: of its entry, which is LOADING.
-        feature: what was opened.
-        version: of the file before it was opened, where the store revalidates.
+        numbers: of their entries, which are LOADING.
+        features: what was opened.
+        versions: of the files before they were opened; empty unless the store revalidates.
     """
 
-    number: int
-    feature: OpenFeature
-    version: bytes | None
+    numbers: list[int]
+    features: list[OpenFeature]
+    versions: list[bytes | None]
+
+    def without(self, numbers: Container[int]) -> "OpenFiles":
+        """Those that do not have these numbers."""
+        kept = [number not in numbers for number in self.numbers]
+        return OpenFiles(
+            list(compress(self.numbers, kept)),
+            list(compress(self.features, kept)),
+            list(compress(self.versions, kept)),
+        )
 
 
 class ReadTask:
@@ -50,24 +63,42 @@ class ReadTask:
         self.opened: dict[int, OpenFeature] = {}
         self.thread: Thread = current_thread()
         self.abandoned: int | None = None
-        self._current: list[int] = []
+        # The entries at hand, and how far the reader is in them.
+        self._current: list[tuple[Sequence[int], Progress]] = []
         self._since = 0.0
 
     def begin(self, number: int) -> None:
         """The reader begins with the file of this entry."""
         self._since = time.monotonic()
-        self._current = [number]
+        self._current = [((number,), _FIRST)]
 
-    def end(self, feature: OpenFeature | None = None) -> None:
+    def begin_many(self, numbers: Sequence[int]) -> Progress:
+        """The reader begins with the files of these entries, one after the other.
+
+        Until `end` it touches nothing of the cache. Returns what it has to keep up to date.
+        """
+        progress = Progress()
+        self._since = time.monotonic()
+        self._current = [(numbers, progress)]
+        return progress
+
+    def stop(self) -> None:
+        """Have the reader return early from opening many files."""
+        for _, progress in self._current.copy():
+            if progress is not _FIRST:
+                progress.stop()
+
+    def end(self, *features: OpenFeature | None) -> None:
         """The reader has finished with the file. Raises Revoked if the task was taken away.
 
-        Then `feature`, from which it has read or which it has just opened, is closed here.
+        Then `features`, from which it has read or which it has just opened, are closed here.
         """
         try:
             self._current.pop()
         except IndexError:
-            if feature is not None:
-                feature.close()
+            for feature in features:
+                if feature is not None:
+                    feature.close()
             raise Revoked from None
 
     def close_opened(self) -> None:
@@ -79,16 +110,24 @@ class ReadTask:
                 return
             feature.close()
 
-    def is_overdue(self, seconds: float) -> bool:
-        """Whether the reader has been at one file for longer than `seconds`."""
-        return bool(self._current) and time.monotonic() - self._since > seconds
+    def overdue(self, seconds: float) -> int | None:
+        """The number of the entry that the reader has been at for longer than `seconds`."""
+        since, current = self._since, self._current.copy()
+        for numbers, progress in current:
+            number = numbers[progress.current]
+            # Read after the number: it is earlier if the reader goes on in between.
+            if time.monotonic() - since - progress.since > seconds:
+                return number
+        return None
 
     def revoke(self, seconds: float) -> int | None:
         """Take the task away if the reader is overdue; the number of the entry that it is at."""
         current = self._current
-        if not self.is_overdue(seconds):
-            return None
-        try:
-            return current.pop()
-        except IndexError:
-            return None
+        number = self.overdue(seconds)
+        if number is not None:
+            self.stop()
+            try:
+                current.pop()
+            except IndexError:
+                return None
+        return number

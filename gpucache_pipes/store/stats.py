@@ -15,6 +15,7 @@ class Counters:
     failures: int = 0
     skipped: int = 0
     files_read: int = 0
+    files_read_natively: int = 0
     bytes_read: int = 0
     wait_seconds: float = 0.0
 
@@ -29,6 +30,8 @@ class StoreStats:
         failures: files that could not be loaded.
         skipped: features that were left out of batches, or replaced, because of that.
         files_read: files that were read, for requests or ahead of them.
+        files_read_natively: those of them that the native reader has read. The others are large or
+            of forms that it does not know; or there is no native reader.
         bytes_read: bytes read from storage for them.
         wait_seconds: time that consumers waited for files.
         evictions: features that were evicted to make room for others.
@@ -48,6 +51,7 @@ class StoreStats:
     failures: int
     skipped: int
     files_read: int
+    files_read_natively: int
     bytes_read: int
     wait_seconds: float
     evictions: int

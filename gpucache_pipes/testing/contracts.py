@@ -48,6 +48,12 @@ def read_feature(opened: OpenFeature, cuts: Sequence[int] = (), spare: int = 0) 
     ends = sorted({cut for cut in cuts if 0 < cut < size} | {size})
     view = memoryview(memory)
     opened.read_into([view[a:b] for a, b in zip([0, *ends], ends, strict=False)])
+    return build_feature(opened, view)
+
+
+def build_feature(opened: OpenFeature, memory: memoryview) -> Any:
+    """Return the feature whose bytes were read into `memory`, on the host."""
+    layout = opened.layout
 
     def leaf(number: int) -> torch.Tensor:
         dtype, shape, offset, nbytes = layout.leaves[number]

@@ -1,5 +1,6 @@
 """The contract that the reader of every file format keeps, as tests; inherit it to test yours."""
 
+import itertools
 import os
 import tempfile
 import warnings
@@ -9,13 +10,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpucache_pipes.files import planned
+from gpucache_pipes.files import OpenFeature, Progress, planned
+from gpucache_pipes.files.batch_reader import BatchReader, read_many
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.planned import PlanReader
 from gpucache_pipes.testing.contracts import (
+    build_feature,
     error_of,
     in_threads,
     inherited,
@@ -89,6 +93,21 @@ class FormatContract:
                 _age(path, 1)
             for path in paths * 2:
                 self.assert_equal(_read(reader, path, cuts, spare), self.reference(path))
+
+    @inherited(20)
+    @given(st.data(), st.integers(0, 40))
+    def test_many_at_once(self, data: st.DataObject, spare: int) -> None:
+        """Files of forms that are known and not, opened in one go, into memory side by side."""
+        written = data.draw(st.lists(self.features(), min_size=1, max_size=3))
+        with tempfile.TemporaryDirectory() as directory:
+            at_once = AtOnce(self.make_reader())
+            paths = [f"{directory}/{number}" for number in range(4 * len(written))]
+            for number, path in enumerate(paths):
+                self.write(written[number % len(written)], path)
+            # A form is learned of the second file that has it.
+            for _ in range(3):
+                for path, feature in at_once.read(paths, spare):
+                    self.assert_equal(feature, self.reference(path))
 
     @inherited(20)
     @given(st.data(), st.booleans(), st.booleans())
@@ -189,21 +208,29 @@ class FormatContract:
         """Require that each of the `damaged` contents is refused, or is what the reference says.
 
         A new reader and one that knows the intact file read each content. One of them reads the
-        file whole and the other by windows; they swap for the next content.
+        file whole and the other by windows; they swap for the next content. A third one knows the
+        form of the intact file.
         """
         Path(path).write_bytes(intact)
         warm = self.make_reader()
+        at_once = AtOnce(self.make_reader())
         for _ in range(3):  # a reader may remember what it sees for the second time
             _read(warm, path)
+            list(at_once.read([path]))
         for number, content in enumerate(damaged):
             Path(path).write_bytes(content)
             unknown = object()
             expected: Any = unknown
             whole = number % 2 == 0
-            for reader, as_whole in ((warm, whole), (self.make_reader(), not whole)):
+            readers: list[tuple[PlanReader | AtOnce, bool]]
+            readers = [(warm, whole), (self.make_reader(), not whole), (at_once, True)]
+            for reader, as_whole in readers:
                 with _whole_files(as_whole):
                     try:
-                        feature = _read(reader, path)
+                        if isinstance(reader, AtOnce):
+                            [(_, feature)] = reader.read([path])
+                        else:
+                            feature = _read(reader, path)
                     except _REFUSALS:
                         continue
                     except Exception as error:
@@ -245,6 +272,40 @@ class FormatContract:
                             assert isinstance(error, OSError), f"opening {bad!r}: {error!r}"
                             assert bad in str(error), f"{error!r} does not name {bad!r}"
         assert open_descriptors() == before, "descriptors are left open"
+
+
+class AtOnce:
+    """Reads files as a store does: in one go those that can be, the others one by one."""
+
+    def __init__(self, reader: PlanReader) -> None:
+        self._reader = reader
+        self._batch_reader = BatchReader(reader)
+
+    def read(self, paths: list[str], spare: int = 0) -> Iterator[tuple[str, Any]]:
+        """Each path, and the feature in it. Raises what the reader raises."""
+        while paths:
+            features = self._batch_reader.open(paths, Progress())
+            opened = [f or self._reader.open(p) for p, f in zip(paths, features, strict=False)]
+            if not features:
+                opened = [self._reader.open(path) for path in paths]
+            yield from zip(paths, _read_many(opened, spare), strict=False)
+            paths = paths[len(opened) :]
+
+
+def _read_many(opened: list[OpenFeature], spare: int) -> Iterator[Any]:
+    """The features, of which those that can be are read in one go."""
+    sizes = [feature.layout.span + spare for feature in opened]
+    ends = list(itertools.accumulate(sizes))
+    begins = [end - size for end, size in zip(ends, sizes, strict=True)]
+    memory = memoryview(bytearray(b"\xee" * (sum(sizes) + 1)))
+    left = read_many(opened, memory, np.array(begins, np.int64))
+    for at, feature in enumerate(opened):
+        here = memory[begins[at] : ends[at]]
+        if at in left:
+            feature.read_into([here])
+        feature.close()
+        assert here[feature.layout.span :] == b"\xee" * spare, "bytes behind the feature changed"
+        yield build_feature(feature, here)
 
 
 def _read(reader: PlanReader, path: str, cuts: Sequence[int] = (), spare: int = 0) -> Any:

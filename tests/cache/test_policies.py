@@ -96,9 +96,12 @@ class TestClairvoyant(PolicyContract):
     ) -> None:
         """Hit for hit, with no more evictions."""
         policy = Clairvoyant()
-        policy.announce("somebody", AccessPlan(trace, data.draw(st.integers(0, len(trace)))))
+        epoch = data.draw(st.integers(0, len(trace)))
+        policy.announce("somebody", AccessPlan(trace, epoch))
         hits, evicted = simulate_policy(policy, trace, places)
-        assert (hits, evicted) == models.belady(trace, places, sparing=True)
+        drops_keys = any(key not in trace[at + 1 :] for at, key in enumerate(trace[:epoch]))
+        if not drops_keys or epoch == len(trace):  # else late uses are worth less; see Pipeline
+            assert (hits, evicted) == models.belady(trace, places, sparing=True)
         best, most = models.belady(trace, places)
         assert hits == best
         assert len(evicted) <= len(most)

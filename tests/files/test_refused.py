@@ -336,6 +336,7 @@ def test_a_tensor_that_torch_load_refuses(
 # A descriptor that nothing owns yet is closed together with the error, and Python warns.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.usefixtures("python_reader")
 @pytest.mark.parametrize("where", ["follow", "__init__"])
 def test_a_descriptor_is_closed_once(
     make_files: Files, monkeypatch: pytest.MonkeyPatch, where: str

@@ -19,7 +19,7 @@ from conftest import device_for, sample, wait_for_readers
 
 from gpucache_pipes import FeatureLoadError, GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.device import InOrderRuntime
-from gpucache_pipes.files import planned
+from gpucache_pipes.files import batch_reader, planned
 from gpucache_pipes.testing.contracts import in_threads
 
 Files = Callable[..., list[str]]
@@ -53,8 +53,27 @@ class Rig:
         path.write_bytes(self.content)
 
     def hook(self, module: Any, name: str, function: Callable[..., Any]) -> None:
+        """Also in the native reader, which leaves to Python what it cannot read."""
         self.monkeypatch.setattr(module, name, function)
+        native = batch_reader._native
+        if native is not None:
+            self.monkeypatch.setattr(batch_reader, "_native", Failing(native, self.bad))
         self.mend = self.monkeypatch.undo
+
+
+class Failing:
+    """The native reader, which fails to read one path."""
+
+    def __init__(self, native: Any, bad: str) -> None:
+        self._native = native
+        self._bad = bad
+        self.copy, self.Form = native.copy, native.Form
+
+    def read(self, forms: Any, paths: list[str], *rest: Any) -> int:
+        end: int = self._native.read(forms, paths, *rest)
+        rows = rest[3]
+        rows[: len(paths)][[path == self._bad for path in paths], 0] = batch_reader._LEFT_TO_PYTHON
+        return end
 
 
 def missing(rig: Rig) -> None:

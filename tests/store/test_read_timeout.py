@@ -14,7 +14,7 @@ import torch
 from conftest import Gate, device_for, sample, wait_for_readers
 
 from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher
-from gpucache_pipes.files import FileOpener, LocalFiles
+from gpucache_pipes.files import FileOpener, LocalFiles, batch_reader
 from gpucache_pipes.files.planned import PlannedFeature
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.reader_pool import ReaderPool
@@ -65,6 +65,7 @@ def test_a_load_fn_that_hangs(kind: str, threads: int, caplog: pytest.LogCapture
     assert "another thread goes on" in caplog.text
 
 
+@pytest.mark.usefixtures("python_reader")
 @pytest.mark.parametrize("kind", ["host", "staged", "simulated"])
 def test_a_read_that_hangs_keeps_its_pages(
     make_files: Files, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -198,6 +199,7 @@ def test_closing_while_a_reader_is_replaced(
     assert store.stats().reserved_bytes == 0
 
 
+@pytest.mark.usefixtures("python_reader")
 def test_a_stat_that_hangs_says_nothing_of_what_was_read_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +255,7 @@ def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
         gate.open(NAMES[0])
 
 
+@pytest.mark.usefixtures("python_reader")
 def test_descriptors_behind_a_hang_are_closed(
     make_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,3 +299,38 @@ def test_descriptors_behind_a_hang_are_closed(
 def test_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GPUFeatureStore("cpu", **options)
+
+
+def test_a_native_read_that_hangs(make_files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file fails; those before and after it are read by another reader."""
+    paths = make_files(40)
+    with GPUFeatureStore("cpu", read_timeout=0.2) as store:
+        store.get_batch(paths[:8])  # the form is known
+        native, go_on, rows = batch_reader._native, threading.Event(), []
+        if native is None:
+            pytest.skip("there is no native reader")
+
+        class Hanging:
+            copy, Form = native.copy, native.Form
+
+            @staticmethod
+            def read(forms: Any, names: list[str], first: int, *rest: Any) -> int:
+                if paths[20] not in names or rows:
+                    return native.read(forms, names, first, *rest)
+                at = names.index(paths[20])
+                assert native.read(forms, names[:at], first, *rest) == at
+                rest[-1][0] = at
+                rows.append(rest[-1])
+                assert go_on.wait(60)
+                return at + 1
+
+        monkeypatch.setattr(batch_reader, "_native", Hanging)
+        batch = store.request(paths[8:])
+        assert list(batch.wait()) == [12]
+        assert rows[0][2], "the reader that was left behind is told to stop"
+        with pytest.raises(FeatureLoadError, match="read_timeout"):
+            batch.result()
+        go_on.set()
+        wait_for_readers(store)
+        assert [label(f) for f in store.get_batch(paths)] == list(range(40))
+        store.check()

@@ -385,8 +385,8 @@ class Swapped(Numbers):
 class SwappedInPlans(Numbers):
     """Swaps two bytes, but only of files whose plan is remembered."""
 
-    def _remember(self, version: bytes, plan: ReadPlan) -> None:
-        super()._remember(version, Swapped().make_plan(plan.layout.leaves[0].shape[0]))
+    def remember(self, version: bytes, plan: ReadPlan) -> None:
+        super().remember(version, Swapped().make_plan(plan.layout.leaves[0].shape[0]))
 
 
 class Trusting(Numbers):

@@ -57,6 +57,7 @@ class DirectoryTemplate:
         self._names: list[str] = []
         self._name_bytes: list[int] = []
         self._starts: list[int] = []
+        self._prefix_bytes = 0
         codes = ["<16s"]
         at, prefix = 0, None
         for _ in range(count):
@@ -86,6 +87,7 @@ class DirectoryTemplate:
             ):
                 raise Unsupported("the names of the records have no common prefix")
             prefix = first
+            self._prefix_bytes = len(first)
             self._names.append(rest.decode("ascii", "replace"))
             self._name_bytes.append(name_bytes)
             self._starts.append(at)
@@ -148,6 +150,21 @@ class DirectoryTemplate:
         [extra_bytes] = struct.unpack_from("<H", self._middles[number], 2)
         return raw[start : start + extra_bytes]
 
+    def runs(self, nbytes: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """The runs (start, count) of a directory that are constant, and those of the prefix.
+
+        Args:
+            nbytes: of the directory, and of what follows it and is constant.
+        """
+        constant, prefixes = [], []
+        at = 0
+        for start in self._starts:
+            name = start + CENTRAL_HEADER.size
+            constant += [(at, start + 16 - at), (start + 20, name - start - 20)]  # no checksum
+            prefixes.append((name, self._prefix_bytes))
+            at = name + self._prefix_bytes
+        return [*constant, (at, nbytes - at)], prefixes
+
     def sizes_of(self, number: int) -> slice:
         """Return which bytes of a directory hold the two sizes of a record."""
         start = self._starts[number] + 20
@@ -189,6 +206,14 @@ class Directory:
         self._template = template
         self._end = data[size:]
         self._probe: slice | None = None
+
+    def runs(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """The runs (start, count) of the file that `matches` compares, and those of the prefix."""
+        constant, prefixes = self._template.runs(self.nbytes)
+        return (
+            [(self.offset + start, count) for start, count in constant],
+            [(self.offset + start, count) for start, count in prefixes],
+        )
 
     def matches(self, data: bytes, at: int) -> bool:
         """Return whether `data` from `at` on is this directory but for prefix and checksums."""

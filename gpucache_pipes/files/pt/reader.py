@@ -15,7 +15,7 @@ Any other file is Unsupported here, and `fallback.py` leaves it to torch.load.
 import sys
 
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.planned import Bytes, PlanReader, ReadPlan
+from gpucache_pipes.files.planned import Bytes, FormParts, PlanReader, ReadPlan
 from gpucache_pipes.files.pt.directory import DirectoryTemplate
 from gpucache_pipes.files.pt.template import FileTemplate
 
@@ -69,6 +69,13 @@ class PtReader(PlanReader):
                 self._seen.clear()
             self._seen.add(seen)
         return template.first_plan
+
+    def form(self, file: Bytes, plan: ReadPlan) -> FormParts | None:
+        """See PlanReader. None if no template of the file is remembered."""
+        for template in self._templates.get(file.size, []):
+            if template.plan(file) is not None:
+                return template.form()
+        return None
 
     def _add_cost(self, cost: int) -> None:
         self._templates_cost += cost

@@ -6,7 +6,14 @@ from operator import itemgetter
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, flatten
-from gpucache_pipes.files.planned import MAX_PLAN_COST, Bytes, Extent, ReadPlan, StridedExtent
+from gpucache_pipes.files.planned import (
+    MAX_PLAN_COST,
+    Bytes,
+    Extent,
+    FormParts,
+    ReadPlan,
+    StridedExtent,
+)
 from gpucache_pipes.files.pt.directory import (
     LOCAL_HEADER_BYTES,
     LOCAL_SIGNATURE,
@@ -103,6 +110,15 @@ class FileTemplate:
         pickle = self._comparison.pickle(file)
         return None if pickle is None else self._plan_by(pickle)
 
+    def form(self) -> FormParts:
+        """What `plan` compares, and the pickle."""
+        if self._comparison is None:
+            self._comparison = _Comparison(self._directory.records, self._starts)
+        pickle, others, digits = self._comparison.runs()
+        constant, prefixes = self._directory.runs()
+        # The pickles of a data set differ where anything does, or the sizes in the directory.
+        return FormParts([pickle, *constant, *others], digits, prefixes)
+
     def _plan_by(self, pickle: bytes) -> ReadPlan:
         plan = self._plans.get(pickle)
         if plan is None:
@@ -182,6 +198,12 @@ class _Comparison:
             codes.append(f"{start - at}x{count}s")
             at = start + count
         self._struct = struct.Struct("".join(codes))
+
+    def runs(self) -> tuple[tuple[int, int], list[tuple[int, int]], list[tuple[int, int]]]:
+        """The run (start, count) of the pickle, those that are compared, and those of digits."""
+        special = {self._pickle, *self._digits}
+        others = [piece for n, piece in enumerate(self._pieces) if n not in special]
+        return self._pieces[self._pickle], others, [self._pieces[n] for n in self._digits]
 
     def pickle(self, file: Bytes) -> bytes | None:
         """Return the pickle of a file that has nothing else of its own; else None.

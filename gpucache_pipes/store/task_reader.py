@@ -1,0 +1,237 @@
+"""Opens the files of a read task, has pages assigned, reads into them, and reports."""
+
+from collections.abc import Iterator, Sequence
+
+from gpucache_pipes.device import Backend, Upload, ends_the_device, is_device_error
+from gpucache_pipes.files import OpenFeature, Source, VersionedFeature, read_many
+from gpucache_pipes.store.load_tracker import LoadTracker
+from gpucache_pipes.store.page_size import choose_page_bytes, pages_per_file
+from gpucache_pipes.store.read_task import OpenFiles, ReadTask, Revoked
+from gpucache_pipes.store.tracing import trace
+
+_KNOWN_FILES = 100_000
+"""Known files from which some are drawn to choose a page size."""
+
+
+class TaskReader:
+    """Reads files into the pages that `loads` assigns. For any number of threads.
+
+    It changes no entry itself. Files are opened and read without the lock of the store: in one go
+    where the source can, else one by one.
+
+    Args:
+        source: opens files.
+        loads: the reader side of the shared cache.
+        backend: takes the bytes.
+        in_threads: whether reader threads call it, or the caller of the store.
+        page_bytes: the size of a page; None chooses by the first files.
+        upload_bytes: what goes to the device at once, at most, unless one file is larger: staging
+            memory is in proportion to it.
+        revalidate: note the version of each file that is read.
+
+    Attributes:
+        running: tasks under way. Adding and discarding an item of a set is atomic; others iterate
+            over a copy.
+        stopping: the store was closed: end early.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        loads: LoadTracker,
+        backend: Backend,
+        *,
+        in_threads: bool,
+        page_bytes: int | None,
+        upload_bytes: int,
+        revalidate: bool,
+    ) -> None:
+        self._source = source
+        # Older sources have no such method.
+        self._open_at_once = getattr(source, "open_many", _open_none)
+        self._loads = loads
+        self._backend = backend
+        self._in_threads = in_threads
+        self._page_bytes = page_bytes
+        self._upload_bytes = upload_bytes
+        self._revalidate = revalidate
+        self.running: set[ReadTask] = set()
+        self.stopping = False
+
+    def stop(self) -> None:
+        """End the tasks under way after the file at hand. Takes no lock."""
+        self.stopping = True
+        for task in list(self.running):
+            task.stop()
+
+    def read(self, numbers: Sequence[int], caller: list[int]) -> None:
+        """Open, place, read and report every entry. None is LOADING afterwards.
+
+        `caller` is the list of a caller that fails what is still in it when this raises. It is
+        emptied once the entries are safe here: they are always in one place or the other.
+        """
+        task = ReadTask(numbers)
+        self.running.add(task)
+        try:
+            caller.clear()
+            while numbers:
+                features = self._open_many(numbers, task)
+                begun, numbers = numbers[: len(features)], numbers[len(features) :]
+                opened = [feature for feature in features if feature is not None]
+                if len(opened) < len(features):
+                    self._load_each(begun, features, task)
+                else:
+                    versions = [f.version for f in opened] if self._revalidate else []
+                    self._upload(OpenFiles(list(begun), list(opened), versions), task)
+        except Revoked:
+            self._loads.end_abandoned(task)
+            raise
+        except BaseException as error:
+            # An interrupt, the device or a bug: no batch may wait for these for ever.
+            caller.clear()
+            if ends_the_device(error):
+                self._loads.end(error)
+            self._loads.complete(task.left, failed=dict.fromkeys(task.left, error))
+            raise
+        finally:
+            self.running.discard(task)
+            task.close_opened()
+
+    def _open_many(
+        self, numbers: Sequence[int], task: ReadTask
+    ) -> "Sequence[VersionedFeature | None]":
+        """Open the first of these entries, and at least one; None is left to `_open`."""
+        features: list[VersionedFeature | None] = []
+        progress = task.begin_many(numbers)
+        try:
+            with trace("gpucache::read"):
+                features = self._open_at_once(*self._loads.identities(numbers), progress)
+        finally:
+            task.end()
+        return features or [None] * len(numbers)
+
+    def _load_each(
+        self, numbers: Sequence[int], features: "Sequence[VersionedFeature | None]", task: ReadTask
+    ) -> None:
+        """Open those that are not, and read all, at most `upload_bytes` and a file at a time."""
+        group = OpenFiles([], [], [])
+        size = 0
+        for number, known in zip(numbers, features, strict=True):
+            if self.stopping:
+                raise RuntimeError("the store was closed")
+            version, feature = self._open(number, task) if known is None else (None, known)
+            if isinstance(feature, BaseException):
+                self._loads.complete(task.left, failed={number: feature})
+                continue
+            group.numbers.append(number)
+            group.features.append(feature)
+            if self._revalidate:
+                group.versions.append(version if known is None else known.version)
+            size += feature.layout.span
+            if size >= self._upload_bytes:
+                self._upload(group, task)
+                group, size = OpenFiles([], [], []), 0
+        if group.numbers:
+            self._upload(group, task)
+
+    def _open(
+        self, number: int, task: ReadTask
+    ) -> tuple[bytes | None, OpenFeature | BaseException]:
+        """The version of a file, and what was opened, or why that failed."""
+        version = feature = None
+        key, path = self._loads.identity(number)
+        task.begin(number)
+        try:
+            if self._revalidate:
+                # Before opening: a file that changes in between is taken for older than it is.
+                version = self._source.version(key)
+            with trace("gpucache::read"):
+                feature = self._source.open(key, path)
+        except BaseException as error:
+            if not self._concerns_the_file(error):
+                raise
+            return None, error
+        finally:
+            task.end(feature)
+        # After `end`, which raises in a reader that was replaced: it must not touch anything.
+        task.opened[number] = feature
+        return version, feature
+
+    def _concerns_the_file(self, error: BaseException) -> bool:
+        """Whether an exception fails one file, and the others are read all the same."""
+        if is_device_error(error):
+            return False
+        # In a reader thread even a SystemExit comes from the file: no signal is handled there.
+        return isinstance(error, Exception) or self._in_threads
+
+    def _upload(self, group: OpenFiles, task: ReadTask) -> None:
+        try:
+            placed, pages, failed = self._loads.place(task, group, *self._choose_page_bytes(group))
+            natively = 0
+            with trace("gpucache::upload"):
+                for begin, end in self._parts(pages):
+                    upload = self._backend.upload(pages[begin:end])
+                    features = placed.features[begin:end]
+                    left = self._read_many(features, upload)
+                    natively += len(features) - len(left)
+                    for at in left:
+                        number, feature = placed.numbers[begin + at], features[at]
+                        task.begin(number)
+                        try:
+                            feature.read_into(upload.buffers(at))
+                        except BaseException as error:
+                            if not self._concerns_the_file(error):
+                                raise
+                            failed[number] = error
+                        finally:
+                            task.end(feature)
+                    upload.finish()
+        finally:
+            task.close_opened()
+        self._loads.complete(
+            task.left, placed.without(failed) if failed else placed, failed, natively
+        )
+
+    def _read_many(self, features: Sequence[OpenFeature], upload: Upload) -> Sequence[int]:
+        """Read all that can be read in one go; the positions of the others."""
+        memory, offsets = upload.memory()
+        if memory is None:
+            return range(len(features))
+        return read_many(features, memory, offsets)
+
+    def _parts(self, pages: list[Sequence[int]]) -> Iterator[tuple[int, int]]:
+        """What goes to the device at once: from which to which feature, given their pages."""
+        most = self._upload_bytes // (self._backend.page_bytes or 1)
+        if sum(map(len, pages)) <= most:
+            yield 0, len(pages)
+            return
+        begin = total = 0
+        for end, held in enumerate(pages):
+            if end > begin and total + len(held) > most:
+                yield begin, end
+                begin, total = end, 0
+            total += len(held)
+        if begin < len(pages):
+            yield begin, len(pages)
+
+    def _choose_page_bytes(self, group: OpenFiles) -> tuple[int, float]:
+        """The page size that suits these features and others like them; 0 for no choice.
+
+        And how many pages a file takes in the mean.
+        """
+        limit = self._loads.page_limit()
+        if limit == 0:
+            return 0, 0.0
+        features = group.features
+        fits = [f for f in features if limit is None or f.layout.nbytes <= limit]
+        spans = [feature.layout.span for feature in fits]
+        if not any(spans):
+            return self._page_bytes or 0, 0.0
+        sizes = self._source.sample_sizes(self._loads.known_paths(_KNOWN_FILES))
+        overhead = max(0, min(feature.bytes_read - feature.layout.span for feature in fits))
+        page_bytes = self._page_bytes or choose_page_bytes(spans, sizes, overhead)
+        return page_bytes, pages_per_file(spans, sizes, overhead, page_bytes)
+
+
+def _open_none(*arguments: object) -> "list[VersionedFeature | None]":
+    return []
