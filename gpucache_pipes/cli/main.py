@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "inspect", help="what is in a file, or in those of a directory"
     )
     inspecting.set_defaults(run=_inspect)
+    inspecting.add_argument("--dtype", help="the error that this dtype= would make: bfloat16, ...")
     planning = commands.add_parser("plan", help="hit rates for sizes of a cache, by simulation")
     planning.set_defaults(run=_plan)
     planning.add_argument("--gpu-memory", metavar="SIZE", help='for features, such as "24GiB"')
@@ -147,16 +148,21 @@ def _measure(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     # Imported here, so that --help does not wait for the import of torch.
-    from gpucache_pipes.cli import inspect
+    from gpucache_pipes.cli import conversion, inspect
     from gpucache_pipes.nodes import PathLister
 
+    dtype = None if args.dtype is None else conversion.parse_dtype(args.dtype)
     if os.path.isfile(args.path):
+        paths: Sequence[str] = [args.path]
         report = inspect.inspect_file(args.path, not args.unsafe)
         text = inspect.file_as_text(report)
     else:
         paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
         report = inspect.inspect_files(paths, not args.unsafe, progress=not args.json)
         text = inspect.files_as_text(report)
+    if dtype is not None and not report.get("failures"):
+        report["conversion"] = conversion.conversion_errors(paths, dtype, not args.unsafe)
+        text += "\n" + conversion.as_text(report["conversion"])
     _print(json.dumps(report, indent=1) if args.json else text)
     return 1 if report.get("failures") else 0
 

@@ -17,6 +17,7 @@ from gpucache_pipes.files.layout import (
 from gpucache_pipes.files.local import LocalFiles, file_size
 from gpucache_pipes.files.path_table import PathLike, PathTable
 from gpucache_pipes.files.paths import PathList, Paths
+from gpucache_pipes.files.selection import Key, Selection
 from gpucache_pipes.files.source import (
     LoadedFeature,
     OpenFeature,
@@ -29,6 +30,7 @@ __all__ = [
     "ALIGNMENT",
     "Branch",
     "FileOpener",
+    "Key",
     "Layout",
     "Leaf",
     "LoadedFeature",
@@ -39,6 +41,7 @@ __all__ = [
     "PathTable",
     "Paths",
     "Progress",
+    "Selection",
     "Source",
     "Tree",
     "VersionedFeature",

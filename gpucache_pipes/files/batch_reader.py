@@ -22,10 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.planned import Bytes, PlanReader, ReadPlan, fill
+from gpucache_pipes.files.planned import Bytes, PlanReader, fill
+from gpucache_pipes.files.plans import ReadPlan
 from gpucache_pipes.files.source import OpenFeature, Progress, VersionedFeature
+from gpucache_pipes.files.strided import copy_many
 from gpucache_pipes.files.versions import RACY_NS
 
 _WHOLE = 1 << 20
@@ -35,6 +38,7 @@ that reads them in place."""
 _SCRATCH = 8 << 20
 """Bytes that the files of one call have, at most, in each reader thread."""
 
+_BYTE = torch.uint8
 _MOST_FREE = 32
 """Scratch memories that are kept for reuse."""
 
@@ -129,9 +133,9 @@ class BatchReader:
             return plan
         file = Bytes(bytes(chunk.data(number)))
         try:
-            plan = self._reader.plan(file)
-        except Unsupported:
-            return None
+            plan = self._reader.selected_plan(file)
+        except (Unsupported, ValueError):
+            return None  # opening it says why
         if version:
             self._reader.remember(version, plan)
         last = self._last.get(file.size)
@@ -146,7 +150,7 @@ class BatchReader:
     def _learn(self, file: Bytes, plan: ReadPlan) -> None:
         """Add the form of a file, of which this is not the first."""
         assert _native is not None and self._known is not None and file.whole is not None
-        parts = None if plan.strided_extents else self._reader.form(file, plan)
+        parts = self._reader.form(file, plan)
         if parts is None or sum(count for _, count in parts.equal) > _MOST_RUNS:
             return
         content = b"".join(file.whole[start : start + count] for start, count in parts.equal)
@@ -261,4 +265,22 @@ def read_many(
             numbers, places = numbers[known], places[known]
         assert _native is not None
         _native.copy(chunk.known.forms, chunk.rows, numbers, chunk.memory, memory, places)
+        _copy_strided(chunk, numbers, memory, places)
     return left
+
+
+def _copy_strided(
+    chunk: _Chunk,
+    numbers: npt.NDArray[np.int64],
+    memory: memoryview,
+    places: npt.NDArray[np.int64],
+) -> None:
+    """Copy the leaves that are strided in these files, or of another dtype."""
+    forms = chunk.rows[numbers, _STATUS]
+    for form in sorted(set(forms.tolist())):
+        if extents := chunk.known.plans[form].strided_extents:
+            these = forms == form
+            starts = chunk.rows[numbers[these], _START]
+            source, target = torch.from_numpy(chunk.memory), torch.frombuffer(memory, dtype=_BYTE)
+            for extent in extents:
+                copy_many(source, starts, extent, target, places[these])

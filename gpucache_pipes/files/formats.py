@@ -9,6 +9,7 @@ from gpucache_pipes.files.planned import PlanReader
 from gpucache_pipes.files.pt.fallback import by_torch_load
 from gpucache_pipes.files.pt.reader import PtReader
 from gpucache_pipes.files.safetensors import SafetensorsReader
+from gpucache_pipes.files.selection import Selection
 from gpucache_pipes.files.source import OpenFeature, Progress, VersionedFeature
 
 FORMATS: dict[str, Callable[[], PlanReader]] = {
@@ -21,15 +22,16 @@ FORMATS: dict[str, Callable[[], PlanReader]] = {
 class FileOpener:
     """Opens feature files by the ends of their names. For any number of threads."""
 
-    def __init__(self, weights_only: bool) -> None:
+    def __init__(self, weights_only: bool, selection: Selection | None = None) -> None:
         self._weights_only = weights_only
+        self._selection = selection
         self._readers = {suffix: make() for suffix, make in FORMATS.items()}
         self._suffixes = tuple(self._readers)
         self._pt = PtReader()
-        self._batch_readers = {
-            suffix: BatchReader(reader)
-            for suffix, reader in [*self._readers.items(), ("", self._pt)]
-        }
+        readers: dict[str, PlanReader] = {**self._readers, "": self._pt}
+        for reader in readers.values():
+            reader.selection = selection
+        self._batch_readers = {suffix: BatchReader(reader) for suffix, reader in readers.items()}
 
     def open(self, path: str) -> OpenFeature:
         """The feature in a file. Raises OSError, or ValueError with the reason."""
@@ -60,4 +62,5 @@ class FileOpener:
         try:
             return self._pt.open(path), None
         except Unsupported as error:
-            return by_torch_load(path, self._weights_only), str(error)
+            feature = by_torch_load(path, self._weights_only, self._selection)
+            return feature, str(error)

@@ -8,6 +8,7 @@ from typing import Any
 from gpucache_pipes.files.formats import FileOpener
 from gpucache_pipes.files.links import LinkFinder
 from gpucache_pipes.files.paths import URL
+from gpucache_pipes.files.selection import Selection
 from gpucache_pipes.files.source import LoadedFeature, OpenFeature, Progress, VersionedFeature
 from gpucache_pipes.files.versions import is_racy, version_of
 
@@ -36,13 +37,19 @@ class LocalFiles:
             `str` or what `os.fspath` makes of it. Only after the current directory has changed does
             it get a relative path as an absolute one, which then still means the same file.
         weights_only: as in `torch.load`, for files without a `load_fn`.
+        keys, dtype: what is kept of each feature: see GPUFeatureStore.
     """
 
     def __init__(
-        self, load_fn: Callable[[str], Any] | None = None, weights_only: bool = True
+        self,
+        load_fn: Callable[[str], Any] | None = None,
+        weights_only: bool = True,
+        keys: Any = None,
+        dtype: Any = None,
     ) -> None:
         self._load_fn = load_fn
-        self._opener = FileOpener(weights_only)
+        self._selection = Selection.of(keys, dtype)
+        self._opener = FileOpener(weights_only, self._selection)
         self._real_directories: dict[str, str] = {}
         self._link_finder = LinkFinder()
 
@@ -118,8 +125,11 @@ class LocalFiles:
             return self._opener.probe(key)[0]
         # `path` is the first spelling of the file, as `absolute` returned it.
         if isinstance(path, _FromRelative) and current_directory() == path.cwd:
-            return LoadedFeature(self._load_fn(path.written))
-        return LoadedFeature(self._load_fn(str(path)))
+            feature = self._load_fn(path.written)
+        else:
+            feature = self._load_fn(str(path))
+        selection = self._selection
+        return LoadedFeature(feature if selection is None else selection.feature(feature))
 
     def open_many(
         self, keys: list[str], paths: Sequence[str], progress: Progress

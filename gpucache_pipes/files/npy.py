@@ -11,14 +11,8 @@ import torch
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout
-from gpucache_pipes.files.planned import (
-    Bytes,
-    Extent,
-    FormParts,
-    PlanReader,
-    ReadPlan,
-    StridedExtent,
-)
+from gpucache_pipes.files.planned import Bytes, PlanReader
+from gpucache_pipes.files.plans import Extent, FormParts, ReadPlan, StridedExtent
 
 _DTYPES = {
     "f8": torch.float64,
@@ -104,4 +98,6 @@ class NpyReader(PlanReader):
         for size in shape:
             strides.append(step)
             step *= size
-        return ReadPlan(layout, (), (), (StridedExtent(start, leaf.nbytes, tuple(strides), leaf),))
+        return ReadPlan(
+            layout, (), (), (StridedExtent(start, leaf.nbytes, tuple(strides), leaf.dtype, leaf),)
+        )

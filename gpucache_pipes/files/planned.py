@@ -1,17 +1,17 @@
-"""Formats that store tensors as plain byte ranges: read plans, and the features read by them."""
+"""Formats that store tensors as plain byte ranges: the features that are read by their plans."""
 
 import io
 import os
 import stat
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.layout import Layout, Leaf
-from gpucache_pipes.files.source import OpenFeature, spread
+from gpucache_pipes.files.layout import Layout
+from gpucache_pipes.files.plans import FormParts, ReadPlan
+from gpucache_pipes.files.source import OpenFeature
+from gpucache_pipes.files.strided import copy_one
 from gpucache_pipes.files.versions import is_racy, version_of
 
 MAX_WHOLE_BYTES = 64 << 10
@@ -33,70 +33,8 @@ _MAX_BUFFERS_PER_CALL = 512
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
-class Extent(NamedTuple):
-    """A contiguous range of a file that is also contiguous in the feature.
-
-    Attributes:
-        start: its first byte in the file.
-        offset: its first byte in the feature.
-        nbytes: its size in bytes.
-    """
-
-    start: int
-    offset: int
-    nbytes: int
-
-
-class StridedExtent(NamedTuple):
-    """A range of a file that holds a leaf which is not contiguous there.
-
-    Attributes:
-        start: its first byte in the file.
-        nbytes: its size in bytes, gaps between elements included.
-        strides: the strides of the leaf within the range, in elements.
-        leaf: the leaf, which becomes contiguous in the feature.
-    """
-
-    start: int
-    nbytes: int
-    strides: tuple[int, ...]
-    leaf: Leaf
-
-
-class ReadPlan(NamedTuple):
-    """How to make a feature from the bytes of a file. Files with equal headers share one.
-
-    Attributes:
-        layout: the layout of the feature.
-        values: its plain values, in the order of the layout's tree.
-        extents: the leaves that are contiguous in the file. Empty leaves need no extent.
-        strided_extents: the leaves that are not.
-        cost: an estimate of the host bytes that the plan occupies.
-    """
-
-    layout: Layout
-    values: tuple[Any, ...]
-    extents: tuple[Extent, ...]
-    strided_extents: tuple[StridedExtent, ...]
-    cost: int = 1000
-
-
 Plan = ReadPlan
 """The former name."""
-
-
-class FormParts(NamedTuple):
-    """What a file must have in common with another, of the same size, to be read by its plan.
-
-    Attributes:
-        equal: runs (start, count) that must be equal, those first that differ most often.
-        digits: runs of ASCII digits, whatever they are.
-        prefixes: runs of equal length that hold one ASCII text without "/" and zeros.
-    """
-
-    equal: Sequence[tuple[int, int]]
-    digits: Sequence[tuple[int, int]] = ()
-    prefixes: Sequence[tuple[int, int]] = ()
 
 
 class Bytes:
@@ -154,6 +92,10 @@ class Windows(Bytes):
         return data
 
 
+if TYPE_CHECKING:
+    from gpucache_pipes.files.selection import Selection
+
+
 class PlanReader:
     """Opens files of one format. A subclass implements `plan`; this class remembers the results.
 
@@ -165,6 +107,9 @@ class PlanReader:
     # code runs in between. What is not atomic is `remember` as a whole and `_cost += ...`: two
     # threads can lose one addition, or clear the dict twice. The bound is then approximate, and
     # a plan that is lost is made again.
+
+    selection: "Selection | None" = None
+    """What is kept of each feature; None is all."""
 
     def __init__(self) -> None:
         # Keyed by the version of the file. Versions are bytes, not tuples: the garbage collector
@@ -182,6 +127,14 @@ class PlanReader:
             Unsupported: the file is not, or not certainly, of the format that this reader knows.
         """
         raise NotImplementedError
+
+    def selected_plan(self, file: Bytes) -> ReadPlan:
+        """The plan that reads what is kept of a feature.
+
+        Raises Unsupported, or ValueError if the feature lacks what is to be kept.
+        """
+        plan = self.plan(file)
+        return plan if self.selection is None else self.selection.plan(plan)
 
     def form(self, file: Bytes, plan: ReadPlan) -> FormParts | None:
         """What another file must have in common with this one to be read by its plan.
@@ -227,9 +180,9 @@ class PlanReader:
                 data = os.read(feature.fd, size + 1)
                 if len(data) != size:
                     raise Unsupported("the file changes while it is read")
-                plan = self.plan(Bytes(data))
+                plan = self.selected_plan(Bytes(data))
             else:
-                plan = self.plan(Windows(feature.fd, size))
+                plan = self.selected_plan(Windows(feature.fd, size))
             if not is_racy(status):
                 self.remember(version, plan)
             feature.follow(plan, data)
@@ -299,7 +252,7 @@ class PlannedFeature:
         for extent in self._plan.strided_extents:
             held = bytearray(extent.nbytes)
             self._read([memoryview(held)], extent.start)
-            _spread_strided(held, extent, buffers)
+            copy_one(held, extent, buffers)
 
     def _read(self, parts: list[memoryview], start: int) -> None:
         """Fill `parts`, which are emptied, with the bytes from `start` on."""
@@ -330,14 +283,7 @@ def fill(plan: ReadPlan, data: memoryview, buffers: Sequence[memoryview]) -> Non
             start += len(part)
     for extent in plan.strided_extents:
         held = bytearray(data[extent.start : extent.start + extent.nbytes])
-        _spread_strided(held, extent, buffers)
-
-
-def _spread_strided(held: bytearray, extent: StridedExtent, buffers: Sequence[memoryview]) -> None:
-    """Copy the leaf of an extent, whose bytes are `held`, to its place in the feature."""
-    leaf = extent.leaf
-    view = torch.frombuffer(held, dtype=leaf.dtype).as_strided(leaf.shape, extent.strides)
-    spread(view.contiguous().view(-1).view(torch.uint8), leaf.offset, buffers)
+        copy_one(held, extent, buffers)
 
 
 def _cut(buffers: Sequence[memoryview], offset: int, nbytes: int) -> list[memoryview]:

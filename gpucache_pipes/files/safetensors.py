@@ -11,14 +11,8 @@ import torch
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, flatten
-from gpucache_pipes.files.planned import (
-    MAX_PLAN_COST,
-    Bytes,
-    Extent,
-    FormParts,
-    PlanReader,
-    ReadPlan,
-)
+from gpucache_pipes.files.planned import MAX_PLAN_COST, Bytes, PlanReader
+from gpucache_pipes.files.plans import Extent, FormParts, ReadPlan
 
 _DTYPES = {
     "F64": torch.float64,

@@ -40,6 +40,8 @@ def make_parts(
     policy: str | Policy,
     load_fn: Callable[[str], Any] | None,
     weights_only: bool,
+    keys: Any,
+    dtype: Any,
     source: Source | None,
     asynchronous: bool,
     reader_threads: int | None,
@@ -51,8 +53,9 @@ def make_parts(
     """The parts of `store`. Arguments and errors are those of GPUFeatureStore."""
     if load_fn is not None and not callable(load_fn):
         raise ValueError(f"load_fn={load_fn!r} must be callable")
-    if source is not None and (load_fn is not None or not weights_only):
-        raise ValueError("a source reads files itself: give load_fn or weights_only to it")
+    given = load_fn is not None or not weights_only or keys is not None or dtype is not None
+    if source is not None and given:
+        raise ValueError("a source reads files itself: give load_fn, keys and the like to it")
     require_timeout(read_timeout, asynchronous)
     if page_bytes is not None and positive_int("page_bytes", page_bytes) % 16:
         raise ValueError(f"page_bytes={page_bytes} must be a multiple of 16")
@@ -68,7 +71,7 @@ def make_parts(
     )
     policy = make_policy(policy)
     backend = device if isinstance(device, Backend) else open_backend(resolve_device(device))
-    source = LocalFiles(load_fn, weights_only) if source is None else source
+    source = LocalFiles(load_fn, weights_only, keys, dtype) if source is None else source
     pool = None
     if asynchronous:
         pool = ReaderPool(threads, "gpucache-reader", backend.bind_thread)

@@ -1,7 +1,7 @@
 """GPUFeatureStore: give it paths, get tensors on the device."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from types import TracebackType
@@ -12,7 +12,7 @@ import torch
 from gpucache_pipes.batches import RaggedOptions
 from gpucache_pipes.cache import Policy
 from gpucache_pipes.device import Backend
-from gpucache_pipes.files import PathLike, Source
+from gpucache_pipes.files import Key, PathLike, Source
 from gpucache_pipes.store.lock import require_stack
 from gpucache_pipes.store.parts import make_parts
 from gpucache_pipes.store.pending_batch import PendingBatch
@@ -48,12 +48,15 @@ class GPUFeatureStore:
             "keep", "lru", "fifo", "lfu", "sieve", "s3fifo", "w-tinylfu", or an object with the
             methods of `cache.Policy`.
         load_fn: `load_fn(path) -> feature` replaces reading `.pt` files. Reader threads call it,
-            several at a time, with each path as it was first written in a request. After the
-            current directory has changed, relative paths come as absolute ones.
+            several at a time, with each path as it was first written in a request; with an absolute
+            one if the current directory has changed.
         weights_only: as in `torch.load`. False lets a file run any code.
-        source: where features come from, in place of `load_fn` and `weights_only`: see
-            `files.Source`. None is local files.
-        asynchronous: read files in background threads; False reads in the thread that requests.
+        keys: the parts of dict features that are kept: a key, or a list of keys, each of which may
+            be a tuple of keys that leads to a part of a part. It is an error of a file to lack one.
+        dtype: floating tensors are converted to this dtype as they are read, as by `Tensor.to`:
+            rounded to the nearest value, or inf. Or the dtypes of named tensors, by keys as above.
+        source: where features come from, in place of the four above: see `files.Source`.
+        asynchronous: read in background threads; False reads in the thread that requests.
         reader_threads: number of background threads; None is one.
         page_bytes: size of a page, a multiple of 16; None fits it to the first features.
         staging_bytes: page-locked host memory for uploads to an accelerator, a number or a string;
@@ -81,6 +84,8 @@ class GPUFeatureStore:
         policy: str | Policy = "clairvoyant",
         load_fn: Callable[[str], Any] | None = None,
         weights_only: bool = True,
+        keys: Key | Iterable[Key] | None = None,
+        dtype: torch.dtype | Mapping[Key, torch.dtype] | None = None,
         source: Source | None = None,
         asynchronous: bool = True,
         reader_threads: int | None = None,
@@ -91,9 +96,10 @@ class GPUFeatureStore:
     ) -> None:
         parts = make_parts(
             self, device, max_cache_bytes=max_cache_bytes, max_cache_items=max_cache_items,
-            policy=policy, load_fn=load_fn, weights_only=weights_only, source=source,
-            asynchronous=asynchronous, reader_threads=reader_threads, page_bytes=page_bytes,
-            staging_bytes=staging_bytes, revalidate=revalidate, read_timeout=read_timeout,
+            policy=policy, load_fn=load_fn, weights_only=weights_only, keys=keys, dtype=dtype,
+            source=source, asynchronous=asynchronous, reader_threads=reader_threads,
+            page_bytes=page_bytes, staging_bytes=staging_bytes, revalidate=revalidate,
+            read_timeout=read_timeout,
         )  # fmt: skip
         self._backend, self._shared, self._loader, self._requests, self._shutdown = parts
         register(self)

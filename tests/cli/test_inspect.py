@@ -1,6 +1,7 @@
 """`python -m gpucache_pipes inspect`."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,3 +70,21 @@ def test_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "no files in directory" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "no.pt")]) == 1
     assert "no such file" in capsys.readouterr().err
+
+
+def test_the_error_of_a_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        feature = {"x": torch.tensor([1 + 2**-10, 1e6, 1e-9, 0.0, torch.inf]), "n": torch.ones(1)}
+        feature["n"] = feature["n"].half()
+        torch.save(feature, tmp_path / f"{number}.pt")
+    assert main(["inspect", str(tmp_path), "--dtype", "float16", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)["conversion"]
+    assert row == {
+        "name": "['x']", "from": "float32", "to": "float16", "elements": 15,
+        "relative_error": 0.0, "become_infinite": 3, "become_zero": 3,
+    }  # fmt: skip
+    assert main(["inspect", str(tmp_path / "0.pt"), "--dtype", "torch.bfloat16"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\['x'\]: float32 to bfloat16: at most 0\.00\d+ of the value", said)
+    assert main(["inspect", str(tmp_path), "--dtype", "int8"]) == 1
+    assert "--dtype=int8 is no floating dtype" in capsys.readouterr().err

@@ -30,7 +30,8 @@ from gpucache_pipes.device import (
 from gpucache_pipes.files import Layout, LoadedFeature, LocalFiles, OpenFeature, Source
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.npy import NpyReader
-from gpucache_pipes.files.planned import Bytes, Extent, PlannedFeature, PlanReader, ReadPlan
+from gpucache_pipes.files.planned import Bytes, PlannedFeature, PlanReader
+from gpucache_pipes.files.plans import Extent, ReadPlan
 from gpucache_pipes.files.pt.reader import PtReader
 from gpucache_pipes.files.safetensors import SafetensorsReader
 from gpucache_pipes.testing import (

@@ -6,6 +6,7 @@ import re
 import torch
 
 from gpucache_pipes.files.pt.vetting import require_sound
+from gpucache_pipes.files.selection import Selection
 from gpucache_pipes.files.source import LoadedFeature
 
 # What the errors of torch.load(weights_only=True) call the global that it refuses.
@@ -16,7 +17,9 @@ _REFUSED = re.compile(
 )
 
 
-def by_torch_load(path: str, weights_only: bool) -> LoadedFeature:
+def by_torch_load(
+    path: str, weights_only: bool, selection: Selection | None = None
+) -> LoadedFeature:
     """Load a file by `torch.load`, after it was checked for what would harm the process.
 
     `torch.load` decides about every file that the fast reader does not support.
@@ -24,6 +27,7 @@ def by_torch_load(path: str, weights_only: bool) -> LoadedFeature:
     Args:
         path: the file.
         weights_only: see `torch.load`. If False, the file may run any code.
+        selection: what is kept of the feature; None is all.
 
     Raises:
         OSError: the file cannot be read.
@@ -43,7 +47,7 @@ def by_torch_load(path: str, weights_only: bool) -> LoadedFeature:
         raise
     except Exception as error:
         raise ValueError(_reason(path, weights_only, error)) from error
-    return LoadedFeature(feature, size)
+    return LoadedFeature(feature if selection is None else selection.feature(feature), size)
 
 
 def _reason(path: str, weights_only: bool, error: Exception) -> str:

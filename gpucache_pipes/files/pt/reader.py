@@ -15,7 +15,8 @@ Any other file is Unsupported here, and `fallback.py` leaves it to torch.load.
 import sys
 
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.planned import Bytes, FormParts, PlanReader, ReadPlan
+from gpucache_pipes.files.planned import Bytes, PlanReader
+from gpucache_pipes.files.plans import FormParts, ReadPlan
 from gpucache_pipes.files.pt.directory import DirectoryTemplate
 from gpucache_pipes.files.pt.template import FileTemplate
 

@@ -6,14 +6,8 @@ from operator import itemgetter
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, flatten
-from gpucache_pipes.files.planned import (
-    MAX_PLAN_COST,
-    Bytes,
-    Extent,
-    FormParts,
-    ReadPlan,
-    StridedExtent,
-)
+from gpucache_pipes.files.planned import MAX_PLAN_COST, Bytes
+from gpucache_pipes.files.plans import Extent, FormParts, ReadPlan, StridedExtent
 from gpucache_pipes.files.pt.directory import (
     LOCAL_HEADER_BYTES,
     LOCAL_SIGNATURE,
@@ -155,7 +149,9 @@ class FileTemplate:
                 dimensions = zip(tensor.shape, tensor.strides, strict=True)
                 elements = 1 + sum((size - 1) * stride for size, stride in dimensions)
                 nbytes = elements * leaf.dtype.itemsize
-                strided_extents.append(StridedExtent(start, nbytes, tensor.strides, leaf))
+                strided_extents.append(
+                    StridedExtent(start, nbytes, tensor.strides, leaf.dtype, leaf)
+                )
         # A plain value is an object of at least 32 bytes; a string is as long as in the pickle.
         cost = layout.cost + 3 * len(pickle) + 100 * len(values) + 200 * len(tensors)
         return ReadPlan(layout, tuple(values), tuple(extents), tuple(strided_extents), cost)

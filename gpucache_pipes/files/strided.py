@@ -1,0 +1,95 @@
+"""Copies leaves that are not contiguous in the file, or have another dtype there.
+
+By `Tensor.copy_`. When it converts, it rounds to the nearest value, and to the even one of two that
+are equally near.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gpucache_pipes.files.plans import StridedExtent
+from gpucache_pipes.files.source import spread
+
+_ALONE = 1 << 15
+"""Elements up to which torch copies without its threads, which would wait in a spin."""
+
+
+def copy_one(data: bytearray, extent: StridedExtent, buffers: Sequence[memoryview]) -> None:
+    """Copy a leaf, the bytes of whose range are `data`, to its place in the feature."""
+    leaf = extent.leaf
+    found = torch.frombuffer(data, dtype=extent.dtype).as_strided(leaf.shape, extent.strides)
+    dense = found.to(leaf.dtype).contiguous()
+    spread(dense.view(-1).view(torch.uint8), leaf.offset, buffers)
+
+
+def copy_many(
+    source: torch.Tensor,
+    starts: npt.NDArray[np.int64],
+    extent: StridedExtent,
+    target: torch.Tensor,
+    places: npt.NDArray[np.int64],
+) -> None:
+    """Copy a leaf of many files of one form, by few operations.
+
+    Args:
+        source: uint8 [n], which holds the files.
+        starts: where each file begins in it; multiples of 16.
+        extent: of the leaf, in each of the files.
+        target: uint8 [m].
+        places: where each feature begins in it; multiples of 16.
+    """
+    leaf, dtype = extent.leaf, extent.dtype
+    if extent.start % dtype.itemsize:  # no tensor of this dtype can begin there
+        for start, place in zip((starts + extent.start).tolist(), places.tolist(), strict=True):
+            data = bytearray(source[start : start + extent.nbytes].numpy().data)
+            copy_one(data, extent, [target[place:].numpy().data])
+        return
+    before = source[: len(source) // 16 * 16].view(dtype)
+    after = target[: len(target) // 16 * 16].view(leaf.dtype)
+    froms = (starts + extent.start) // dtype.itemsize
+    tos = (places + leaf.offset) // leaf.dtype.itemsize
+    dense = contiguous_strides(leaf.shape)
+    elements = max(1, leaf.nbytes // leaf.dtype.itemsize)
+    for begin, end in _runs(froms, tos, max(1, _ALONE // elements)):
+        step = 1 if end - begin > 1 else 0
+        shape = (end - begin, *leaf.shape)
+        from_step = int(froms[begin + step] - froms[begin])
+        to_step = int(tos[begin + step] - tos[begin])
+        one = before.as_strided(shape, (from_step, *extent.strides), int(froms[begin]))
+        other = after.as_strided(shape, (to_step, *dense), int(tos[begin]))
+        if elements <= _ALONE:
+            other.copy_(one)
+            continue
+        most = max(1, _ALONE * leaf.shape[0] // elements)
+        for at in range(0, leaf.shape[0], most):
+            other[0, at : at + most].copy_(one[0, at : at + most])
+
+
+def _runs(
+    froms: npt.NDArray[np.int64], tos: npt.NDArray[np.int64], most: int
+) -> Iterator[tuple[int, int]]:
+    """Stretches of at most so many positions, within each of which both grow by equal steps."""
+    from_steps, to_steps = np.diff(froms), np.diff(tos)
+    uneven = (from_steps <= 0) | (to_steps <= 0)
+    uneven[1:] |= (np.diff(from_steps) != 0) | (np.diff(to_steps) != 0)
+    cuts = [0, *(np.flatnonzero(uneven) + 1).tolist(), len(froms)]
+    for begin, end in pairwise(cuts):
+        for at in range(begin, end, most):
+            yield at, min(at + most, end)
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor, in elements.
+
+    >>> contiguous_strides((2, 3, 4))
+    (12, 4, 1)
+    """
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
