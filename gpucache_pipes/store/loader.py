@@ -1,13 +1,16 @@
 """Has files read, in reader threads or in the thread of the caller."""
 
 import logging
+import time
 import weakref
+from collections import deque
 from threading import TIMEOUT_MAX, current_thread
 from typing import Any
 
 from gpucache_pipes.device import Backend
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.lock import require_stack
+from gpucache_pipes.store.pace import Pace
 from gpucache_pipes.store.process_hooks import join_at_exit
 from gpucache_pipes.store.read_task import Revoked
 from gpucache_pipes.store.reader_gate import ReaderGate
@@ -15,9 +18,6 @@ from gpucache_pipes.store.reader_pool import ReaderPool
 from gpucache_pipes.store.task_reader import TaskReader
 
 _log = logging.getLogger("gpucache_pipes")
-
-_FILES_PER_TASK = 256
-"""Few enough that several readers share a batch, many enough that a task costs little."""
 
 _FRAMES = 64
 """Nested calls that reading in the caller's thread takes, without those of a load_fn."""
@@ -31,6 +31,7 @@ class Loader:
         loads: the reader side of the shared cache.
         backend: takes the bytes.
         pool: the reader threads; None reads in the thread that calls `submit`.
+        most_readers: how many there may be at most; see Pace.
         read_timeout: seconds after which a reader that is still at one file is replaced.
 
     Attributes:
@@ -43,6 +44,7 @@ class Loader:
         loads: LoadTracker,
         backend: Backend,
         pool: ReaderPool | None,
+        most_readers: int,
         read_timeout: float | None,
     ) -> None:
         self._loads = loads
@@ -50,10 +52,19 @@ class Loader:
         self._pool = pool
         self._read_timeout = read_timeout
         self._reader = reader
+        # Boxes, each with a list of entries or empty. Single operations on it are atomic.
+        self._waiting: deque[list[list[int]]] = deque()
+        readers = 1 if pool is None else len(pool.threads)
+        self._pace = Pace(readers, most_readers, self._start_reader)
         self.gate = ReaderGate()
         loads.held_by = self.gate.held_by
         if pool is not None and read_timeout is not None:
             pool.watch(read_timeout / 4, weakref.WeakMethod(self.replace_overdue_readers))
+
+    @property
+    def readers(self) -> int:
+        """How many reader threads there are. Takes no lock."""
+        return 0 if self._pool is None else len(self._pool.threads)
 
     def submit(self, numbers: list[int]) -> None:
         """Have these entries, which are LOADING, read, and empty the list.
@@ -78,18 +89,38 @@ class Loader:
                 self.gate.leave(use)
                 self._loads.run_postponed()
             return
-        # Fewer files in a task when there are few, so that all readers have work.
-        size = min(_FILES_PER_TASK, -(-len(numbers) // len(self._pool.threads)))
-        tasks = [[numbers[at : at + size]] for at in range(0, len(numbers), size)]
+        size = self._pace.files_per_box(len(numbers))
+        boxes = [[numbers[at : at + size]] for at in range(0, len(numbers), size)]
         try:
-            for boxed in tasks:
-                self._pool.submit(self._load_in_thread, boxed)
+            self._hand_over(boxes)
             numbers.clear()
         except BaseException:
-            # An interrupt. Each task belongs to the thread that takes it out of its list first: a
-            # reader or this one.
-            numbers[:] = [entry for boxed in tasks for entry in _take(boxed)]
+            # An interrupt. What is in a box belongs to the thread that takes it out first: a reader
+            # or this one.
+            numbers[:] = [entry for boxed in boxes for entry in _take(boxed)]
             raise
+
+    def _hand_over(self, boxes: list[list[list[int]]]) -> None:
+        """Have reader threads take what is in these boxes, in order."""
+        assert self._pool is not None
+        self._waiting.extend(boxes)
+        # One call for each box, since a reader may take a single one. If it takes several, other
+        # calls find nothing.
+        for _ in boxes:
+            self._pool.submit(self._load_in_thread, None)
+
+    def _take_some(self) -> list[int]:
+        """The entries of a read task, which are this thread's from now on."""
+        boxes = self._waiting
+        numbers: list[int] = []
+        wanted = 1
+        while len(numbers) < wanted:
+            try:
+                numbers += _take(boxes.popleft())
+            except IndexError:
+                break
+            wanted = self._pace.files_per_task(len(numbers) * (1 + len(boxes)))
+        return numbers
 
     def drain(self) -> None:
         """Wait until the device has finished all uploads and gathers. While readers are held."""
@@ -105,6 +136,7 @@ class Loader:
     def stop(self) -> None:
         """End the reader threads after the file at hand; drop what has not begun. No lock."""
         self._reader.stop()
+        self._waiting.clear()
         self.gate.open_for_ever()
         if self._pool is not None:
             self._pool.stop()
@@ -115,14 +147,22 @@ class Loader:
 
     # Reader threads
 
-    def _load_in_thread(self, boxed: list[list[int]]) -> bool:
+    def _load_in_thread(self, _: None) -> bool:
         """Read one task. Returns True if this thread has been replaced and must end."""
         reader = current_thread()
         self.gate.enter(reader)
         try:
-            numbers = _take(boxed)
+            numbers = self._take_some()
             if numbers:
-                self._reader.read(numbers, [])
+                begin, computed = time.monotonic(), time.thread_time()
+                natively = self._reader.read(numbers, [])
+                self._pace.finished(
+                    len(numbers),
+                    time.monotonic() - begin,
+                    time.thread_time() - computed,
+                    native=2 * natively > len(numbers),
+                    waiting=bool(self._waiting),
+                )
         except Revoked:
             return True
         except BaseException:
@@ -130,6 +170,13 @@ class Loader:
         finally:
             self.gate.leave(reader)
         return False
+
+    def _start_reader(self) -> None:
+        """Start one more reader thread, in one of them."""
+        assert self._pool is not None
+        self._pool.start_another()
+        if self._reader.stopping:  # the end of the others has been arranged before
+            self._pool.end_one()
 
     # The watcher
 
@@ -152,7 +199,7 @@ class Loader:
                 task.close_opened()  # before the others are read, and their batches complete
             finally:
                 if rest:
-                    self._pool.submit(self._load_in_thread, [rest])
+                    self._hand_over([[rest]])
             self._pool.forget(task.thread)
             join_at_exit(task.thread)
             # Without the lock: the handlers of a log have locks of their own.

@@ -10,6 +10,7 @@ from gpucache_pipes.device import Backend, open_backend, resolve_device
 from gpucache_pipes.files import LocalFiles, Source
 from gpucache_pipes.store.gather import Gatherer
 from gpucache_pipes.store.loader import Loader, require_timeout
+from gpucache_pipes.store.pace import MOST_READERS
 from gpucache_pipes.store.reader_pool import ReaderPool
 from gpucache_pipes.store.requests import RequestManager
 from gpucache_pipes.store.shared_cache import SharedCache
@@ -17,8 +18,11 @@ from gpucache_pipes.store.shutdown import Shutdown
 from gpucache_pipes.store.task_reader import TaskReader
 from gpucache_pipes.units import parse_bytes, positive_int
 
-_DEFAULT_THREADS = 1
 _STAGING_BYTES = 64 << 20
+"""For each reader thread."""
+
+_MOST_STAGING_BYTES = 256 << 20
+"""Unless the number of reader threads is given."""
 
 
 class Parts(NamedTuple):
@@ -59,10 +63,10 @@ def make_parts(
     require_timeout(read_timeout, asynchronous)
     if page_bytes is not None and positive_int("page_bytes", page_bytes) % 16:
         raise ValueError(f"page_bytes={page_bytes} must be a multiple of 16")
-    threads = positive_int(
-        "reader_threads", _DEFAULT_THREADS if reader_threads is None else reader_threads
-    )
-    staging = _STAGING_BYTES * threads
+    threads, most_threads, staging = 1, MOST_READERS, _MOST_STAGING_BYTES
+    if reader_threads is not None:
+        threads = most_threads = positive_int("reader_threads", reader_threads)
+        staging = _STAGING_BYTES * threads
     if staging_bytes is not None:
         staging = parse_bytes("staging_bytes", staging_bytes)
     ledger = Ledger(
@@ -82,10 +86,10 @@ def make_parts(
         backend,
         in_threads=asynchronous,
         page_bytes=page_bytes,
-        upload_bytes=_power_of_two_below(staging // (2 * threads)),
+        upload_bytes=_power_of_two_below(staging // (2 * most_threads)),
         revalidate=revalidate,
     )
-    loader = Loader(reader, shared.loads, backend, pool, read_timeout)
+    loader = Loader(reader, shared.loads, backend, pool, most_threads, read_timeout)
     gatherer = Gatherer(shared.cache, backend)
     requests = RequestManager(shared, source, loader, gatherer, revalidate=revalidate)
     shutdown = Shutdown(store, shared, loader, pool, backend)

@@ -301,12 +301,12 @@ class SharedCache:
     def _is_idle(self) -> bool:
         return not self.cache.loading or self.refusal.reason is not None
 
-    def stats(self) -> StoreStats:
+    def stats(self, readers: int) -> StoreStats:
         """Counters and sizes. Of one moment, unless this thread is inside the lock already."""
         with contextlib.nullcontext() if (inside := self.lock.is_entered()) else self.lock:
             if not inside:
                 self._run_queued()
-            return StoreStats.of(self.cache, self._counters, self._backend)
+            return StoreStats.of(self.cache, self._counters, self._backend, readers)
 
     def check(self) -> None:
         """Recompute all totals; raises AssertionError on a difference."""

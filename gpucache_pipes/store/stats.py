@@ -44,6 +44,7 @@ class StoreStats:
         reserved_bytes: device memory of all pages, used or not.
         staging_bytes: page-locked host memory for uploads; 0 on the CPU.
         page_bytes: size of a page; 0 before the first feature.
+        reader_threads: how many there are now.
     """
 
     hits: int
@@ -63,9 +64,10 @@ class StoreStats:
     reserved_bytes: int
     staging_bytes: int
     page_bytes: int
+    reader_threads: int
 
     @classmethod
-    def of(cls, cache: Cache, counters: Counters, backend: Backend) -> "StoreStats":
+    def of(cls, cache: Cache, counters: Counters, backend: Backend, readers: int) -> "StoreStats":
         """The statistics of a cache. With the lock of its store held."""
         ledger = cache.ledger
         return cls(
@@ -79,6 +81,7 @@ class StoreStats:
             reserved_bytes=backend.reserved_bytes,
             staging_bytes=backend.staging_bytes,
             page_bytes=ledger.page_bytes,
+            reader_threads=readers,
         )
 
     @property

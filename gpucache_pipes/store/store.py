@@ -57,11 +57,11 @@ class GPUFeatureStore:
             rounded to the nearest value, or inf. Or the dtypes of named tensors, by keys as above.
         source: where features come from, in place of the four above: see `files.Source`.
         asynchronous: read in background threads; False reads in the thread that requests.
-        reader_threads: number of background threads; None is one.
+        reader_threads: number of background threads; None finds one to 32 by measurement.
         page_bytes: size of a page, a multiple of 16; None fits it to the first features.
         staging_bytes: page-locked host memory for uploads to an accelerator, a number or a string;
-            None is 64 MiB for each reader thread. Each thread has two buffers, of powers of two
-            bytes. A file that does not fit into a buffer makes it larger.
+            None is 256 MiB, or 64 MiB for each of `reader_threads`. Each thread has two buffers, of
+            powers of two bytes. A file that does not fit into a buffer makes it larger.
         revalidate: look at each hit whether the file has changed (device, inode, size or
             modification time), and read it again if so. Takes a stat, about 3 us on a local disk,
             for each file of a batch, in the requesting thread. A file that was written less than
@@ -306,7 +306,7 @@ class GPUFeatureStore:
         In a signal handler or a finalizer that has interrupted a call of this store, some may be
         from before a change and some from after it.
         """
-        return self._shared.stats()
+        return self._shared.stats(self._loader.readers)
 
     def check(self) -> None:
         """Recompute every total from the entries; raises AssertionError on a difference."""

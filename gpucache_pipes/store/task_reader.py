@@ -64,13 +64,15 @@ class TaskReader:
         for task in list(self.running):
             task.stop()
 
-    def read(self, numbers: Sequence[int], caller: list[int]) -> None:
+    def read(self, numbers: Sequence[int], caller: list[int]) -> int:
         """Open, place, read and report every entry. None is LOADING afterwards.
 
         `caller` is the list of a caller that fails what is still in it when this raises. It is
-        emptied once the entries are safe here: they are always in one place or the other.
+        emptied once the entries are safe here: they are always in one place or the other. Returns
+        how many files the native reader has read.
         """
         task = ReadTask(numbers)
+        natively = 0
         self.running.add(task)
         try:
             caller.clear()
@@ -82,7 +84,8 @@ class TaskReader:
                     self._load_each(begun, features, task)
                 else:
                     versions = [f.version for f in opened] if self._revalidate else []
-                    self._upload(OpenFiles(list(begun), list(opened), versions), task)
+                    natively += self._upload(OpenFiles(list(begun), list(opened), versions), task)
+            return natively
         except Revoked:
             self._loads.end_abandoned(task)
             raise
@@ -164,7 +167,8 @@ class TaskReader:
         # In a reader thread even a SystemExit comes from the file: no signal is handled there.
         return isinstance(error, Exception) or self._in_threads
 
-    def _upload(self, group: OpenFiles, task: ReadTask) -> None:
+    def _upload(self, group: OpenFiles, task: ReadTask) -> int:
+        """Have pages assigned, read into them, and report. Returns how many were read natively."""
         try:
             placed, pages, failed = self._loads.place(task, group, *self._choose_page_bytes(group))
             natively = 0
@@ -188,9 +192,9 @@ class TaskReader:
                     upload.finish()
         finally:
             task.close_opened()
-        self._loads.complete(
-            task.left, placed.without(failed) if failed else placed, failed, natively
-        )
+        ready = placed.without(failed) if failed else placed
+        self._loads.complete(task.left, ready, failed, natively)
+        return natively
 
     def _read_many(self, features: Sequence[OpenFeature], upload: Upload) -> Sequence[int]:
         """Read all that can be read in one go; the positions of the others."""

@@ -1,0 +1,160 @@
+"""How many reader threads there are, and how many files each of them takes at a time."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+MOST_READERS = 32
+"""Threads that a store starts by itself, at most."""
+
+_MOST_FILES = 256
+_MOST_IN_A_BOX = 32
+_FIRST_FILES = 2
+"""Files of a task, before it is known how long one takes."""
+
+_TASK_SECONDS = (0.002, 0.03)
+"""What a read task should take, at least, since it has costs of its own; and at most, so that other
+readers have work, and batches do not wait for files of others."""
+
+_TRYING_SECONDS = 0.008
+"""The same at most, while another number of readers may be better: it is found sooner."""
+
+_WAITING = 0.5
+"""Readers that spend less than this share of their time computing wait for the storage."""
+
+_WORTH_IT = 1.2
+"""How much faster files must arrive for more readers to be kept."""
+
+_CHANGED = 2.0
+"""If a file takes this many times as long as before, or a part of it, readers are tried again."""
+
+
+class Pace:
+    """Finds the number of readers by trying, as long as more files wait than are being read.
+
+    Readers that wait for the storage want company. Those that compute want none, unless there are
+    idle cores and they hold no interpreter lock. Wall time far above CPU time is the sign of the
+    former, but also of readers that wait for the interpreter lock. So the number is doubled or
+    quadrupled. Once files do not arrive faster for it, nothing more is tried until they take
+    another time than before. The number never falls: readers without work cost nothing, and where
+    files take little time each task has many of them, so that few readers are busy.
+
+    For any number of threads. Of readers that come at the same time one decides.
+
+    Args:
+        readers: how many there are.
+        most: how many there may be.
+        start: starts one more. Raises RuntimeError if the system has no more threads.
+        clock: seconds since any moment.
+    """
+
+    def __init__(
+        self,
+        readers: int,
+        most: int,
+        start: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._readers = readers
+        self._most = most
+        self._start = start
+        self._deciding = threading.Lock()
+        # Seconds that a file takes a reader, of late. None before the first one.
+        self._each: float | None = None
+        # Of the tasks that have begun since `_since`: how many, their files, and their time in all.
+        self._since: float | None = None
+        self._tasks = self._files = 0
+        self._wall = self._cpu = 0.0
+        # Files a second before the readers were increased, if that is being tried.
+        self._before: float | None = None
+        # Whether more readers did not help, and what a file has taken since, once that is known.
+        self._gave_up = False
+        self._gave_up_at: float | None = None
+
+    def files_per_task(self, waiting: int) -> int:
+        """How many of `waiting` files a reader should take."""
+        if self._each is None:
+            return _FIRST_FILES
+        settled = self._readers >= self._most or self._gave_up
+        longest = _TASK_SECONDS[1] if settled else _TRYING_SECONDS
+        each = max(self._each, 1e-6)
+        least, most = int(_TASK_SECONDS[0] / each), int(longest / each)
+        share = -(-waiting // self._readers)
+        return max(1, min(max(share, least), most, _MOST_FILES))
+
+    def files_per_box(self, files: int) -> int:
+        """How many of `files` are handed over together: the least that a reader can take."""
+        return min(self.files_per_task(files), _MOST_IN_A_BOX)
+
+    def finished(self, files: int, wall: float, cpu: float, native: bool, waiting: bool) -> None:
+        """A reader has finished a task.
+
+        Args:
+            files: that it had.
+            wall: seconds that it took.
+            cpu: seconds of them in which it computed.
+            native: whether it held no interpreter lock, for the most part.
+            waiting: whether other files wait for a reader.
+        """
+        if not files or not self._deciding.acquire(blocking=False):
+            return
+        try:
+            each = wall / files
+            self._each = each if self._each is None else 0.75 * self._each + 0.25 * each
+            now = self._clock()
+            if not waiting or self._since is None:
+                # The consumer is the limit, or was until now: what arrived says nothing.
+                self._begin(now)
+            elif now - wall >= self._since:
+                self._tasks += 1
+                self._files += files
+                self._wall += wall
+                self._cpu += cpu
+                if self._tasks > self._readers:  # more than one each
+                    self._decide(native)
+                    self._begin(now)
+        finally:
+            self._deciding.release()
+
+    def _begin(self, now: float) -> None:
+        self._since = now
+        self._tasks = self._files = 0
+        self._wall = self._cpu = 0.0
+
+    def _decide(self, native: bool) -> None:
+        each = self._wall / self._files
+        rate = self._readers / max(each, 1e-9)
+        if self._before is not None:
+            self._gave_up = rate < _WORTH_IT * self._before
+            self._before = None
+            self._gave_up_at = None
+        elif self._gave_up and self._gave_up_at is None:
+            self._gave_up_at = each
+        elif self._gave_up and self._gave_up_at is not None:
+            self._gave_up = 1 / _CHANGED < each / self._gave_up_at < _CHANGED
+        if self._gave_up:
+            return
+        busy = self._cpu / max(self._wall, 1e-9)
+        most = self._most if busy < _WAITING else _idle_cores() if native else 1
+        factor = 4 if busy < _WAITING / 4 else 2
+        wanted = min(factor * self._readers, most, self._most)
+        if wanted > self._readers:
+            self._before = rate
+            self._increase(wanted)
+
+    def _increase(self, wanted: int) -> None:
+        while self._readers < wanted:
+            try:
+                self._start()
+            except RuntimeError:
+                self._most = self._readers
+                return
+            self._readers += 1
+
+
+def _idle_cores() -> int:
+    """Cores that this process may use, without one for the consumer and one for others."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) - 2)
