@@ -15,8 +15,10 @@ import importlib
 import os
 import time
 import weakref
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import chain
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ import torch
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.planned import Bytes, PlanReader, fill
-from gpucache_pipes.files.plans import ReadPlan
+from gpucache_pipes.files.plans import FormParts, ReadPlan
 from gpucache_pipes.files.source import OpenFeature, Progress, VersionedFeature
 from gpucache_pipes.files.strided import copy_many
 from gpucache_pipes.files.versions import RACY_NS
@@ -92,6 +94,7 @@ class BatchReader:
     def __init__(self, reader: PlanReader) -> None:
         self._reader = reader
         self._last: dict[int, ReadPlan] = {}
+        self._matched = 0  # files that were of a known form; approximate
         self._known = _Known([], (), []) if _native is not None else None
 
     def open(self, paths: list[str], progress: Progress) -> "list[VersionedFeature | None]":
@@ -112,6 +115,7 @@ class BatchReader:
             end = _native.read(
                 known.forms, paths, 0, _WHOLE, chunk.memory, chunk.rows, progress.shared
             )
+        self._matched += int((chunk.rows[:end, _STATUS] >= 0).sum())
         return [
             self._feature(chunk, number, form, size)
             for number, (form, _, _, _, size, _) in enumerate(chunk.rows[:end].tolist())
@@ -133,28 +137,32 @@ class BatchReader:
             return plan
         file = Bytes(bytes(chunk.data(number)))
         try:
-            plan = self._reader.selected_plan(file)
+            plan, form = self._reader.plan_and_form(file)
+            plan = self._reader.selected(plan)
         except (Unsupported, ValueError):
             return None  # opening it says why
         if version:
             self._reader.remember(version, plan)
+        # The form is learned of the second file that has it; of the first one, once it has turned
+        # out that there are mostly several.
+        known = self._known
         last = self._last.get(file.size)
-        if plan is last or (plan == last and not plan.values):
-            self._learn(file, plan)
+        is_second = plan is last or (plan == last and not plan.values)
+        if is_second or (known is not None and self._matched >= 2 * len(known.forms) > 0):
+            self._learn(file, plan, form())
         else:
             if len(self._last) >= _MOST_FORMS:
                 self._last.clear()
             self._last[file.size] = plan
         return plan
 
-    def _learn(self, file: Bytes, plan: ReadPlan) -> None:
-        """Add the form of a file, of which this is not the first."""
+    def _learn(self, file: Bytes, plan: ReadPlan, parts: FormParts | None) -> None:
+        """Add the form of a file."""
         assert _native is not None and self._known is not None and file.whole is not None
-        parts = self._reader.form(file, plan)
         if parts is None or sum(count for _, count in parts.equal) > _MOST_RUNS:
             return
         content = b"".join(file.whole[start : start + count] for start, count in parts.equal)
-        runs = [np.array(part, np.int64).tobytes() for part in (*parts, plan.extents)]
+        runs = [array("q", chain.from_iterable(part)).tobytes() for part in (*parts, plan.extents)]
         form = _native.Form(file.size, runs[0], content, *runs[1:])
         known = self._known
         if len(known.forms) >= _MOST_FORMS:

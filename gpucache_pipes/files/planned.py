@@ -4,7 +4,8 @@ import io
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gpucache_pipes.files.errors import Unsupported
@@ -128,20 +129,21 @@ class PlanReader:
         """
         raise NotImplementedError
 
-    def selected_plan(self, file: Bytes) -> ReadPlan:
-        """The plan that reads what is kept of a feature.
-
-        Raises Unsupported, or ValueError if the feature lacks what is to be kept.
-        """
-        plan = self.plan(file)
-        return plan if self.selection is None else self.selection.plan(plan)
-
     def form(self, file: Bytes, plan: ReadPlan) -> FormParts | None:
         """What another file must have in common with this one to be read by its plan.
 
         None if that cannot be said. Files are then parsed one by one.
         """
         return None
+
+    def plan_and_form(self, file: Bytes) -> tuple[ReadPlan, Callable[[], FormParts | None]]:
+        """What `plan` returns, and a function that returns what `form` does."""
+        plan = self.plan(file)
+        return plan, partial(self.form, file, plan)
+
+    def selected(self, plan: ReadPlan) -> ReadPlan:
+        """The plan that reads what is kept of a feature. Raises ValueError if it lacks that."""
+        return plan if self.selection is None else self.selection.plan(plan)
 
     def remembered(self, version: bytes) -> ReadPlan | None:
         """The read plan of the file that has this version, if it is remembered."""
@@ -180,9 +182,9 @@ class PlanReader:
                 data = os.read(feature.fd, size + 1)
                 if len(data) != size:
                     raise Unsupported("the file changes while it is read")
-                plan = self.selected_plan(Bytes(data))
+                plan = self.selected(self.plan(Bytes(data)))
             else:
-                plan = self.selected_plan(Windows(feature.fd, size))
+                plan = self.selected(self.plan(Windows(feature.fd, size)))
             if not is_racy(status):
                 self.remember(version, plan)
             feature.follow(plan, data)

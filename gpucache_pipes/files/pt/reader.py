@@ -13,6 +13,7 @@ Any other file is Unsupported here, and `fallback.py` leaves it to torch.load.
 """
 
 import sys
+from collections.abc import Callable
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.planned import Bytes, PlanReader
@@ -48,6 +49,14 @@ class PtReader(PlanReader):
 
     def plan(self, file: Bytes) -> ReadPlan:
         """See PlanReader."""
+        return self._parse(file)[0]
+
+    def plan_and_form(self, file: Bytes) -> tuple[ReadPlan, Callable[[], FormParts | None]]:
+        """See PlanReader."""
+        plan, template = self._parse(file)
+        return plan, template.form
+
+    def _parse(self, file: Bytes) -> tuple[ReadPlan, FileTemplate]:
         if sys.byteorder != "little":
             raise Unsupported("the machine is big-endian")
         templates = self._templates.get(file.size, [])
@@ -57,7 +66,7 @@ class PtReader(PlanReader):
             if plan is not None:
                 if template.cost != before:
                     self._add_cost(template.cost - before)
-                return plan
+                return plan, template
         template = FileTemplate(file, self._directory_templates)
         # A template is remembered when it is seen for the second time. Where each file has one of
         # its own, none is remembered.
@@ -69,14 +78,7 @@ class PtReader(PlanReader):
             if len(self._seen) >= _MAX_SEEN:
                 self._seen.clear()
             self._seen.add(seen)
-        return template.first_plan
-
-    def form(self, file: Bytes, plan: ReadPlan) -> FormParts | None:
-        """See PlanReader. None if no template of the file is remembered."""
-        for template in self._templates.get(file.size, []):
-            if template.plan(file) is not None:
-                return template.form()
-        return None
+        return template.first_plan, template
 
     def _add_cost(self, cost: int) -> None:
         self._templates_cost += cost

@@ -106,12 +106,20 @@ class FileTemplate:
 
     def form(self) -> FormParts:
         """What `plan` compares, and the pickle."""
-        if self._comparison is None:
-            self._comparison = _Comparison(self._directory.records, self._starts)
-        pickle, others, digits = self._comparison.runs()
         constant, prefixes = self._directory.runs()
-        # The pickles of a data set differ where anything does, or the sizes in the directory.
-        return FormParts([pickle, *constant, *others], digits, prefixes)
+        digits, pickle = [], (0, 0)
+        for name, (header, _, size) in self._directory.records.items():
+            # The signature, and the lengths of name and extra field.
+            constant += [(header, 4), (header + 26, 4)]
+            piece = (self._starts[name], size)
+            if name in _EXACT:
+                constant.append(piece)
+            elif name in _DIGITS:
+                digits.append(piece)
+            elif name == "data.pkl":
+                pickle = piece
+        # Within a data set the pickles differ, if anything does.
+        return FormParts([pickle, *constant], digits, prefixes)
 
     def _plan_by(self, pickle: bytes) -> ReadPlan:
         plan = self._plans.get(pickle)
@@ -194,12 +202,6 @@ class _Comparison:
             codes.append(f"{start - at}x{count}s")
             at = start + count
         self._struct = struct.Struct("".join(codes))
-
-    def runs(self) -> tuple[tuple[int, int], list[tuple[int, int]], list[tuple[int, int]]]:
-        """The run (start, count) of the pickle, those that are compared, and those of digits."""
-        special = {self._pickle, *self._digits}
-        others = [piece for n, piece in enumerate(self._pieces) if n not in special]
-        return self._pieces[self._pickle], others, [self._pieces[n] for n in self._digits]
 
     def pickle(self, file: Bytes) -> bytes | None:
         """Return the pickle of a file that has nothing else of its own; else None.
