@@ -1,4 +1,4 @@
-"""Measure what a cached batch costs, and print it next to the aims as one table.
+"""Measure what a cached batch and a first epoch cost, and print it next to the aims as one table.
 
 Calls scenarios.py (small in batches of 8 to 1,024, alone and with two busy processes; ragged and
 ragged-large), overhead.py and million.py; their docstrings say what is measured. The store has a
@@ -27,6 +27,7 @@ from gpucache_pipes.cli.bench.figures import spread
 BY_NAME = {contender.name: contender for contender in CONTENDERS}
 DICT = BY_NAME["dict of features, never evicts"]
 COLLATE_FN = BY_NAME["GPUCollator with a collate_fn"]
+PREADV = BY_NAME["preadv of the bytes"]
 CPU = torch.device("cpu")
 AGAINST_A_DICT = {8: 0.7, 32: 1.5, 256: 3.0, 1024: 3.0}
 """The aims by batch size."""
@@ -93,28 +94,35 @@ def small_files(options: Options) -> list[Row]:
         report = options.measure(replace(scenario, share=None, batch_size=size), OURS, DICT)
         title = f"small, cached, batch {report['work']['batch_size']}, against a dict"
         by_size.append(ratio(title, aim, report, "later", DICT))
-    report = options.measure(replace(scenario, busy=2), OURS, DICT, BASELINE)
+    report = options.measure(replace(scenario, busy=2), OURS, DICT, BASELINE, PREADV)
     title = f"small, {{}}, batch {report['work']['batch_size']}, against {{}}"
     return [
         ratio(title.format("cached", BASELINE.name), 400, report, "later", BASELINE),
         *by_size,
         ratio(title.format("cached, two busy processes", "a dict"), 1, report, "busy", DICT),
         ratio(
-            title.format("5 epochs, half cached", BASELINE.name), 20, report, "partial", BASELINE
+            title.format("5 epochs, half cached", BASELINE.name), 60, report, "partial", BASELINE
         ),
+        ratio(title.format("first epoch", BASELINE.name), 40, report, "first", BASELINE),
+        ratio(title.format("first epoch", "a bare preadv"), 0.6, report, "first", PREADV),
     ]
 
 
 def ragged_files(options: Options) -> list[Row]:
     large, short = (
-        options.measure(replace(SCENARIOS[name], overlap=False, share=None), OURS, COLLATE_FN, DICT)
+        options.measure(
+            replace(SCENARIOS[name], overlap=False, share=None), OURS, COLLATE_FN, DICT, BASELINE
+        )
         for name in ("ragged-large", "ragged")
     )
     title = "sequences of {} KB, cached, {}, against a dict"
+    first = f"sequences of {{}} KB, first epoch, {{}}, against {BASELINE.name}"
     return [
         ratio(title.format("16 to 260", "own collate_fn"), 1, large, "later", DICT, COLLATE_FN),
         ratio(title.format("16 to 260", 'ragged="pad"'), 2, large, "later", DICT),
         ratio(title.format("8", 'ragged="pad"'), 2, short, "later", DICT),
+        ratio(first.format("16 to 260", "own collate_fn"), 4, large, "first", BASELINE, COLLATE_FN),
+        ratio(first.format("8", 'ragged="pad"'), 20, short, "first", BASELINE),
     ]
 
 

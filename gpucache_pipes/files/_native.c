@@ -6,12 +6,13 @@ hold the leaves. All of its bounds are checked when it is made, against the size
 is compared with the forms of its size only, by fstat of the open file, and what fits none of them
 is left to Python.
 
-    read(forms, paths, first, scratch, rows, control)   files into scratch; a row for each
+    read(forms, paths, whole, scratch, rows, control)   files into scratch; a row for each
     copy(forms, rows, which, scratch, target, offsets)  leaves out of scratch, to their places
 
 Nothing here blocks a signal: a call that one interrupts returns early, and the caller calls again.
 No memory is allocated while the interpreter lock is released. */
 
+#include <pyconfig.h> /* says whether Py_GIL_DISABLED */
 #if !defined(Py_GIL_DISABLED)
 #define Py_LIMITED_API 0x030B0000
 #endif
@@ -27,7 +28,6 @@ No memory is allocated while the interpreter lock is released. */
 #include <unistd.h>
 
 typedef unsigned char byte;
-
 /* The columns of a row: int64 each. batch_reader.py has the same names. */
 enum { STATUS, START, DEVICE, INODE, SIZE, MTIME, COLUMNS };
 
@@ -38,7 +38,7 @@ enum { UNKNOWN = -1, LEFT_TO_PYTHON = -2 };
    that is being read, nanoseconds from the beginning of the call to the beginning of that file, and
    whether to return after it. */
 enum { CURRENT, SINCE, STOP, CONTROLS };
-enum { ALIGNMENT = 64 };
+enum { ALIGNMENT = 64, SIGNALS_NS = 50000000 };
 
 typedef struct { int64_t start, count; } Run;
 typedef struct { int64_t start, offset, count; } Extent;
@@ -212,8 +212,7 @@ forms_of(PyObject *items, Forms *forms)
     forms->count = PyTuple_Size(items);
     forms->form = PyMem_Malloc((forms->count + 1) * sizeof(Form *));
     if (forms->form == NULL) {
-        PyErr_NoMemory();
-        return -1;
+        return PyErr_NoMemory() == NULL ? -1 : 0;
     }
     for (Py_ssize_t i = 0; i < forms->count; i++) {
         PyObject *item = PyTuple_GetItem(items, i);
@@ -264,11 +263,11 @@ typedef enum { DONE, FULL, INTERRUPTED } Outcome;
 /* Read one file into `scratch`, which has `room` bytes. The row says what became of it. */
 static Outcome
 read_one(const char *path, const Forms *forms, byte *scratch, int64_t room, int64_t whole,
-         int64_t *row)
+         int64_t *row, int64_t *read_bytes)
 {
     struct stat status;
     row[STATUS] = LEFT_TO_PYTHON;
-    row[SIZE] = 0;
+    row[SIZE] = *read_bytes = 0;
     /* O_NONBLOCK: opening a FIFO must not block. */
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0) {
@@ -299,6 +298,7 @@ read_one(const char *path, const Forms *forms, byte *scratch, int64_t room, int6
             }
             if (outcome == DONE && got == size) {
                 row[STATUS] = find(forms, scratch, size);
+                *read_bytes = size;
             }
         }
     }
@@ -318,23 +318,20 @@ int64s(const Py_buffer *buffer, Py_ssize_t count)
     return buffer->buf;
 }
 
-/* Bytes objects of the paths from `first` on; None where the system can have no such path. */
+/* Bytes objects of the paths; None where the system can have no such path. */
 static PyObject *
-encoded(PyObject *paths, Py_ssize_t first, const char **pointers)
+encoded(PyObject *paths, const char **pointers)
 {
-    Py_ssize_t count = PyList_Size(paths) - first;
+    Py_ssize_t count = PyTuple_Size(paths);
     PyObject *held = PyTuple_New(count);
     for (Py_ssize_t i = 0; held != NULL && i < count; i++) {
         PyObject *one = NULL;
-        pointers[i] = NULL;
-        if (PyUnicode_FSConverter(PyList_GetItem(paths, first + i), &one)) {
-            pointers[i] = PyBytes_AsString(one);
-        }
-        else if (PyErr_ExceptionMatches(PyExc_ValueError)
-                 || PyErr_ExceptionMatches(PyExc_TypeError)) {
+        if (!PyUnicode_FSConverter(PyTuple_GetItem(paths, i), &one)
+            && PyErr_ExceptionMatches(PyExc_Exception)) {
             PyErr_Clear();
             one = Py_NewRef(Py_None);
         }
+        pointers[i] = one != NULL && one != Py_None ? PyBytes_AsString(one) : NULL;
         if (one == NULL) {
             Py_CLEAR(held);
         }
@@ -350,52 +347,57 @@ read_files(PyObject *module, PyObject *args)
 {
     PyObject *items, *paths, *held = NULL;
     Forms forms = {0, NULL};
-    Py_ssize_t first;
     long long whole;
     Py_buffer scratch, table, control;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!O!nLw*w*w*:read", &PyTuple_Type, &items, &PyList_Type, &paths,
-                          &first, &whole, &scratch, &table, &control)) {
+    if (!PyArg_ParseTuple(args, "O!O!Lw*w*w*:read", &PyTuple_Type, &items, &PyTuple_Type, &paths,
+                          &whole, &scratch, &table, &control)) {
         return NULL;
     }
-    Py_ssize_t count = PyList_Size(paths) - first, done = 0;
-    int64_t *rows = NULL, *told = NULL;
+    Py_ssize_t count = PyTuple_Size(paths), done = 0;
+    int64_t *rows = int64s(&table, count * COLUMNS), *told = int64s(&control, CONTROLS);
     const char **pointers = NULL;
-    if (first < 0 || count < 0) {
-        PyErr_SetString(PyExc_ValueError, "first is not within the paths");
-    }
-    else if ((rows = int64s(&table, (first + count) * COLUMNS)) != NULL
-             && (told = int64s(&control, CONTROLS)) != NULL && forms_of(items, &forms) == 0) {
-        pointers = PyMem_Malloc((count ? count : 1) * sizeof(char *));
-        held = pointers == NULL ? PyErr_NoMemory() : encoded(paths, first, pointers);
+    if (rows != NULL && told != NULL && forms_of(items, &forms) == 0) {
+        pointers = PyMem_Malloc((count + 1) * sizeof(char *));
+        held = pointers == NULL ? PyErr_NoMemory() : encoded(paths, pointers);
     }
     if (held != NULL) {
         byte *memory = scratch.buf;
         int64_t used = 0;
         Py_BEGIN_ALLOW_THREADS
-        int64_t begin = now();
+        int64_t begin = now(), checked = begin;
         for (; done < count; done++) {
-            int64_t *row = rows + (first + done) * COLUMNS;
+            int64_t *row = rows + done * COLUMNS;
             if (__atomic_load_n(told + STOP, __ATOMIC_RELAXED)) {
                 break;
             }
-            __atomic_store_n(told + SINCE, now() - begin, __ATOMIC_RELAXED);
-            __atomic_store_n(told + CURRENT, first + done, __ATOMIC_RELAXED);
+            int64_t time = now();
+            if (time - checked > SIGNALS_NS) {
+                /* Storage is slow: most file systems do not let a signal interrupt a read. */
+                Py_BLOCK_THREADS
+                int raised = PyErr_CheckSignals();
+                Py_UNBLOCK_THREADS
+                if (raised) {
+                    break;
+                }
+                checked = time;
+            }
+            __atomic_store_n(told + SINCE, time - begin, __ATOMIC_RELAXED);
+            __atomic_store_n(told + CURRENT, done, __ATOMIC_RELAXED);
             row[START] = used;
             row[STATUS] = LEFT_TO_PYTHON;
             if (pointers[done] == NULL) {
                 continue;
             }
+            int64_t nbytes;
             Outcome outcome = read_one(pointers[done], &forms, memory + used, scratch.len - used,
-                                       whole, row);
+                                       whole, row, &nbytes);
             if (outcome == INTERRUPTED || (outcome == FULL && used)) {
                 break;
             }
-            if (row[STATUS] != LEFT_TO_PYTHON) {
-                used += (row[SIZE] + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-                if (used > scratch.len) {
-                    used = scratch.len;
-                }
+            if (nbytes) {
+                used += (nbytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+                used = used > scratch.len ? scratch.len : used;
             }
         }
         Py_END_ALLOW_THREADS
@@ -406,7 +408,7 @@ read_files(PyObject *module, PyObject *args)
     PyBuffer_Release(&scratch);
     PyBuffer_Release(&table);
     PyBuffer_Release(&control);
-    return PyErr_Occurred() ? NULL : PyLong_FromSsize_t(first + done);
+    return PyErr_Occurred() ? NULL : PyLong_FromSsize_t(done);
 }
 
 static PyObject *
@@ -438,7 +440,7 @@ copy_files(PyObject *module, PyObject *args)
             const Extent *extent = sound ? form->part[EXTENTS] : NULL;
             for (Py_ssize_t n = 0; sound && n < form->count[EXTENTS]; n++) {
                 Extent e = extent[n];
-                memcpy((byte *)target.buf + offset + e.offset,
+                memmove((byte *)target.buf + offset + e.offset,
                        (const byte *)scratch.buf + start + e.start, e.count);
             }
         }
@@ -460,10 +462,10 @@ copy_files(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"read", read_files, METH_VARARGS,
-     "read(forms, paths, first, whole, scratch, rows, control) -> int\n\n"
-     "Read files of at most `whole` bytes into scratch, from paths[first] on, and compare them with\n"
-     "the forms of their sizes. Returns the number of the path at which it stopped: because scratch\n"
-     "is full, because of a signal, or because control[STOP] is not 0."},
+     "read(forms, paths, whole, scratch, rows, control) -> int\n\n"
+     "Read files of at most `whole` bytes into scratch, and compare them with the forms of their\n"
+     "sizes. Returns how many there are before the one at which it stopped, because scratch is full,\n"
+     "because of a signal, or because control[STOP] is not 0."},
     {"copy", copy_files, METH_VARARGS,
      "copy(forms, rows, which, scratch, target, offsets)\n\n"
      "Copy the leaves of files that were read into scratch to these offsets of target."},

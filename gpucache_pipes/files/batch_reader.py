@@ -14,7 +14,6 @@ Without the native module (see `native_problem`) all files are.
 import importlib
 import os
 import time
-import weakref
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -27,8 +26,9 @@ import numpy.typing as npt
 import torch
 
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.planned import Bytes, PlanReader, fill
+from gpucache_pipes.files.planned import MAX_PLAN_COST, Bytes, PlanReader, fill
 from gpucache_pipes.files.plans import FormParts, ReadPlan
+from gpucache_pipes.files.scratch import borrow
 from gpucache_pipes.files.source import OpenFeature, Progress, VersionedFeature
 from gpucache_pipes.files.strided import copy_many
 from gpucache_pipes.files.versions import RACY_NS
@@ -36,13 +36,6 @@ from gpucache_pipes.files.versions import RACY_NS
 _WHOLE = 1 << 20
 """Bytes of a file that is read whole. Copying its leaves once more costs less than the Python code
 that reads them in place."""
-
-_SCRATCH = 8 << 20
-"""Bytes that the files of one call have, at most, in each reader thread."""
-
-_BYTE = torch.uint8
-_MOST_FREE = 32
-"""Scratch memories that are kept for reuse."""
 
 _FIRST = 4
 """Files of the first call: their form is learned before the others are read."""
@@ -54,7 +47,7 @@ _MOST_RUNS = 1 << 16
 
 # The columns of a row, and the values of STATUS that are not the number of a form: see _native.c.
 _STATUS, _START, _VERSION, _SIZE, _MTIME, _COLUMNS = 0, 1, slice(2, 6), 4, 5, 6
-_LEFT_TO_PYTHON = -2
+_UNKNOWN, _LEFT_TO_PYTHON = -1, -2
 
 
 def _import_native() -> tuple[ModuleType | None, str | None]:
@@ -94,6 +87,7 @@ class BatchReader:
     def __init__(self, reader: PlanReader) -> None:
         self._reader = reader
         self._last: dict[int, ReadPlan] = {}
+        self._begun = False
         self._matched = 0  # files that were of a known form; approximate
         self._known = _Known([], (), []) if _native is not None else None
 
@@ -107,19 +101,26 @@ class BatchReader:
         known = self._known
         if _native is None or known is None:
             return []
-        if not known.forms:
+        if not self._begun:
+            self._begun = True
             paths = paths[:_FIRST]
         chunk = _Chunk(known, len(paths))
+        begin = time.monotonic_ns()
         end = 0
         while not end and not progress.stopped:  # a signal ends the call early
             end = _native.read(
-                known.forms, paths, 0, _WHOLE, chunk.memory, chunk.rows, progress.shared
+                known.forms, tuple(paths), _WHOLE, chunk.memory, chunk.rows, progress.shared
             )
+        chunk.ended = time.time_ns()
         self._matched += int((chunk.rows[:end, _STATUS] >= 0).sum())
-        return [
-            self._feature(chunk, number, form, size)
-            for number, (form, _, _, _, size, _) in enumerate(chunk.rows[:end].tolist())
-        ]
+        features: list[VersionedFeature | None] = []
+        for number, (form, _, _, _, size, _) in enumerate(chunk.rows[:end].tolist()):
+            if form == _UNKNOWN:
+                if progress.stopped:
+                    break
+                progress.begin(number, time.monotonic_ns() - begin)
+            features.append(self._feature(chunk, number, form, size))
+        return features
 
     def _feature(
         self, chunk: "_Chunk", number: int, form: int, size: int
@@ -139,10 +140,12 @@ class BatchReader:
         try:
             plan, form = self._reader.plan_and_form(file)
             plan = self._reader.selected(plan)
-        except (Unsupported, ValueError):
-            return None  # opening it says why
+        except (Unsupported, ValueError, MemoryError, RecursionError):
+            return None  # PlanReader.open says what is wrong with the file
         if version:
             self._reader.remember(version, plan)
+        if plan.cost > MAX_PLAN_COST:
+            return plan
         # The form is learned of the second file that has it; of the first one, once it has turned
         # out that there are mostly several.
         known = self._known
@@ -159,17 +162,19 @@ class BatchReader:
     def _learn(self, file: Bytes, plan: ReadPlan, parts: FormParts | None) -> None:
         """Add the form of a file."""
         assert _native is not None and self._known is not None and file.whole is not None
+        known = self._known
+        begin = bisect_left(known.sizes, file.size)
+        after = bisect_right(known.sizes, file.size)
+        if any(other is plan for other in known.plans[begin:after]):
+            return  # by a file of the same call
         if parts is None or sum(count for _, count in parts.equal) > _MOST_RUNS:
             return
         content = b"".join(file.whole[start : start + count] for start, count in parts.equal)
         runs = [array("q", chain.from_iterable(part)).tobytes() for part in (*parts, plan.extents)]
         form = _native.Form(file.size, runs[0], content, *runs[1:])
-        known = self._known
         if len(known.forms) >= _MOST_FORMS:
-            known = _Known([], (), [])
+            known, begin, after = _Known([], (), []), 0, 0
         # The newest of a size comes first, and the oldest goes.
-        begin = bisect_left(known.sizes, file.size)
-        after = bisect_right(known.sizes, file.size)
         end = min(after, begin + _MOST_OF_A_SIZE - 1)
         self._known = _Known(
             [*known.sizes[:begin], file.size, *known.sizes[begin:end], *known.sizes[after:]],
@@ -184,12 +189,9 @@ class _Chunk:
     def __init__(self, known: _Known, files: int) -> None:
         self.known = known
         self.rows = np.empty((files, _COLUMNS), np.int64)
-        # Not one for each thread, which may begin another chunk in a signal handler.
-        try:
-            self.memory: npt.NDArray[np.uint8] = _free.pop()
-        except IndexError:
-            self.memory = np.empty(_SCRATCH, np.uint8)
-        weakref.finalize(self, _give_back, self.memory).atexit = False
+        self.memory = borrow(self)
+        # When it was read: from before the first file to after the last one.
+        self.begun = self.ended = time.time_ns()
 
     def data(self, number: int) -> memoryview:
         """The bytes of a file."""
@@ -199,16 +201,8 @@ class _Chunk:
     def version(self, number: int) -> bytes | None:
         """The version of a file, see `version_of`; None if it may still change unnoticed."""
         row = self.rows[number]
-        racy = abs(time.time_ns() - int(row[_MTIME])) <= RACY_NS
+        racy = self.begun - RACY_NS <= int(row[_MTIME]) <= self.ended + RACY_NS
         return None if racy else row[_VERSION].tobytes()
-
-
-_free: list[npt.NDArray[np.uint8]] = []
-
-
-def _give_back(memory: npt.NDArray[np.uint8]) -> None:
-    if len(_free) < _MOST_FREE:
-        _free.append(memory)
 
 
 class ScratchFeature:
@@ -289,6 +283,9 @@ def _copy_strided(
         if extents := chunk.known.plans[form].strided_extents:
             these = forms == form
             starts = chunk.rows[numbers[these], _START]
-            source, target = torch.from_numpy(chunk.memory), torch.frombuffer(memory, dtype=_BYTE)
+            source, target = (
+                torch.from_numpy(chunk.memory),
+                torch.frombuffer(memory, dtype=torch.uint8),
+            )
             for extent in extents:
                 copy_many(source, starts, extent, target, places[these])

@@ -76,6 +76,11 @@ class Progress:
         """Whether the call should return after the file at hand."""
         return bool(self.shared[2])
 
+    def begin(self, position: int, since: int) -> None:
+        """The call begins with another file."""
+        self.shared[1] = since  # first: see ReadTask.overdue
+        self.shared[0] = position
+
     def stop(self) -> None:
         """Have the call return after the file at hand."""
         self.shared[2] = 1

@@ -119,7 +119,9 @@ class Loader:
                 numbers += _take(boxes.popleft())
             except IndexError:
                 break
-            wanted = self._pace.files_per_task(len(numbers) * (1 + len(boxes)))
+            if self._reader.opens_at_once:
+                # Else a file that takes long would keep files of another request waiting.
+                wanted = self._pace.files_per_task(len(numbers) * (1 + len(boxes)))
         return numbers
 
     def drain(self) -> None:

@@ -33,6 +33,7 @@ class TaskReader:
         running: tasks under way. Adding and discarding an item of a set is atomic; others iterate
             over a copy.
         stopping: the store was closed: end early.
+        opens_at_once: whether the source has opened files in one go, of late.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TaskReader:
         self._revalidate = revalidate
         self.running: set[ReadTask] = set()
         self.stopping = False
+        self.opens_at_once = False
 
     def stop(self) -> None:
         """End the tasks under way after the file at hand. Takes no lock."""
@@ -107,14 +109,20 @@ class TaskReader:
         features: list[VersionedFeature | None] = []
         progress = task.begin_many(numbers)
         try:
+            if self.stopping:  # after `begin_many`: `stop` has missed it, or will stop it
+                raise RuntimeError("the store was closed")
             with trace("gpucache::read"):
                 features = self._open_at_once(*self._loads.identities(numbers), progress)
         finally:
             task.end()
+        self.opens_at_once = bool(features)
         return features or [None] * len(numbers)
 
     def _load_each(
-        self, numbers: Sequence[int], features: "Sequence[VersionedFeature | None]", task: ReadTask
+        self,
+        numbers: Sequence[int],
+        features: "Sequence[VersionedFeature | None]",
+        task: ReadTask,
     ) -> None:
         """Open those that are not, and read all, at most `upload_bytes` and a file at a time."""
         group = OpenFiles([], [], [])

@@ -69,9 +69,9 @@ class Failing:
         self._bad = bad
         self.copy, self.Form = native.copy, native.Form
 
-    def read(self, forms: Any, paths: list[str], *rest: Any) -> int:
+    def read(self, forms: Any, paths: tuple[str, ...], *rest: Any) -> int:
         end: int = self._native.read(forms, paths, *rest)
-        rows = rest[3]
+        rows = rest[2]
         rows[: len(paths)][[path == self._bad for path in paths], 0] = batch_reader._LEFT_TO_PYTHON
         return end
 

@@ -314,11 +314,11 @@ def test_a_native_read_that_hangs(make_files: Files, monkeypatch: pytest.MonkeyP
             copy, Form = native.copy, native.Form
 
             @staticmethod
-            def read(forms: Any, names: list[str], first: int, *rest: Any) -> int:
+            def read(forms: Any, names: tuple[str, ...], *rest: Any) -> int:
                 if paths[20] not in names or rows:
-                    return native.read(forms, names, first, *rest)
+                    return native.read(forms, names, *rest)
                 at = names.index(paths[20])
-                assert native.read(forms, names[:at], first, *rest) == at
+                assert native.read(forms, names[:at], *rest) == at
                 rest[-1][0] = at
                 rows.append(rest[-1])
                 assert go_on.wait(60)
