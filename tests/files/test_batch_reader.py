@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,9 @@ def test_large_plans_are_not_kept(tmp_path: Path) -> None:
     assert not reader._last
 
 
-def test_scratch_memory_has_one_borrower() -> None:
+def test_scratch_memory_has_one_borrower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_returned", deque())  # without what other tests have returned
+
     class Borrower:
         pass
 
