@@ -17,6 +17,9 @@ from gpucache_pipes.files.source import Source
 PathLike = str | os.PathLike[str]
 Numbers = NDArray[np.intp]
 
+_AHEAD = 16
+"""Times as many files as are asked about, at most, for which a directory is looked through."""
+
 _MANY = 8
 """From this many new files of one directory on, they are numbered together."""
 
@@ -140,7 +143,8 @@ class PathTable:
 
         Takes no Python step for each file: a pipeline may announce a million of them.
         """
-        expected = max(expected, len(paths))
+        # Not too many at once: listing a directory of a million files takes a second.
+        expected = max(min(expected, _AHEAD * len(paths)), len(paths))
         if expected < _MANY or not isinstance(paths[0], str):
             return None
         head = paths[0].rpartition("/")[0]

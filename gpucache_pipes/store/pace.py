@@ -107,13 +107,13 @@ class Pace:
             if not waiting or self._since is None:
                 # The consumer is the limit, or was until now: what arrived says nothing.
                 self._begin(now)
-            elif now - wall >= self._since:
+            elif now - wall > self._since - 1e-6:  # not those that had begun before
                 self._tasks += 1
                 self._files += files
                 self._wall += wall
                 self._cpu += cpu
-                if self._tasks > self._readers:  # more than one each
-                    self._decide(native)
+                if self._tasks >= 2 * self._readers:
+                    self._decide(native, now - self._since)
                     self._begin(now)
         finally:
             self._deciding.release()
@@ -123,9 +123,10 @@ class Pace:
         self._tasks = self._files = 0
         self._wall = self._cpu = 0.0
 
-    def _decide(self, native: bool) -> None:
+    def _decide(self, native: bool, elapsed: float) -> None:
         each = self._wall / self._files
-        rate = self._readers / max(each, 1e-9)
+        # Not from how many readers there are and what a file takes: not all of them need be busy.
+        rate = self._files / max(elapsed, 1e-9)
         if self._before is not None:
             self._gave_up = rate < _WORTH_IT * self._before
             self._before = None
