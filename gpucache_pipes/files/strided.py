@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gpucache_pipes.files.layout import ALIGNMENT
 from gpucache_pipes.files.plans import StridedExtent
 from gpucache_pipes.files.source import spread
 
@@ -37,13 +38,14 @@ def copy_many(
 
     Args:
         source: uint8 [n], which holds the files.
-        starts: where each file begins in it; multiples of 16.
+        starts: where each file begins in it.
         extent: of the leaf, in each of the files.
         target: uint8 [m].
-        places: where each feature begins in it; multiples of 16.
+        places: where each feature begins in it. Pages begin at multiples of 16.
     """
     leaf, dtype = extent.leaf, extent.dtype
-    if extent.start % dtype.itemsize:  # no tensor of this dtype can begin there
+    aligned = not (starts % ALIGNMENT).any() and not (places % ALIGNMENT).any()
+    if extent.start % dtype.itemsize or not aligned:  # no tensor of the dtype can begin there
         for start, place in zip((starts + extent.start).tolist(), places.tolist(), strict=True):
             data = bytearray(source[start : start + extent.nbytes].numpy().data)
             copy_one(data, extent, [target[place:].numpy().data])

@@ -95,7 +95,7 @@ class FormatContract:
                 self.assert_equal(_read(reader, path, cuts, spare), self.reference(path))
 
     @inherited(20)
-    @given(st.data(), st.integers(0, 40))
+    @given(st.data(), st.integers(0, 40) | st.just(16))
     def test_many_at_once(self, data: st.DataObject, spare: int) -> None:
         """Files of forms that are known and not, opened in one go, into memory side by side."""
         written = data.draw(st.lists(self.features(), min_size=1, max_size=3))
