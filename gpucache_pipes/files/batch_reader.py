@@ -31,7 +31,7 @@ from gpucache_pipes.files.plans import FormParts, ReadPlan
 from gpucache_pipes.files.scratch import borrow
 from gpucache_pipes.files.source import OpenFeature, Progress, VersionedFeature
 from gpucache_pipes.files.strided import copy_many
-from gpucache_pipes.files.versions import RACY_NS
+from gpucache_pipes.files.versions import is_racy_between
 
 _WHOLE = 1 << 20
 """Bytes of a file that is read whole. Copying its leaves once more costs less than the Python code
@@ -201,7 +201,7 @@ class _Chunk:
     def version(self, number: int) -> bytes | None:
         """The version of a file, see `version_of`; None if it may still change unnoticed."""
         row = self.rows[number]
-        racy = self.begun - RACY_NS <= int(row[_MTIME]) <= self.ended + RACY_NS
+        racy = is_racy_between(int(row[_MTIME]), self.begun, self.ended)
         return None if racy else row[_VERSION].tobytes()
 
 
@@ -283,9 +283,7 @@ def _copy_strided(
         if extents := chunk.known.plans[form].strided_extents:
             these = forms == form
             starts = chunk.rows[numbers[these], _START]
-            source, target = (
-                torch.from_numpy(chunk.memory),
-                torch.frombuffer(memory, dtype=torch.uint8),
-            )
+            source = torch.from_numpy(chunk.memory)
+            target = torch.frombuffer(memory, dtype=torch.uint8)
             for extent in extents:
                 copy_many(source, starts, extent, target, places[these])

@@ -13,6 +13,7 @@ from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout
 from gpucache_pipes.files.planned import Bytes, PlanReader
 from gpucache_pipes.files.plans import Extent, FormParts, ReadPlan, StridedExtent
+from gpucache_pipes.files.strided import contiguous_strides
 
 _DTYPES = {
     "f8": torch.float64,
@@ -94,10 +95,6 @@ class NpyReader(PlanReader):
             return ReadPlan(layout, (), (), ())
         if not fortran or len(shape) < 2:
             return ReadPlan(layout, (), (Extent(start, 0, leaf.nbytes),), ())
-        strides, step = [], 1
-        for size in shape:
-            strides.append(step)
-            step *= size
-        return ReadPlan(
-            layout, (), (), (StridedExtent(start, leaf.nbytes, tuple(strides), leaf.dtype, leaf),)
-        )
+        strides = contiguous_strides(shape[::-1])[::-1]
+        extent = StridedExtent(start, leaf.nbytes, strides, leaf.dtype, leaf)
+        return ReadPlan(layout, (), (), (extent,))

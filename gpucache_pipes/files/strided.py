@@ -50,8 +50,8 @@ def copy_many(
             data = bytearray(source[start : start + extent.nbytes].numpy().data)
             copy_one(data, extent, [target[place:].numpy().data])
         return
-    before = source[: len(source) // 16 * 16].view(dtype)
-    after = target[: len(target) // 16 * 16].view(leaf.dtype)
+    before = source[: len(source) // ALIGNMENT * ALIGNMENT].view(dtype)
+    after = target[: len(target) // ALIGNMENT * ALIGNMENT].view(leaf.dtype)
     froms = (starts + extent.start) // dtype.itemsize
     tos = (places + leaf.offset) // leaf.dtype.itemsize
     dense = contiguous_strides(leaf.shape)

@@ -18,4 +18,10 @@ def version_of(status: os.stat_result) -> bytes:
 
 def is_racy(status: os.stat_result) -> bool:
     """Whether the file was written so lately that its version may not change when it does."""
-    return abs(time.time_ns() - status.st_mtime_ns) <= RACY_NS
+    now = time.time_ns()
+    return is_racy_between(status.st_mtime_ns, now, now)
+
+
+def is_racy_between(mtime_ns: int, begun_ns: int, ended_ns: int) -> bool:
+    """The same for a file that was looked at between two moments."""
+    return begun_ns - RACY_NS <= mtime_ns <= ended_ns + RACY_NS
