@@ -1,6 +1,7 @@
 """Feature files: where they are, what is in them, and how their bytes are read."""
 
-from gpucache_pipes.files.batch_reader import native_problem, read_many
+from gpucache_pipes.files.batch_reader import native_problem
+from gpucache_pipes.files.chunks import read_many
 from gpucache_pipes.files.failures import load_error
 from gpucache_pipes.files.formats import FileOpener
 from gpucache_pipes.files.layout import (

@@ -1,13 +1,13 @@
 /* Reads small files of known forms, many in one call, without the interpreter lock.
 
-It parses nothing. A Form is made by Python code (files/batch_reader.py) of a file that it has
-parsed: byte runs that must be equal, runs of digits, a prefix that may differ, and the extents that
-hold the leaves. All of its bounds are checked when it is made, against the size of the file. A file
-is compared with the forms of its size only, by fstat of the open file, and what fits none of them
-is left to Python.
+It parses nothing. A Form is made by Python code (files/batch_reader.py) of files that it has
+parsed: byte runs that must be equal, runs of digits, a prefix that may differ, and numbers that
+follow from the sizes of the parts that differ in size. Its bounds are checked when it is made, and
+again for each file, whose size is that of the open file by fstat. What fits no form is left to
+Python.
 
     read(forms, paths, whole, scratch, rows, control)   files into scratch; a row for each
-    copy(forms, rows, which, scratch, target, offsets)  leaves out of scratch, to their places
+    copy(scratch, target, moves)                        leaves out of scratch, to their places
 
 Nothing here blocks a signal: a call that one interrupts returns early, and the caller calls again.
 No memory is allocated while the interpreter lock is released. */
@@ -26,12 +26,14 @@ No memory is allocated while the interpreter lock is released. */
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#if defined(__APPLE__)
+#define st_mtim st_mtimespec
+#endif
 
 typedef unsigned char byte;
-/* The columns of a row: int64 each. batch_reader.py has the same names. */
+/* The columns of a row, int64 each, and values of STATUS that are not the number of a form.
+   chunks.py has the same names. */
 enum { STATUS, START, DEVICE, INODE, SIZE, MTIME, COLUMNS };
-
-/* Values of STATUS that are not the number of a form. */
 enum { UNKNOWN = -1, LEFT_TO_PYTHON = -2 };
 
 /* What the caller and the call tell each other while the interpreter lock is released: the file
@@ -40,45 +42,53 @@ enum { UNKNOWN = -1, LEFT_TO_PYTHON = -2 };
 enum { CURRENT, SINCE, STOP, CONTROLS };
 enum { ALIGNMENT = 64, SIGNALS_NS = 50000000 };
 
-typedef struct { int64_t start, count; } Run;
-typedef struct { int64_t start, offset, count; } Extent;
+/* Some parts of a file may differ in size from one to the next: the growing parts. A position is as
+   in the file that the form was made of, with the number of growing parts before it. */
+typedef struct { int64_t start, count, after; } Run;
 
-enum { EQUAL, CONTENT, DIGITS, PREFIXES, EXTENTS, PARTS };
+/* A little-endian number that is base + (growth of the parts from..to) * factor / divisor. */
+typedef struct { int64_t start, width, after, base, from, to, factor, divisor; } Number;
+
+enum { EQUAL, CONTENT, DIGITS, PREFIXES, NUMBERS, PARTS };
+enum { MOST_GROWING = 16, MOST_FACTOR = 1 << 24 };
 
 typedef struct {
     PyObject_HEAD
-    int64_t size; /* of the file */
-    int64_t span; /* of the feature: the end of its last leaf */
-    /* In these bytes objects, which nothing changes: runs, but for CONTENT, which is what the
-       equal runs hold, end to end, and for EXTENTS. */
+    int64_t size;    /* of the file that it was made of, and of all if nothing grows */
+    int64_t growing; /* parts that grow; the first numbers tell how much all but the last one do */
+    /* In these bytes objects, which nothing changes: runs, but for NUMBERS, and for CONTENT, which
+       is what the equal runs hold, end to end. */
     PyObject *held[PARTS];
     const void *part[PARTS];
     Py_ssize_t count[PARTS];
 } Form;
 
-static void
-Form_dealloc(Form *self)
+static void Form_dealloc(Form *self)
 {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
     for (int i = 0; i < PARTS; i++) {
         Py_XDECREF(self->held[i]);
     }
-    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
-    release(self);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }
 
-static int
-within(int64_t start, int64_t count, int64_t size)
+static int within(int64_t start, int64_t count, int64_t size)
 {
     return start >= 0 && count >= 0 && start <= size && count <= size - start;
 }
 
-static int
-runs_within(const Run *run, Py_ssize_t runs, int64_t size, int64_t *total)
+static int between(int64_t low, int64_t value, int64_t high)
 {
-    for (Py_ssize_t i = 0; i < runs; i++) {
-        if (!within(run[i].start, run[i].count, size) || run[i].count > INT64_MAX - *total) {
+    return low <= value && value <= high;
+}
+
+static int runs_within(const Form *form, int part, int64_t *total)
+{
+    const Run *run = form->part[part];
+    for (Py_ssize_t i = 0; i < form->count[part]; i++) {
+        if (!within(run[i].start, run[i].count, form->size)
+            || run[i].count > INT64_MAX - *total || !between(0, run[i].after, form->growing)) {
             return 0;
         }
         *total += run[i].count;
@@ -86,49 +96,49 @@ runs_within(const Run *run, Py_ssize_t runs, int64_t size, int64_t *total)
     return 1;
 }
 
-static int
-is_sound(Form *self)
+static int is_sound(const Form *form)
 {
     int64_t equal = 0, others = 0;
-    const Run *prefix = self->part[PREFIXES];
-    const Extent *extent = self->part[EXTENTS];
-    if (self->size <= 0 || !runs_within(self->part[EQUAL], self->count[EQUAL], self->size, &equal)
-        || !runs_within(self->part[DIGITS], self->count[DIGITS], self->size, &others)
-        || !runs_within(prefix, self->count[PREFIXES], self->size, &others)
-        || equal != self->count[CONTENT]) {
-        return 0;
+    const Run *prefix = form->part[PREFIXES];
+    const Number *number = form->part[NUMBERS];
+    int sound = form->size > 0 && between(0, form->growing, MOST_GROWING)
+                && runs_within(form, EQUAL, &equal) && equal == form->count[CONTENT]
+                && runs_within(form, DIGITS, &others) && runs_within(form, PREFIXES, &others)
+                && form->count[NUMBERS] >= form->growing - 1;
+    for (Py_ssize_t i = 1; sound && i < form->count[PREFIXES]; i++) {
+        sound = prefix[i].count == prefix[0].count;
     }
-    int sound = 1;
-    for (Py_ssize_t i = 1; i < self->count[PREFIXES]; i++) {
-        sound = sound && prefix[i].count == prefix[0].count;
-    }
-    for (Py_ssize_t i = 0; sound && i < self->count[EXTENTS]; i++) {
-        Extent e = extent[i];
-        sound = within(e.start, e.count, self->size) && within(e.offset, e.count, INT64_MAX);
-        self->span = sound && e.offset + e.count > self->span ? e.offset + e.count : self->span;
+    for (Py_ssize_t i = 0; sound && i < form->count[NUMBERS]; i++) {
+        Number n = number[i];
+        int tells = i < form->growing - 1; /* how much a part has grown */
+        sound = between(1, n.width, 4) && within(n.start, n.width, form->size)
+                && between(tells ? form->growing : 0, n.after, form->growing)
+                && between(0, n.from, n.to) && n.to <= form->growing
+                && between(0, n.base, INT32_MAX) && between(0, n.factor, MOST_FACTOR)
+                && between(1, n.divisor, INT32_MAX)
+                && (!tells || (n.from == i && n.to == i + 1 && n.factor == 1 && n.divisor == 1));
     }
     return sound;
 }
 
-static PyObject *
-Form_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+static PyObject *Form_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static const Py_ssize_t widths[PARTS] = {sizeof(Run), 1, sizeof(Run), sizeof(Run),
-                                             sizeof(Extent)};
-    long long size;
+                                             sizeof(Number)};
+    long long size, growing;
     PyObject *part[PARTS];
     (void)kwargs;
-    if (!PyArg_ParseTuple(args, "LSSSSS:Form", &size, &part[EQUAL], &part[CONTENT], &part[DIGITS],
-                          &part[PREFIXES], &part[EXTENTS])) {
+    if (!PyArg_ParseTuple(args, "LLSSSSS:Form", &size, &growing, &part[EQUAL], &part[CONTENT],
+                          &part[DIGITS], &part[PREFIXES], &part[NUMBERS])) {
         return NULL;
     }
-    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    Form *self = (Form *)allocate(type, 0);
+    Form *self = (Form *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (self == NULL) {
         return NULL;
     }
     int sound = 1;
     self->size = size;
+    self->growing = growing;
     for (int i = 0; i < PARTS; i++) {
         Py_ssize_t nbytes = PyBytes_Size(part[i]);
         self->held[i] = Py_NewRef(part[i]);
@@ -138,7 +148,7 @@ Form_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
                 && (widths[i] == 1 || (uintptr_t)self->part[i] % sizeof(int64_t) == 0);
     }
     if (!sound || !is_sound(self)) {
-        PyErr_SetString(PyExc_ValueError, "a run or an extent is not within its file");
+        PyErr_SetString(PyExc_ValueError, "a run or a number is not within its file");
         Py_DECREF((PyObject *)self);
         return NULL;
     }
@@ -146,68 +156,91 @@ Form_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 }
 
 static PyType_Slot form_slots[] = {
-    {Py_tp_new, Form_new},
-    {Py_tp_dealloc, Form_dealloc},
-    {Py_tp_doc, "Form(size, equal, content, digits, prefixes, extents)\n\n"
-                "What a file of this size must hold, and where its leaves lie. Runs are int64\n"
-                "pairs (start, count), extents (start, offset, count), all as bytes."},
+    {Py_tp_new, Form_new}, {Py_tp_dealloc, Form_dealloc},
+    {Py_tp_doc, "Form(size, growing, equal, content, digits, prefixes, numbers)\n\n"
+                "What a file must hold. Runs and numbers are arrays of int64, as bytes."},
     {0, NULL},
 };
 static PyType_Spec form_spec = {
     "gpucache_pipes.files._native.Form", sizeof(Form), 0, Py_TPFLAGS_DEFAULT, form_slots};
 
-/* Whether `data`, which has form->size bytes, is of this form. */
-static int
-fits(const Form *form, const byte *data)
+static int64_t value_of(const byte *at, int64_t width)
 {
-    const byte *expected = form->part[CONTENT];
-    const Run *equal = form->part[EQUAL], *digits = form->part[DIGITS];
-    const Run *prefix = form->part[PREFIXES];
-    for (Py_ssize_t i = 0; i < form->count[EQUAL]; i++) {
-        if (memcmp(data + equal[i].start, expected, equal[i].count) != 0) {
-            return 0;
-        }
-        expected += equal[i].count;
+    int64_t value = 0;
+    for (int64_t i = width; i-- > 0;) {
+        value = value << 8 | at[i];
     }
-    for (Py_ssize_t i = 0; i < form->count[DIGITS]; i++) {
-        const byte *at = data + digits[i].start, *end = at + digits[i].count;
-        if (at == end) {
-            return 0;
-        }
-        for (; at < end; at++) {
-            if (*at < '0' || *at > '9') {
-                return 0;
-            }
-        }
-    }
-    if (form->count[PREFIXES] == 0) {
-        return 1;
-    }
-    const byte *first = data + prefix[0].start;
-    for (int64_t at = 0; at < prefix[0].count; at++) {
-        if (first[at] == '/' || first[at] == 0 || first[at] > 127) {
-            return 0;
-        }
-    }
-    for (Py_ssize_t i = 1; i < form->count[PREFIXES]; i++) {
-        if (memcmp(data + prefix[i].start, first, prefix[0].count) != 0) {
-            return 0;
-        }
-    }
-    return 1;
+    return value;
 }
 
-/* A tuple of forms, in ascending order of size. Made while the interpreter lock is held; the caller
-   of the function holds the tuple. */
+/* Find by how much the parts of this file have grown. `shift[n]`: the first n parts, together. */
+static int grown(const Form *form, const byte *data, int64_t size, int64_t *shift)
+{
+    const Number *number = form->part[NUMBERS];
+    int64_t all = size - form->size, last = form->growing - 1;
+    shift[0] = 0;
+    int sound = form->growing || all == 0;
+    for (int64_t i = 0; sound && i < last; i++) {
+        int64_t start = number[i].start + all, width = number[i].width;
+        sound = within(start, width, size);
+        shift[i + 1] = sound ? shift[i] + value_of(data + start, width) - number[i].base : 0;
+    }
+    shift[form->growing] = all;
+    return sound;
+}
+
+/* Whether `data`, a file of this size, is of this form. */
+static int fits(const Form *form, const byte *data, int64_t size)
+{
+    const byte *expected = form->part[CONTENT], *first = NULL;
+    const Run *equal = form->part[EQUAL], *digits = form->part[DIGITS];
+    const Run *prefix = form->part[PREFIXES];
+    const Number *number = form->part[NUMBERS];
+    int64_t shift[MOST_GROWING + 1];
+    int sound = grown(form, data, size, shift);
+    for (Py_ssize_t i = 0; sound && i < form->count[EQUAL]; i++) {
+        int64_t start = equal[i].start + shift[equal[i].after];
+        sound = within(start, equal[i].count, size)
+                && memcmp(data + start, expected, equal[i].count) == 0;
+        expected += equal[i].count;
+    }
+    for (Py_ssize_t i = 0; sound && i < form->count[NUMBERS]; i++) {
+        Number n = number[i];
+        int64_t start = n.start + shift[n.after], growth = shift[n.to] - shift[n.from];
+        sound = between(-INT32_MAX, growth, INT32_MAX) && growth * n.factor % n.divisor == 0
+                && within(start, n.width, size)
+                && value_of(data + start, n.width) == n.base + growth * n.factor / n.divisor
+                && (n.width < 4 || data[start + 3] < 128); /* in pickles they have a sign */
+    }
+    for (Py_ssize_t i = 0; sound && i < form->count[DIGITS]; i++) {
+        int64_t at = digits[i].start + shift[digits[i].after], end = at + digits[i].count;
+        sound = sound && at < end && within(at, digits[i].count, size);
+        for (; sound && at < end; at++) {
+            sound = data[at] >= '0' && data[at] <= '9';
+        }
+    }
+    for (Py_ssize_t i = 0; sound && i < form->count[PREFIXES]; i++) {
+        int64_t start = prefix[i].start + shift[prefix[i].after];
+        sound = within(start, prefix[i].count, size);
+        first = sound && i == 0 ? data + start : first;
+        for (int64_t at = 0; sound && at < prefix[0].count; at++) {
+            byte b = data[start + at];
+            sound = b == first[at] && b != '/' && b != 0 && b <= 127;
+        }
+    }
+    return sound;
+}
+
+/* A tuple of forms: those with growing parts, then the others in ascending order of size. Made
+   while the interpreter lock is held; the caller of the function holds the tuple. */
 typedef struct {
-    Py_ssize_t count;
+    Py_ssize_t count, growing;
     const Form **form;
 } Forms;
 
 static PyObject *form_type; /* set once, when the module is first imported */
 
-static int
-forms_of(PyObject *items, Forms *forms)
+static int forms_of(PyObject *items, Forms *forms)
 {
     forms->count = PyTuple_Size(items);
     forms->form = PyMem_Malloc((forms->count + 1) * sizeof(Form *));
@@ -216,32 +249,36 @@ forms_of(PyObject *items, Forms *forms)
     }
     for (Py_ssize_t i = 0; i < forms->count; i++) {
         PyObject *item = PyTuple_GetItem(items, i);
-        forms->form[i] = (const Form *)item;
+        const Form *form = (const Form *)item;
+        forms->form[i] = form;
         if ((PyObject *)Py_TYPE(item) != form_type
-            || (i && forms->form[i - 1]->size > forms->form[i]->size)) {
+            || (form->growing ? forms->growing < i
+                              : i > forms->growing && forms->form[i - 1]->size > form->size)) {
             PyErr_SetString(PyExc_ValueError, "not a tuple of forms in ascending order of size");
             return -1;
         }
+        forms->growing += form->growing != 0;
     }
     return 0;
 }
 
 /* The number of the form of these bytes, or UNKNOWN. */
-static int64_t
-find(const Forms *forms, const byte *data, int64_t size)
+static int64_t find(const Forms *forms, const byte *data, int64_t size)
 {
     Py_ssize_t low = 0, high = forms->count;
-    while (low < high) {
-        Py_ssize_t middle = low + (high - low) / 2;
-        if (forms->form[middle]->size < size) {
-            low = middle + 1;
-        }
-        else {
-            high = middle;
+    for (; low < forms->growing; low++) {
+        if (fits(forms->form[low], data, size)) {
+            return low;
         }
     }
+    while (low < high) {
+        Py_ssize_t middle = low + (high - low) / 2;
+        int below = forms->form[middle]->size < size;
+        low = below ? middle + 1 : low;
+        high = below ? high : middle;
+    }
     for (; low < forms->count && forms->form[low]->size == size; low++) {
-        if (fits(forms->form[low], data)) {
+        if (fits(forms->form[low], data, size)) {
             return low;
         }
     }
@@ -250,8 +287,7 @@ find(const Forms *forms, const byte *data, int64_t size)
 
 /* Reading */
 
-static int64_t
-now(void)
+static int64_t now(void)
 {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
@@ -261,9 +297,8 @@ now(void)
 typedef enum { DONE, FULL, INTERRUPTED } Outcome;
 
 /* Read one file into `scratch`, which has `room` bytes. The row says what became of it. */
-static Outcome
-read_one(const char *path, const Forms *forms, byte *scratch, int64_t room, int64_t whole,
-         int64_t *row, int64_t *read_bytes)
+static Outcome read_one(const char *path, const Forms *forms, byte *scratch, int64_t room,
+                        int64_t whole, int64_t *row, int64_t *read_bytes)
 {
     struct stat status;
     row[STATUS] = LEFT_TO_PYTHON;
@@ -279,22 +314,14 @@ read_one(const char *path, const Forms *forms, byte *scratch, int64_t room, int6
         row[DEVICE] = (int64_t)status.st_dev;
         row[INODE] = (int64_t)status.st_ino;
         row[SIZE] = size;
-#if defined(__APPLE__)
-        row[MTIME] = (int64_t)status.st_mtimespec.tv_sec * 1000000000 + status.st_mtimespec.tv_nsec;
-#else
         row[MTIME] = (int64_t)status.st_mtim.tv_sec * 1000000000 + status.st_mtim.tv_nsec;
-#endif
         if (size > 0 && size <= whole) {
-            if (size >= room) {
-                outcome = FULL;  /* one byte more is read than there should be */
-            }
-            while (outcome == DONE && got < size) {
-                ssize_t count = read(fd, scratch + got, size - got + 1);
-                if (count <= 0) {
-                    outcome = count < 0 && errno == EINTR ? INTERRUPTED : DONE;
-                    break;
-                }
-                got += count;
+            ssize_t count = 1;
+            outcome = size >= room ? FULL : DONE; /* one byte more is read than there should be */
+            while (outcome == DONE && count > 0 && got < size) {
+                count = read(fd, scratch + got, size - got + 1);
+                outcome = count < 0 && errno == EINTR ? INTERRUPTED : DONE;
+                got += count > 0 ? count : 0;
             }
             if (outcome == DONE && got == size) {
                 row[STATUS] = find(forms, scratch, size);
@@ -307,8 +334,7 @@ read_one(const char *path, const Forms *forms, byte *scratch, int64_t room, int6
 }
 
 /* The buffer holds at least `count` int64. Sets an exception if not. */
-static int64_t *
-int64s(const Py_buffer *buffer, Py_ssize_t count)
+static int64_t *int64s(const Py_buffer *buffer, Py_ssize_t count)
 {
     if (buffer->len / (Py_ssize_t)sizeof(int64_t) < count
         || (uintptr_t)buffer->buf % sizeof(int64_t)) {
@@ -319,8 +345,7 @@ int64s(const Py_buffer *buffer, Py_ssize_t count)
 }
 
 /* Bytes objects of the paths; None where the system can have no such path. */
-static PyObject *
-encoded(PyObject *paths, const char **pointers)
+static PyObject *encoded(PyObject *paths, const char **pointers)
 {
     Py_ssize_t count = PyTuple_Size(paths);
     PyObject *held = PyTuple_New(count);
@@ -332,21 +357,17 @@ encoded(PyObject *paths, const char **pointers)
             one = Py_NewRef(Py_None);
         }
         pointers[i] = one != NULL && one != Py_None ? PyBytes_AsString(one) : NULL;
-        if (one == NULL) {
+        if (one == NULL || PyTuple_SetItem(held, i, one) < 0) {
             Py_CLEAR(held);
-        }
-        else {
-            PyTuple_SetItem(held, i, one);
         }
     }
     return held;
 }
 
-static PyObject *
-read_files(PyObject *module, PyObject *args)
+static PyObject *read_files(PyObject *module, PyObject *args)
 {
     PyObject *items, *paths, *held = NULL;
-    Forms forms = {0, NULL};
+    Forms forms = {0, 0, NULL};
     long long whole;
     Py_buffer scratch, table, control;
     (void)module;
@@ -411,50 +432,32 @@ read_files(PyObject *module, PyObject *args)
     return PyErr_Occurred() ? NULL : PyLong_FromSsize_t(done);
 }
 
-static PyObject *
-copy_files(PyObject *module, PyObject *args)
+static PyObject *copy_files(PyObject *module, PyObject *args)
 {
-    PyObject *items;
-    Forms forms = {0, NULL};
-    Py_buffer table, numbers, scratch, target, places;
+    Py_buffer scratch, target, moves;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!y*y*y*w*y*:copy", &PyTuple_Type, &items, &table, &numbers,
-                          &scratch, &target, &places)) {
+    if (!PyArg_ParseTuple(args, "y*w*y*:copy", &scratch, &target, &moves)) {
         return NULL;
     }
-    Py_ssize_t count = numbers.len / (Py_ssize_t)sizeof(int64_t);
-    Py_ssize_t last = table.len / (COLUMNS * (Py_ssize_t)sizeof(int64_t));
-    const int64_t *rows = int64s(&table, 0), *which = int64s(&numbers, 0);
-    const int64_t *offsets = int64s(&places, count);
-    if (rows != NULL && which != NULL && offsets != NULL && forms_of(items, &forms) == 0) {
-        int sound = 1;
+    Py_ssize_t count = moves.len / (3 * (Py_ssize_t)sizeof(int64_t));
+    const int64_t *move = int64s(&moves, 3 * count);
+    int sound = 1;
+    if (move != NULL) {
         Py_BEGIN_ALLOW_THREADS
-        for (Py_ssize_t i = 0; sound && i < count; i++) {
-            int64_t number = which[i], offset = offsets[i];
-            sound = number >= 0 && number < last;
-            int64_t status = sound ? rows[number * COLUMNS + STATUS] : UNKNOWN;
-            int64_t start = sound ? rows[number * COLUMNS + START] : 0;
-            const Form *form = status >= 0 && status < forms.count ? forms.form[status] : NULL;
-            sound = form != NULL && within(start, form->size, scratch.len)
-                    && within(offset, form->span, target.len);
-            const Extent *extent = sound ? form->part[EXTENTS] : NULL;
-            for (Py_ssize_t n = 0; sound && n < form->count[EXTENTS]; n++) {
-                Extent e = extent[n];
-                memmove((byte *)target.buf + offset + e.offset,
-                       (const byte *)scratch.buf + start + e.start, e.count);
+        for (Py_ssize_t i = 0; sound && i < count; i++, move += 3) {
+            sound = within(move[0], move[2], scratch.len) && within(move[1], move[2], target.len);
+            if (sound) {
+                memmove((byte *)target.buf + move[1], (const byte *)scratch.buf + move[0], move[2]);
             }
         }
         Py_END_ALLOW_THREADS
         if (!sound) {
-            PyErr_SetString(PyExc_ValueError, "a file or its place is not within its memory");
+            PyErr_SetString(PyExc_ValueError, "a leaf or its place is not within its memory");
         }
     }
-    PyMem_Free((void *)forms.form);
-    PyBuffer_Release(&table);
-    PyBuffer_Release(&numbers);
     PyBuffer_Release(&scratch);
     PyBuffer_Release(&target);
-    PyBuffer_Release(&places);
+    PyBuffer_Release(&moves);
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
@@ -463,21 +466,18 @@ copy_files(PyObject *module, PyObject *args)
 static PyMethodDef methods[] = {
     {"read", read_files, METH_VARARGS,
      "read(forms, paths, whole, scratch, rows, control) -> int\n\n"
-     "Read files of at most `whole` bytes into scratch, and compare them with the forms of their\n"
-     "sizes. Returns how many there are before the one at which it stopped, because scratch is full,\n"
-     "because of a signal, or because control[STOP] is not 0."},
+     "Read files of at most `whole` bytes into scratch, and compare them with the forms. Returns\n"
+     "how many there are before the one at which it stopped, because scratch is full, because of\n"
+     "a signal, or because control[STOP] is not 0."},
     {"copy", copy_files, METH_VARARGS,
-     "copy(forms, rows, which, scratch, target, offsets)\n\n"
-     "Copy the leaves of files that were read into scratch to these offsets of target."},
+     "copy(scratch, target, moves)\n\n"
+     "Copy bytes out of scratch: int64 triples (start, offset in target, count)."},
     {NULL, NULL, 0, NULL},
 };
 
-static int
-execute(PyObject *module)
+static int execute(PyObject *module)
 {
-    if (form_type == NULL) {
-        form_type = PyType_FromSpec(&form_spec);
-    }
+    form_type = form_type == NULL ? PyType_FromSpec(&form_spec) : form_type;
     return form_type == NULL ? -1 : PyModule_AddObjectRef(module, "Form", form_type);
 }
 
@@ -493,8 +493,7 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "gpucache_pipes.files._native",
     "Reads small files of known forms, many in one call.", 0, methods, slots, NULL, NULL, NULL};
 
-PyMODINIT_FUNC
-PyInit__native(void)
+PyMODINIT_FUNC PyInit__native(void)
 {
     return PyModuleDef_Init(&definition);
 }

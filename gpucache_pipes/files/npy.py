@@ -12,7 +12,7 @@ import torch
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout
 from gpucache_pipes.files.planned import Bytes, PlanReader
-from gpucache_pipes.files.plans import Extent, FormParts, ReadPlan, StridedExtent
+from gpucache_pipes.files.plans import Extent, FormParts, ReadPlan, Run, StridedExtent
 from gpucache_pipes.files.strided import contiguous_strides
 
 _DTYPES = {
@@ -56,7 +56,7 @@ class NpyReader(PlanReader):
     def form(self, file: Bytes, plan: ReadPlan) -> FormParts | None:
         """See PlanReader."""
         starts = [extent.start for extent in plan.extents]
-        return FormParts([(0, min(starts))]) if starts else None
+        return FormParts([Run(0, min(starts))]) if starts else None
 
     def plan(self, file: Bytes) -> ReadPlan:
         """See PlanReader."""

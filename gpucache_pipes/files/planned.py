@@ -4,13 +4,13 @@ import io
 import os
 import stat
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout
-from gpucache_pipes.files.plans import FormParts, ReadPlan
+from gpucache_pipes.files.plans import FormParts, PlanFamily, ReadPlan
 from gpucache_pipes.files.source import OpenFeature
 from gpucache_pipes.files.strided import copy_one
 from gpucache_pipes.files.versions import is_racy, version_of
@@ -93,6 +93,22 @@ class Windows(Bytes):
         return data
 
 
+class Parsed(NamedTuple):
+    """What is to be known of a file.
+
+    Attributes:
+        plan: its read plan.
+        form: returns its form: what another file must have in common with it to be read by its
+            plan. None if that cannot be said.
+        family: returns a name and the family that the file is of, if that is known. A family takes
+            the place of the one that had its name before.
+    """
+
+    plan: ReadPlan
+    form: Callable[[], FormParts | None]
+    family: Callable[[], tuple[Hashable, PlanFamily] | None]
+
+
 if TYPE_CHECKING:
     from gpucache_pipes.files.selection import Selection
 
@@ -130,16 +146,17 @@ class PlanReader:
         raise NotImplementedError
 
     def form(self, file: Bytes, plan: ReadPlan) -> FormParts | None:
-        """What another file must have in common with this one to be read by its plan.
-
-        None if that cannot be said. Files are then parsed one by one.
-        """
+        """See Parsed. Where there is none, files are parsed one by one."""
         return None
 
-    def plan_and_form(self, file: Bytes) -> tuple[ReadPlan, Callable[[], FormParts | None]]:
-        """What `plan` returns, and a function that returns what `form` does."""
+    def family(self, file: Bytes, plan: ReadPlan) -> tuple[Hashable, PlanFamily] | None:
+        """See Parsed."""
+        return None
+
+    def parse(self, file: Bytes) -> Parsed:
+        """All that is to be known of a file. Raises as `plan` does."""
         plan = self.plan(file)
-        return plan, partial(self.form, file, plan)
+        return Parsed(plan, partial(self.form, file, plan), partial(self.family, file, plan))
 
     def selected(self, plan: ReadPlan) -> ReadPlan:
         """The plan that reads what is kept of a feature. Raises ValueError if it lacks that."""

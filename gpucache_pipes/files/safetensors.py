@@ -12,7 +12,7 @@ import torch
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout, flatten
 from gpucache_pipes.files.planned import MAX_PLAN_COST, Bytes, PlanReader
-from gpucache_pipes.files.plans import Extent, FormParts, ReadPlan
+from gpucache_pipes.files.plans import Extent, FormParts, ReadPlan, Run
 
 _DTYPES = {
     "F64": torch.float64,
@@ -50,7 +50,7 @@ class SafetensorsReader(PlanReader):
     def form(self, file: Bytes, plan: ReadPlan) -> FormParts | None:
         """See PlanReader."""
         [count] = struct.unpack("<Q", file.read(0, 8))
-        return FormParts([(0, 8 + count)])
+        return FormParts([Run(0, 8 + count)])
 
     def plan(self, file: Bytes) -> ReadPlan:
         """See PlanReader."""

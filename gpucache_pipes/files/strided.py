@@ -19,6 +19,14 @@ _ALONE = 1 << 15
 """Elements up to which torch copies without its threads, which would wait in a spin."""
 
 
+def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements with these strides follow each other."""
+    return all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(shape, strides, contiguous_strides(shape), strict=True)
+    )
+
+
 def copy_one(data: bytearray, extent: StridedExtent, buffers: Sequence[memoryview]) -> None:
     """Copy a leaf, the bytes of whose range are `data`, to its place in the feature."""
     leaf = extent.leaf

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpucache_pipes.files import OpenFeature, Progress, planned
-from gpucache_pipes.files.batch_reader import BatchReader, read_many
+from gpucache_pipes.files.batch_reader import BatchReader
+from gpucache_pipes.files.chunks import read_many
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.planned import PlanReader
 from gpucache_pipes.testing.contracts import (
@@ -60,6 +61,12 @@ class FormatContract:
     def small(self) -> Any:
         """A feature whose file has at most a few thousand bytes: the test damages each of them."""
         raise NotImplementedError
+
+    def alike(self) -> Sequence[Any]:
+        """Features like `small`, as other files of its data set may hold them: in other sizes, or
+        with other plain values. From these the reader may learn in what files differ.
+        """
+        return ()
 
     def write(self, feature: Any, path: str) -> None:
         """Write a file as the library that defines the format does."""
@@ -211,9 +218,12 @@ class FormatContract:
         file whole and the other by windows; they swap for the next content. A third one knows the
         form of the intact file.
         """
-        Path(path).write_bytes(intact)
         warm = self.make_reader()
         at_once = AtOnce(self.make_reader())
+        for feature in (*self.alike(), self.small()):
+            self.write(feature, path)
+            list(at_once.read([path]))
+        Path(path).write_bytes(intact)
         for _ in range(3):  # a reader may remember what it sees for the second time
             _read(warm, path)
             list(at_once.read([path]))

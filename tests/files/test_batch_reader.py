@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from gpucache_pipes import FeatureLoadError, GPUFeatureStore
-from gpucache_pipes.files import OpenFeature, Progress, batch_reader, scratch
-from gpucache_pipes.files.batch_reader import BatchReader, ScratchFeature
+from gpucache_pipes.files import OpenFeature, Progress, batch_reader, chunks, forms, scratch
+from gpucache_pipes.files.batch_reader import BatchReader
+from gpucache_pipes.files.chunks import ScratchFeature
 from gpucache_pipes.files.planned import Bytes
 from gpucache_pipes.files.plans import ReadPlan
 from gpucache_pipes.files.pt.reader import PtReader
@@ -63,19 +64,20 @@ def test_stats_and_forms(tmp_path: Path) -> None:
 def test_of_many_kinds_of_files_the_latest_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_reader, "_MOST_FORMS", 8)
+    monkeypatch.setattr(forms, "MOST_FORMS", 8)
+    monkeypatch.setattr(forms, "MOST_GROWING", 4)
     reader = BatchReader(PtReader())
     for rows in range(1, 30):
         paths = write(tmp_path, 3, rows)
         for _ in range(2):
             found = reader.open(paths, Progress())
             assert [f is not None for f in found] == [True] * 3
-        assert known(reader) <= 8
+        assert known(reader) <= 12
 
 
 def test_many_forms_of_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As files with a number of their own in the pickle have; those that come again are known."""
-    monkeypatch.setattr(batch_reader, "_MOST_OF_A_SIZE", 4)
+    monkeypatch.setattr(forms, "MOST_OF_A_SIZE", 4)
     reader = BatchReader(PtReader())
     path = str(tmp_path / "x.pt")
     for number in range(10):
@@ -106,9 +108,9 @@ def test_the_file_that_is_parsed_is_the_one_at_hand(tmp_path: Path) -> None:
     seen = []
 
     class Reader(PtReader):
-        def plan_and_form(self, file: Bytes) -> Any:
+        def parse(self, file: Bytes) -> Any:
             seen.append((progress.current, progress.since))
-            return super().plan_and_form(file)
+            return super().parse(file)
 
     paths = write(tmp_path, 4)
     BatchReader(Reader()).open(paths, progress)
@@ -121,9 +123,9 @@ def test_opening_ends_where_it_is_told_to(tmp_path: Path) -> None:
     progress = Progress()
 
     class Reader(PtReader):
-        def plan_and_form(self, file: Bytes) -> Any:
+        def parse(self, file: Bytes) -> Any:
             progress.stop()
-            return super().plan_and_form(file)
+            return super().parse(file)
 
     paths = write(tmp_path, 4)
     reader = BatchReader(Reader())
@@ -196,7 +198,7 @@ def test_what_is_in_scratch_stays(tmp_path: Path) -> None:
     reader.open(second, Progress())
     memory = bytearray(16 * 3)
     kept = [feature for feature in features if feature is not None]
-    left = batch_reader.read_many(kept, memoryview(memory), np.arange(3) * 16)
+    left = chunks.read_many(kept, memoryview(memory), np.arange(3) * 16)
     for at in left:
         kept[at].read_into([memoryview(memory)[16 * at :]])
     found = torch.frombuffer(memory, dtype=torch.float32)
@@ -208,20 +210,28 @@ def test_what_is_in_scratch_stays(tmp_path: Path) -> None:
 def test_forms_must_lie_in_their_files() -> None:
     native = batch_reader._native
     assert native is not None
-    run = np.array([0, 4], np.int64).tobytes()
-    extent = np.array([4, 0, 4], np.int64).tobytes()
-    native.Form(8, run, b"abcd", b"", b"", extent)
-    for size, equal, content, extents in (
-        (7, run, b"abcd", extent),
-        (8, run, b"abc", extent),
-        (8, run[:8], b"abcd", extent),
-        (0, b"", b"", b""),
-        (8, np.array([-1, 4], np.int64).tobytes(), b"abcd", b""),
-        (8, run, b"abcd", np.array([4, -8, 4], np.int64).tobytes()),
-        (8, run, b"abcd", np.array([4, 1 << 62, 1 << 62], np.int64).tobytes()),
+
+    def packed(*numbers: int) -> bytes:
+        return np.array(numbers, np.int64).tobytes()
+
+    run, number = packed(0, 4, 1), packed(4, 4, 1, 7, 0, 1, 1, 4)
+    native.Form(8, 1, run, b"abcd", b"", b"", number)
+    for size, growing, equal, content, numbers in (
+        (7, 1, run, b"abcd", number),
+        (8, 1, run, b"abc", number),
+        (8, 1, run[:8], b"abcd", number),
+        (8, 0, run, b"abcd", b""),
+        (8, 17, run, b"abcd", number),
+        (8, 3, run, b"abcd", number),
+        (0, 0, b"", b"", b""),
+        (8, 1, packed(-1, 4, 0), b"abcd", b""),
+        (8, 1, run, b"abcd", packed(4, 5, 1, 7, 0, 1, 1, 4)),
+        (8, 1, run, b"abcd", packed(4, 4, 1, 7, 0, 1, 1, 0)),
+        (8, 1, run, b"abcd", packed(4, 4, 1, 7, 1, 0, 1, 1)),
+        (8, 2, run, b"abcd", packed(4, 4, 1, 7, 0, 1, 1, 1)),
     ):
         with pytest.raises(ValueError, match="not within"):
-            native.Form(size, equal, content, b"", b"", extents)
+            native.Form(size, growing, equal, content, b"", b"", numbers)
 
 
 def test_equal_plans_of_other_files_are_one_form(tmp_path: Path) -> None:
@@ -230,6 +240,6 @@ def test_equal_plans_of_other_files_are_one_form(tmp_path: Path) -> None:
     for _ in range(3):
         for feature in reader.open(write(tmp_path, 6), Progress()):
             assert isinstance(feature, ScratchFeature)
-            plans.append(feature._plan)
+            plans.append(feature.plan)
     assert known(reader) == 1
     assert all(plan == plans[0] for plan in plans)

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from gpucache_pipes.files import Progress, batch_reader
-from gpucache_pipes.files.batch_reader import BatchReader, read_many
+from gpucache_pipes.files.batch_reader import BatchReader
+from gpucache_pipes.files.chunks import read_many
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.npy import NpyReader
 from gpucache_pipes.files.planned import PlanReader
@@ -85,6 +86,9 @@ def seeds() -> dict[type[PlanReader], list[bytes]]:
         # Python reads it by windows, not as a whole.
         {"large": torch.arange(30_000, dtype=torch.int32), "label": torch.tensor(7)},
     ]
+    for n in (3, 4, 7):
+        features.append({"x": torch.ones(n, 16), "label": n * n, "name": f"clip {n}"})
+        features.append([torch.ones(4, n + 1), n, torch.ones(5 * n, 2), -1e9 * n])
     two = (
         b'{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},'
         b'"b":{"dtype":"BF16","shape":[5],"data_offsets":[24,34]}}'
@@ -220,38 +224,81 @@ class Spec(NamedTuple):
     """The arguments of a form, before they are packed."""
 
     size: int
-    equal: list[tuple[int, int]]
+    growing: int
+    equal: list[tuple[int, ...]]
     content: bytes
-    digits: list[tuple[int, int]]
-    prefixes: list[tuple[int, int]]
-    extents: list[tuple[int, int, int]]
+    digits: list[tuple[int, ...]]
+    prefixes: list[tuple[int, ...]]
+    numbers: list[tuple[int, ...]]
 
     def form(self) -> Any:
         """The native form."""
-        runs = [np.array(r, np.int64).tobytes() for r in (self.equal, *self[3:])]
-        return native.Form(self.size, runs[0], self.content, *runs[1:])
+        runs = [np.array(r, np.int64).tobytes() for r in (self.equal, *self[4:])]
+        return native.Form(self.size, self.growing, runs[0], self.content, *runs[1:])
 
     def is_sound(self) -> bool:
         """Whether `form` has to accept it."""
         runs = [*self.equal, *self.digits, *self.prefixes]
         return (
             self.size > 0
-            and all(within(start, count, self.size) for start, count in runs)
-            and sum(count for _, count in self.equal) == len(self.content)
-            and sum(count for _, count in [*self.digits, *self.prefixes]) <= MOST
-            and len({count for _, count in self.prefixes}) < 2
-            and all(within(start, n, self.size) for start, _, n in self.extents)
-            and all(within(offset, n, MOST) for _, offset, n in self.extents)
+            and 0 <= self.growing <= 16
+            and all(within(start, count, self.size) for start, count, _ in runs)
+            and all(0 <= after <= self.growing for _, _, after in runs)
+            and sum(count for _, count, _ in self.equal) == len(self.content)
+            and sum(count for _, count, _ in [*self.digits, *self.prefixes]) <= MOST
+            and len({count for _, count, _ in self.prefixes}) < 2
+            and len(self.numbers) >= self.growing - 1
+            and all(self._is_sound_number(*number) for number in self.numbers)
+            and all(
+                (after, begin, end, factor, divisor) == (self.growing, n, n + 1, 1, 1)
+                for n, (_, _, after, _, begin, end, factor, divisor) in enumerate(
+                    self.numbers[: max(0, self.growing - 1)]
+                )
+            )
+        )
+
+    def _is_sound_number(
+        self, start: int, width: int, after: int, base: int, begin: int, end: int,
+        factor: int, divisor: int,
+    ) -> bool:  # fmt: skip
+        return (
+            1 <= width <= 4
+            and within(start, width, self.size)
+            and 0 <= after <= self.growing
+            and 0 <= begin <= end <= self.growing
+            and 0 <= base < 1 << 31
+            and 0 <= factor <= 1 << 24
+            and 1 <= divisor < 1 << 31
         )
 
     def fits(self, data: bytes) -> bool:
         """Whether a file is of this form."""
-        equal = b"".join(data[start : start + count] for start, count in self.equal)
-        digits = [data[start : start + count] for start, count in self.digits]
-        prefixes = {data[start : start + count] for start, count in self.prefixes}
+        grown = len(data) - self.size
+        if grown and not self.growing:
+            return False
+        shift = [0]
+        for start, width, _, base, *_ in self.numbers[: max(0, self.growing - 1)]:
+            if not within(start + grown, width, len(data)):
+                return False
+            found = data[start + grown : start + grown + width]
+            shift.append(shift[-1] + int.from_bytes(found, "little") - base)
+        shift += [grown] if self.growing else []
+        runs = [*self.equal, *self.digits, *self.prefixes]
+        if not all(within(start + shift[after], count, len(data)) for start, count, after in runs):
+            return False
+        for start, width, after, base, begin, end, factor, divisor in self.numbers:
+            at, growth = start + shift[after], shift[end] - shift[begin]
+            if abs(growth) >= 1 << 31 or growth * factor % divisor:
+                return False
+            found = data[at : at + width] if within(at, width, len(data)) else b""
+            value = base + growth * factor // divisor
+            if not 0 <= value < 1 << min(8 * width, 31) or found != value.to_bytes(width, "little"):
+                return False
+        equal = b"".join(data[s + shift[after] :][:count] for s, count, after in self.equal)
+        digits = [data[s + shift[after] :][:count] for s, count, after in self.digits]
+        prefixes = {data[s + shift[after] :][:count] for s, count, after in self.prefixes}
         return (
-            len(data) == self.size
-            and equal == self.content
+            equal == self.content
             and all(number.isdigit() for number in digits)
             and len(prefixes) < 2
             and all(p.isascii() and b"/" not in p and b"\0" not in p for p in prefixes)
@@ -262,27 +309,37 @@ def within(start: int, count: int, size: int) -> bool:
     return start >= 0 and count >= 0 and start + count <= size
 
 
-def a_run(draw: random.Random, size: int) -> tuple[int, int]:
+def a_run(draw: random.Random, size: int, growing: int) -> tuple[int, int, int]:
     start = draw.randint(0, size)
-    return start, draw.randint(0, min(size - start, 12))
+    return start, draw.randint(0, min(size - start, 12)), draw.randint(0, growing)
+
+
+def a_number(draw: random.Random, data: bytes, growing: int, tells: int) -> tuple[int, ...]:
+    """One that this file has; `tells` by how much which part has grown, if not negative."""
+    width = min(draw.randint(1, 4), len(data))
+    start = draw.randint(0, len(data) - width)
+    base = int.from_bytes(data[start : start + width], "little") & (1 << 31) - 1
+    if tells >= 0:
+        return start, width, growing, base, tells, tells + 1, 1, 1
+    begin, end = sorted(draw.choices(range(growing + 1), k=2))
+    factor, divisor = draw.choice([(0, 1), (1, 1), (3, 4), (1, 2), (1 << 24, 1)])
+    return start, width, draw.randint(0, growing), base, begin, end, factor, divisor
 
 
 def a_spec(draw: random.Random, data: bytes) -> Spec:
     """A form that this file often has."""
     size = len(data)
-    equal = [a_run(draw, size) for _ in range(draw.randrange(4))]
-    content = b"".join(data[start : start + count] for start, count in equal)
+    growing = draw.choice([0, 0, 1, 2, 3])
+    equal = [a_run(draw, size, growing) for _ in range(draw.randrange(4))]
+    content = b"".join(data[start : start + count] for start, count, _ in equal)
     if content and draw.random() < 0.2:
         content = bytes([content[0] ^ 1]) + content[1:]
-    digits = [(0, min(3, size))] * draw.randrange(2)
+    digits = [(0, min(3, size), draw.randint(0, growing))] * draw.randrange(2)
     count = draw.randint(0, min(4, size))
-    prefixes = [(draw.randint(0, size - count), count)] * draw.randrange(3)
-    extents, offset = [], draw.randrange(9)
-    for _ in range(draw.randrange(4)):
-        start, nbytes = a_run(draw, size)
-        extents.append((start, offset, nbytes))
-        offset += nbytes + draw.randrange(3)
-    return Spec(size, equal, content, digits, prefixes, extents)
+    prefixes = [(draw.randint(0, size - count), count, growing)] * draw.randrange(3)
+    numbers = [a_number(draw, data, growing, part) for part in range(growing - 1)]
+    numbers += [a_number(draw, data, growing, -1) for _ in range(draw.randrange(3))]
+    return Spec(size, growing, equal, content, digits, prefixes, numbers)
 
 
 class Calls:
@@ -302,7 +359,7 @@ class Calls:
         for path in (fifo, directory, f"{directory}/missing", "", "a\0b", "\udcff\ud800"):
             self._files[path] = None
         specs = [a_spec(draw, data) for data in self._files.values() if data for _ in range(2)]
-        self._specs = sorted(specs, key=lambda spec: spec.size)
+        self._specs = sorted(specs, key=lambda spec: (not spec.growing, spec.size))
         self._forms = tuple(spec.form() for spec in self._specs)
 
     def step(self) -> int:
@@ -340,17 +397,16 @@ class Calls:
             fitting += [number] if fits else []
             used = min(room, used + (len(data) + 63) // 64 * 64)
         assert end == expected_end, (end, expected_end)
-        which = np.array(fitting, np.int64)
+        moves = []
         target = np.full(8000, 0xEE, np.uint8)
-        places = np.arange(len(fitting), dtype=np.int64) * 80 + 1
-        native.copy(self._forms, rows, which, scratch[:room], target[:7000], places)
         expected = target.copy()
-        expected[:] = 0xEE
-        for number, place in zip(fitting, places.tolist(), strict=True):
+        for place, number in enumerate(fitting):
             data = self._files[paths[number]] or b""
-            for start, offset, count in self._specs[rows[number, 0]].extents:
-                here = place + offset
-                expected[here : here + count] = np.frombuffer(data[start : start + count], np.uint8)
+            start, count, _ = a_run(draw, len(data), 0)
+            here = 80 * place + 1
+            moves.append((rows[number, 1] + start, here, count))
+            expected[here : here + count] = np.frombuffer(data[start : start + count], np.uint8)
+        native.copy(scratch[:room], target[:7000], np.array(moves, np.int64).reshape(-1, 3))
         assert (target == expected).all()
 
     def _form(self) -> None:
@@ -361,17 +417,17 @@ class Calls:
             at = draw.randrange(len(spec))
             old: Any = spec[at]
             new: Any
-            if at == 0:
+            if at < 2:
                 new = draw.choice([*HOSTILE, old + 1, old - 1])
-            elif at == 2:
+            elif at == 3:
                 new = old + b"x"
             else:
-                width = 3 if at == 5 else 2
+                width = 8 if at == 6 else 3
                 numbers = [n for n in HOSTILE if LEAST <= n <= MOST] + [spec.size]
                 new = [*old, tuple(draw.choice(numbers) for _ in range(width))]
             spec = spec._replace(**{Spec._fields[at]: new})
         if draw.random() < 0.2:
-            arguments = [self._junk() for _ in range(draw.randint(4, 7))]
+            arguments = [self._junk() for _ in range(draw.randint(4, 8))]
             refused(lambda: native.Form(*arguments))
             return
         made = not refused(spec.form)
@@ -398,18 +454,12 @@ class Calls:
     def _copy(self) -> None:
         draw = self._draw
         arena = Arena(draw)
-        count = draw.randrange(5)
-        which, places = (
-            np.array([draw.choice([*HOSTILE[:9], *range(5)]) for _ in range(count)], np.int64)
-            for _ in range(2)
-        )
+        usual = [*HOSTILE[:-2], *range(20)]
+        moves = [draw.choice(usual) for _ in range(draw.randrange(16))]
         arguments = [
-            self._some_forms(),
-            self._or_junk(arena.rows(4, len(self._forms))),
-            self._or_junk(which),
             self._or_junk(arena.part(False)),
             self._or_junk(arena.part(True)),
-            self._or_junk(places),
+            self._or_junk(np.array(moves, np.int64)),
         ]
         refused(lambda: native.copy(*arguments))
         arena.require_untouched()
@@ -484,16 +534,9 @@ class Arena:
             self._writable[start : start + nbytes] = True
         return self._memory[start : start + nbytes]
 
-    def rows(self, count: int, forms: int = 0) -> Any:
-        """Rows for that many files or one too few; with `forms`, of files that were read."""
-        part = self.part(not forms, (count - self._draw.choice([0, 0, 0, 1])) * 48 % 16_000)
-        if forms and part.ctypes.data % 8 == 0:
-            rows = part.view(np.int64).reshape(-1, COLUMNS)
-            for row in rows:
-                row[0] = self._draw.choice([forms, forms - 1, *range(-3, forms)])
-                row[1] = self._draw.choice([0, 64, 128, -8, MOST, LEAST, 4000])
-            self._before = self._memory.copy()
-        return part
+    def rows(self, count: int) -> Any:
+        """Rows for that many files or one too few."""
+        return self.part(True, (count - self._draw.choice([0, 0, 0, 1])) * 48 % 16_000)
 
     def require_untouched(self) -> None:
         """Nothing outside of the writable parts has changed."""

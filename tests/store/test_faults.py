@@ -19,7 +19,7 @@ from conftest import device_for, sample, wait_for_readers
 
 from gpucache_pipes import FeatureLoadError, GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.device import InOrderRuntime
-from gpucache_pipes.files import batch_reader, planned
+from gpucache_pipes.files import batch_reader, chunks, planned
 from gpucache_pipes.testing.contracts import in_threads
 
 Files = Callable[..., list[str]]
@@ -72,7 +72,7 @@ class Failing:
     def read(self, forms: Any, paths: tuple[str, ...], *rest: Any) -> int:
         end: int = self._native.read(forms, paths, *rest)
         rows = rest[2]
-        rows[: len(paths)][[path == self._bad for path in paths], 0] = batch_reader._LEFT_TO_PYTHON
+        rows[: len(paths)][[path == self._bad for path in paths], 0] = chunks.LEFT_TO_PYTHON
         return end
 
 

@@ -327,7 +327,14 @@ class TestPt(FormatContract):
         return features()
 
     def small(self) -> Any:
-        return {"a": torch.arange(6, dtype=torch.int16), "n": 3, "s": ["x", b"y"]}
+        return self._one(6, 3, "x")
+
+    def alike(self) -> list[Any]:
+        return [self._one(9, 200, "z"), self._one(4, 7, "y")]
+
+    def _one(self, size: int, number: int, text: str) -> Any:
+        x = torch.arange(size, dtype=torch.int16)
+        return {"a": x, "n": number, "s": [text, b"y"]}
 
     def write(self, feature: Any, path: str) -> None:
         torch.save(feature, path)

@@ -10,6 +10,7 @@ from operator import itemgetter
 
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.planned import Bytes
+from gpucache_pipes.files.plans import Run
 
 _END = struct.Struct("<4s4H2LH")
 _ZIP64_LOCATOR = struct.Struct("<4sLQL")
@@ -150,20 +151,28 @@ class DirectoryTemplate:
         [extra_bytes] = struct.unpack_from("<H", self._middles[number], 2)
         return raw[start : start + extra_bytes]
 
-    def runs(self, nbytes: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """The runs (start, count) of a directory that are constant, and those of the prefix.
+    @property
+    def starts(self) -> list[int]:
+        """Where the entry of each record begins."""
+        return self._starts
+
+    def runs(self, offset: int, nbytes: int) -> tuple[list[Run], list[Run]]:
+        """The runs of a directory that are constant, and those of the prefix.
 
         Args:
+            offset: its first byte in the file.
             nbytes: of the directory, and of what follows it and is constant.
         """
         constant, prefixes = [], []
-        at = 0
+        at = offset
         for start in self._starts:
-            name = start + CENTRAL_HEADER.size
-            constant += [(at, start + 16 - at), (start + 20, name - start - 20)]  # no checksum
-            prefixes.append((name, self._prefix_bytes))
+            entry = offset + start
+            name = entry + CENTRAL_HEADER.size
+            # Without the checksum.
+            constant += [Run(at, entry + 16 - at), Run(entry + 20, name - entry - 20)]
+            prefixes.append(Run(name, self._prefix_bytes))
             at = name + self._prefix_bytes
-        return [*constant, (at, nbytes - at)], prefixes
+        return [*constant, Run(at, offset + nbytes - at)], prefixes
 
     def sizes_of(self, number: int) -> slice:
         """Return which bytes of a directory hold the two sizes of a record."""
@@ -207,13 +216,21 @@ class Directory:
         self._end = data[size:]
         self._probe: slice | None = None
 
-    def runs(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """The runs (start, count) of the file that `matches` compares, and those of the prefix."""
-        constant, prefixes = self._template.runs(self.nbytes)
-        return (
-            [(self.offset + start, count) for start, count in constant],
-            [(self.offset + start, count) for start, count in prefixes],
-        )
+    @property
+    def starts(self) -> list[int]:
+        """Where the entry of each record begins in the file."""
+        return [self.offset + start for start in self._template.starts]
+
+    def runs(self) -> tuple[list[Run], list[Run]]:
+        """The runs of the file that `matches` compares, and those of the prefix."""
+        return self._template.runs(self.offset, self.nbytes)
+
+    def end_offsets(self, size: int) -> list[tuple[int, int]]:
+        """Where the end records of a file of this size state an offset, and what it is."""
+        offsets = [(size - 6, self.offset)]
+        if len(self._end) == _TAIL_BYTES:
+            offsets += [(size - 34, size - _TAIL_BYTES), (size - 50, self.offset)]
+        return offsets
 
     def matches(self, data: bytes, at: int) -> bool:
         """Return whether `data` from `at` on is this directory but for prefix and checksums."""

@@ -13,12 +13,13 @@ Any other file is Unsupported here, and `fallback.py` leaves it to torch.load.
 """
 
 import sys
-from collections.abc import Callable
+from functools import partial
 
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.planned import Bytes, PlanReader
-from gpucache_pipes.files.plans import FormParts, ReadPlan
+from gpucache_pipes.files.planned import Bytes, Parsed, PlanReader
+from gpucache_pipes.files.plans import ReadPlan
 from gpucache_pipes.files.pt.directory import DirectoryTemplate
+from gpucache_pipes.files.pt.families import Families
 from gpucache_pipes.files.pt.template import FileTemplate
 
 _MAX_TEMPLATES_PER_SIZE = 8
@@ -46,17 +47,18 @@ class PtReader(PlanReader):
         self._templates_cost = 0
         self._seen: set[int] = set()
         self._directory_templates: dict[tuple[int, int], DirectoryTemplate] = {}
+        self._families = Families(self.selected)
 
     def plan(self, file: Bytes) -> ReadPlan:
         """See PlanReader."""
-        return self._parse(file)[0]
+        return self._plan(file)[0]
 
-    def plan_and_form(self, file: Bytes) -> tuple[ReadPlan, Callable[[], FormParts | None]]:
+    def parse(self, file: Bytes) -> Parsed:
         """See PlanReader."""
-        plan, template = self._parse(file)
-        return plan, template.form
+        plan, template = self._plan(file)
+        return Parsed(plan, template.form, partial(self._families.learn, template, file))
 
-    def _parse(self, file: Bytes) -> tuple[ReadPlan, FileTemplate]:
+    def _plan(self, file: Bytes) -> tuple[ReadPlan, FileTemplate]:
         if sys.byteorder != "little":
             raise Unsupported("the machine is big-endian")
         templates = self._templates.get(file.size, [])

@@ -3,11 +3,12 @@
 import struct
 from collections.abc import Sequence
 from operator import itemgetter
+from typing import NamedTuple
 
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.layout import Layout, flatten
+from gpucache_pipes.files.layout import Layout, Leaf, flatten
 from gpucache_pipes.files.planned import MAX_PLAN_COST, Bytes
-from gpucache_pipes.files.plans import Extent, FormParts, ReadPlan, StridedExtent
+from gpucache_pipes.files.plans import Extent, FormParts, ReadPlan, Run, StridedExtent
 from gpucache_pipes.files.pt.directory import (
     LOCAL_HEADER_BYTES,
     LOCAL_SIGNATURE,
@@ -18,12 +19,33 @@ from gpucache_pipes.files.pt.directory import (
 )
 from gpucache_pipes.files.pt.names import AllowedGlobal, SavedTensor, Storage
 from gpucache_pipes.files.pt.pickle import read_pickle
+from gpucache_pipes.files.strided import is_contiguous
 
 _LENGTHS = struct.Struct("<HH")
 
 # What the small records must hold: exactly these bytes, or digits. torch.load accepts both.
 _EXACT = {"version": b"3\n", "byteorder": b"little", ".format_version": b"1"}
 _DIGITS = (".storage_alignment", ".data/serialization_id")
+
+
+class PlacedRecord(NamedTuple):
+    """A record, and where in the file it is.
+
+    Attributes:
+        name: without the prefix.
+        header: the first byte of its local header.
+        start: its first byte.
+        size: in bytes.
+        central: the first byte of its entry in the directory.
+        is_storage: whether it holds the bytes of tensors.
+    """
+
+    name: str
+    header: int
+    start: int
+    size: int
+    central: int
+    is_storage: bool
 
 
 class FileTemplate:
@@ -58,6 +80,7 @@ class FileTemplate:
         self._plans: dict[bytes, ReadPlan] = {}
         self._starts: dict[str, int] = {}
         self._comparison: _Comparison | None = None
+        self._places: tuple[tuple[object, ...], ...] | None = None
         at = 0
         pickle = None
         for name, record in self._directory.records.items():
@@ -107,11 +130,11 @@ class FileTemplate:
     def form(self) -> FormParts:
         """What `plan` compares, and the pickle."""
         constant, prefixes = self._directory.runs()
-        digits, pickle = [], (0, 0)
+        digits, pickle = [], Run(0, 0)
         for name, (header, _, size) in self._directory.records.items():
             # The signature, and the lengths of name and extra field.
-            constant += [(header, 4), (header + 26, 4)]
-            piece = (self._starts[name], size)
+            constant += [Run(header, 4), Run(header + 26, 4)]
+            piece = Run(self._starts[name], size)
             if name in _EXACT:
                 constant.append(piece)
             elif name in _DIGITS:
@@ -120,6 +143,37 @@ class FileTemplate:
                 pickle = piece
         # Within a data set the pickles differ, if anything does.
         return FormParts([pickle, *constant], digits, prefixes)
+
+    def pickle(self, file: Bytes) -> bytes:
+        """The pickle of a file that fits."""
+        return file.read(self._starts["data.pkl"], self._directory.records["data.pkl"][2])
+
+    def records(self) -> list[PlacedRecord]:
+        """The records in their order."""
+        return [
+            PlacedRecord(name, header, self._starts[name], size, central, name.startswith("data/"))
+            for (name, (header, _, size)), central in zip(
+                self._directory.records.items(), self._directory.starts, strict=True
+            )
+        ]
+
+    def places(self) -> Sequence[tuple[object, ...]]:
+        """Where everything is, the sizes of storages aside. Equal for files that may be alike."""
+        if self._places is None:
+            end = 0
+            places: list[tuple[object, ...]] = []
+            for name, (header, _, size) in self._directory.records.items():
+                start = self._starts[name]
+                is_storage = name.startswith("data/")
+                places.append((name, header - end, start - header, -1 if is_storage else size))
+                end = start + size
+            places.append((self._directory.offset - end, self._directory.nbytes))
+            self._places = tuple(places)
+        return self._places
+
+    def end_offsets(self, size: int) -> list[tuple[int, int]]:
+        """See Directory."""
+        return self._directory.end_offsets(size)
 
     def _plan_by(self, pickle: bytes) -> ReadPlan:
         plan = self._plans.get(pickle)
@@ -147,19 +201,13 @@ class FileTemplate:
                 raise ValueError("the file is damaged: a storage and its record differ in size")
         extents, strided_extents = [], []
         for tensor, leaf in zip(tensors, layout.leaves, strict=True):
-            name = f"data/{tensor.storage.key}"
-            start = self._starts[name] + tensor.offset * leaf.dtype.itemsize
+            start = self._starts[f"data/{tensor.storage.key}"] + tensor.offset * leaf.dtype.itemsize
             if not leaf.nbytes:
                 continue
-            if _contiguous(tensor):
+            if is_contiguous(tensor.shape, tensor.strides):
                 extents.append(Extent(start, leaf.offset, leaf.nbytes))
             else:
-                dimensions = zip(tensor.shape, tensor.strides, strict=True)
-                elements = 1 + sum((size - 1) * stride for size, stride in dimensions)
-                nbytes = elements * leaf.dtype.itemsize
-                strided_extents.append(
-                    StridedExtent(start, nbytes, tensor.strides, leaf.dtype, leaf)
-                )
+                strided_extents.append(strided_extent(tensor, start, leaf))
         # A plain value is an object of at least 32 bytes; a string is as long as in the pickle.
         cost = layout.cost + 3 * len(pickle) + 100 * len(values) + 200 * len(tensors)
         return ReadPlan(layout, tuple(values), tuple(extents), tuple(strided_extents), cost)
@@ -220,11 +268,8 @@ class _Comparison:
         return fields[self._pickle]
 
 
-def _contiguous(tensor: SavedTensor) -> bool:
-    """Return whether the elements of a tensor follow each other in its storage."""
-    expected = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+def strided_extent(tensor: SavedTensor, start: int, leaf: Leaf) -> StridedExtent:
+    """How to read a tensor that is not contiguous and begins at `start` of the file."""
+    dimensions = zip(tensor.shape, tensor.strides, strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in dimensions)
+    return StridedExtent(start, elements * leaf.dtype.itemsize, tensor.strides, leaf.dtype, leaf)
