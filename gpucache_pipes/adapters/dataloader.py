@@ -46,7 +46,8 @@ class GPUCachedPathDataLoader:
             has one position: beginning a new iteration ends the one before.
         device, max_cache_bytes, max_cache_items, **store_options: as in GPUFeatureStore, of which
             one is made. Not together with `store`.
-        prefetch_batches: batches that are requested ahead of the consumer, at least 1.
+        prefetch_batches: batches that are requested ahead of the consumer, at least 1. None is 2,
+            and more where the storage has latency: the `depth` of GPUPrefetcher.
         collate_fn: list of features -> batch, as in GPUCollator.
         path_extractor: batch of the loader -> sequence of its paths, for a batch that is more than
             its paths. Then (gpu_batch, original_batch) is yielded.
@@ -79,7 +80,7 @@ class GPUCachedPathDataLoader:
         device: str | torch.device | None = None,
         max_cache_bytes: int | str | None = None,
         max_cache_items: int | None = None,
-        prefetch_batches: int = 2,
+        prefetch_batches: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         path_extractor: Callable[[Any], Sequence[Any]] | None = None,
         build_batch_fn: Callable[[Any, Any, Sequence[Any]], Any] | None = None,
@@ -111,7 +112,9 @@ class GPUCachedPathDataLoader:
             pad_to_multiple=pad_to_multiple,
         )
         self._prefetch_options = PrefetchOptions(
-            depth=positive_int("prefetch_batches", prefetch_batches),
+            depth=None
+            if prefetch_batches is None
+            else positive_int("prefetch_batches", prefetch_batches),
             on_error=on_error,
             max_failures=max_failures,
         )

@@ -11,7 +11,7 @@ from gpucache_pipes.store import GPUFeatureStore
 
 
 class GPUPrefetchIterDataPipe(IterDataPipe[Any]):
-    """`source.gpu_prefetch(store, depth=2, ...)`: a GPUPrefetcher over a DataPipe.
+    """`source.gpu_prefetch(store, ...)`: a GPUPrefetcher over a DataPipe.
 
     Each iteration makes a new node, and shuts it down when the iterator is closed or collected.
 
@@ -27,7 +27,7 @@ class GPUPrefetchIterDataPipe(IterDataPipe[Any]):
         self,
         source_datapipe: IterDataPipe[Any],
         store: GPUFeatureStore,
-        depth: int = 2,
+        depth: int | None = None,
         path_fn: Callable[[Any], Any] | None = None,
         join_fn: Callable[[Any, Any], Any] | None = None,
         on_error: OnError = "raise",

@@ -34,7 +34,8 @@ class Lookahead:
         source: the node to draw from.
         store: where features are requested.
         owner: names the pipeline to the store's policy.
-        depth: elements that are kept requested in addition to the one that is needed.
+        depth: elements that are kept requested in addition to the one that is needed; None leaves
+            it to the store.
         path_fn: element -> path or paths; None where elements are paths.
         copies_states: whether to copy the states of `source`, which a source of the user's may
             go on changing while more is drawn.
@@ -49,14 +50,15 @@ class Lookahead:
         source: BaseNode[Any],
         store: GPUFeatureStore,
         owner: object,
-        depth: int,
+        depth: int | None,
         path_fn: Callable[[Any], Any] | None,
         copies_states: bool,
     ) -> None:
         self._source = source
         self._store = store
         self._owner = owner
-        self._depth = depth
+        self._fixed_depth = depth
+        self._files = 1  # of the last element
         self._path_fn = path_fn
         self._copies_states = copies_states
         self.elements: deque[PendingElement] = deque()
@@ -76,7 +78,7 @@ class Lookahead:
         What the source or the request of an element raises is kept in `PendingElement.error`:
         the elements that were drawn before it are the consumer's first.
         """
-        while len(self.elements) < needed + self._depth and not self._exhausted:
+        while len(self.elements) < needed + self._depth() and not self._exhausted:
             try:
                 pending = PendingElement(next(self._source))
             except StopIteration:
@@ -121,7 +123,11 @@ class Lookahead:
                 "path_fn(element) returns the paths of the files that an element needs"
             )
         pending.paths = paths
-        pending.batch = self._store.request(paths, owner=self._owner, ahead=self._depth)
+        self._files = len(paths)
+        pending.batch = self._store.request(paths, owner=self._owner, ahead=self._depth())
+
+    def _depth(self) -> int:
+        return self._fixed_depth or self._store.requests_ahead(self._files)
 
     def batch_of(self, pending: PendingElement) -> PendingBatch:
         """The open request of an element: a new one if an interrupt has used up the first."""

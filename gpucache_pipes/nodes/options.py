@@ -32,7 +32,7 @@ class PrefetchOptions:
     ValueError: max_failures is for on_error="skip" or a callable
     """
 
-    depth: int = 2
+    depth: int | None = None
     path_fn: Callable[[Any], Any] | None = None
     join_fn: Callable[[Any, Any], Any] | None = None
     on_error: OnError = "raise"
@@ -43,7 +43,8 @@ class PrefetchOptions:
             raise ValueError(
                 "join_fn needs a path_fn: elements that are paths have nothing to join"
             )
-        object.__setattr__(self, "depth", positive_int("depth", self.depth))
+        if self.depth is not None:
+            object.__setattr__(self, "depth", positive_int("depth", self.depth))
         if not callable(self.on_error) and self.on_error not in ("raise", "skip"):
             raise ValueError(f'on_error={self.on_error!r} must be "raise", "skip" or callable')
         if self.max_failures is not None:

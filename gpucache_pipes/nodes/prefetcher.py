@@ -96,7 +96,8 @@ class GPUPrefetcher(BaseNode[Any]):
             object and store are one to the store's policy, so a new pipeline may be made for each
             epoch.
         depth: elements that are requested ahead of the consumer, at least 1. Their features take
-            device memory meanwhile, also those that the cache does not admit.
+            device memory meanwhile, also those that the cache does not admit. None is 2, and more
+            where the storage has latency: see `GPUFeatureStore.requests_ahead`.
         path_fn: element -> path or sequence of paths. It is called again for an element whose
             request was interrupted.
         join_fn: (features, element) -> what to yield; must not return None.
@@ -122,7 +123,7 @@ class GPUPrefetcher(BaseNode[Any]):
         source: BaseNode[Any] | Iterable[Any],
         store: GPUFeatureStore,
         *,
-        depth: int = 2,
+        depth: int | None = None,
         path_fn: Callable[[Any], Any] | None = None,
         join_fn: Callable[[Any, Any], Any] | None = None,
         on_error: OnError = "raise",

@@ -5,8 +5,18 @@ import threading
 import time
 from collections.abc import Callable
 
-MOST_READERS = 32
+MOST_READERS = 128
 """Threads that a store starts by itself, at most."""
+
+LEAST_AHEAD = 2
+"""Requests that are pending ahead of the consumer, where the storage does not ask for more."""
+
+_FILES_AHEAD = 8
+"""Files that should be pending for each reader, so that a task has several: a task costs a few
+hundred microseconds under the interpreter lock."""
+
+_MOST_AHEAD_BYTES = 256 << 20
+"""Bytes of the features that are pending, if more than LEAST_AHEAD requests are, at most."""
 
 _MOST_FILES = 256
 _MOST_IN_A_BOX = 32
@@ -16,6 +26,13 @@ _FIRST_FILES = 2
 _TASK_SECONDS = (0.002, 0.03)
 """What a read task should take, at least, since it has costs of its own; and at most, so that other
 readers have work, and batches do not wait for files of others."""
+
+_MOST_LEAST_FILES = 8
+_LOCK_SHARES = (0.1, 0.5)
+"""Readers that wait for the storage compute under the interpreter lock, most of it once a task. If
+all of them together hold it for more than the second part of the time, tasks get more files; if for
+less than the first one, fewer. The time that a file takes does not tell: it includes waiting for
+the lock."""
 
 _TRYING_SECONDS = 0.008
 """The same at most, while another number of readers may be better: it is found sooner."""
@@ -28,6 +45,25 @@ _WORTH_IT = 1.2
 
 _CHANGED = 2.0
 """If a file takes this many times as long as before, or a part of it, readers are tried again."""
+
+
+def requests_ahead(files: int, readers: int, file_bytes: float, budget: int | None) -> int:
+    """How many requests should be pending ahead of the consumer, so that all readers have work.
+
+    Readers become more where the storage has latency (see Pace), and so do these. What is pending
+    takes memory.
+
+    Args:
+        files: of each request.
+        readers: threads that read.
+        file_bytes: the mean size of a feature; 0 if it is not known.
+        budget: bytes that the cache may take.
+    """
+    wanted = -(-_FILES_AHEAD * readers // max(1, files)) if readers > 1 else 0
+    if wanted <= LEAST_AHEAD or not file_bytes:
+        return LEAST_AHEAD
+    room = _MOST_AHEAD_BYTES if budget is None else min(_MOST_AHEAD_BYTES, budget // 8)
+    return max(LEAST_AHEAD, min(wanted, int(room / (file_bytes * max(1, files)))))
 
 
 class Pace:
@@ -63,6 +99,8 @@ class Pace:
         self._deciding = threading.Lock()
         # Seconds that a file takes a reader, of late. None before the first one.
         self._each: float | None = None
+        # Files that a task should have because of the interpreter lock.
+        self._least = 1
         # Of the tasks that have begun since `_since`: how many, their files, and their time in all.
         self._since: float | None = None
         self._tasks = self._files = 0
@@ -80,8 +118,9 @@ class Pace:
         settled = self._readers >= self._most or self._gave_up
         longest = _TASK_SECONDS[1] if settled else _TRYING_SECONDS
         each = max(self._each, 1e-6)
-        least, most = int(_TASK_SECONDS[0] / each), int(longest / each)
         share = -(-waiting // self._readers)
+        least = max(self._least, int(_TASK_SECONDS[0] / each))
+        most = max(self._least, int(longest / each))
         return max(1, min(max(share, least), most, _MOST_FILES))
 
     def files_per_box(self, files: int) -> int:
@@ -103,6 +142,12 @@ class Pace:
         try:
             each = wall / files
             self._each = each if self._each is None else 0.75 * self._each + 0.25 * each
+            if cpu < _WAITING * wall:
+                share = self._readers * cpu / max(wall, 1e-9)
+                if share > _LOCK_SHARES[1] and files >= self._least:
+                    self._least = min(2 * self._least, _MOST_LEAST_FILES)
+                elif share < _LOCK_SHARES[0]:
+                    self._least = max(1, self._least // 2)
             now = self._clock()
             if not waiting or self._since is None:
                 # The consumer is the limit, or was until now: what arrived says nothing.

@@ -21,7 +21,7 @@ from gpucache_pipes.units import parse_bytes, positive_int
 _STAGING_BYTES = 64 << 20
 """For each reader thread."""
 
-_MOST_STAGING_BYTES = 256 << 20
+_MOST_STAGING_BYTES = 512 << 20
 """Unless the number of reader threads is given."""
 
 

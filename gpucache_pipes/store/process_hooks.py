@@ -18,7 +18,7 @@ process; a thread that reads or waits ends silently.
 class Closable(Protocol):
     """A store, as the hooks see it."""
 
-    def shut(self, seconds: float) -> None:
+    def close(self, timeout: float = ...) -> None:
         """Close, waiting for reader threads at most this long."""
 
     def refuse_after_fork(self) -> None:
@@ -48,7 +48,7 @@ def join_at_exit(thread: threading.Thread) -> None:
 def _at_exit() -> None:
     deadline = time.monotonic() + EXIT_SECONDS
     for store in registered():
-        store.shut(max(0.0, deadline - time.monotonic()))
+        store.close(max(0.0, deadline - time.monotonic()))
     for thread in list(_replaced_readers):
         thread.join(max(0.0, deadline - time.monotonic()))
 

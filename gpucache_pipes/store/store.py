@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -22,8 +21,6 @@ from gpucache_pipes.store.upcoming import Upcoming
 from gpucache_pipes.store.warmup import warm_up
 from gpucache_pipes.store.yielding import call_twice, require_no_collective
 from gpucache_pipes.units import require_hashable
-
-_CLOSE_SECONDS = 5.0
 
 
 class GPUFeatureStore:
@@ -47,9 +44,8 @@ class GPUFeatureStore:
         policy: which features are evicted when the budget is used up: "clairvoyant" (default),
             "keep", "lru", "fifo", "lfu", "sieve", "s3fifo", "w-tinylfu", or an object with the
             methods of `cache.Policy`.
-        load_fn: `load_fn(path) -> feature` replaces reading `.pt` files. Reader threads call it,
-            several at a time, with each path as it was first written in a request; with an absolute
-            one if the current directory has changed.
+        load_fn: `load_fn(path) -> feature` replaces reading files. Reader threads call it, several
+            at a time, with paths as they were first written; absolute after a change of directory.
         weights_only: as in `torch.load`. False lets a file run any code.
         keys: the parts of dict features that are kept: a key, or a list of keys, each of which may
             be a tuple of keys that leads to a part of a part. It is an error of a file to lack one.
@@ -57,10 +53,10 @@ class GPUFeatureStore:
             rounded to the nearest value, or inf. Or the dtypes of named tensors, by keys as above.
         source: where features come from, in place of the four above: see `files.Source`.
         asynchronous: read in background threads; False reads in the thread that requests.
-        reader_threads: number of background threads; None finds one to 32 by measurement.
+        reader_threads: number of background threads; None finds 1 to 128 by measurement.
         page_bytes: size of a page, a multiple of 16; None fits it to the first features.
         staging_bytes: page-locked host memory for uploads to an accelerator, a number or a string;
-            None is 256 MiB, or 64 MiB for each of `reader_threads`. Each thread has two buffers, of
+            None is 512 MiB, or 64 MiB for each of `reader_threads`. Each thread has two buffers, of
             powers of two bytes. A file that does not fit into a buffer makes it larger.
         revalidate: look at each hit whether the file has changed (device, inode, size or
             modification time), and read it again if so. Takes a stat, about 3 us on a local disk,
@@ -154,6 +150,14 @@ class GPUFeatureStore:
         require_hashable("owner", owner)
         return self._requests.request(paths, owner, keep_alive=self, ahead=ahead)
 
+    def requests_ahead(self, files: int) -> int:
+        """How many requests of `files` files should be pending, so that all readers have work.
+
+        2, and more where storage with latency has made reader threads more; their features take
+        256 MiB and an eighth of the budget at most. Takes no lock.
+        """
+        return self._requests.requests_ahead(files)
+
     def collect(self, batches: Sequence[PendingBatch], ragged: RaggedOptions | None = None) -> Any:
         """The features of several pending batches as one FeatureBatch, in order; consumes them.
 
@@ -177,8 +181,8 @@ class GPUFeatureStore:
     def release(self, paths: Sequence[PathLike]) -> None:
         """Stop caching these files. Pending batches still get theirs; unknown paths are ignored.
 
-        Called by a signal handler or a finalizer that has interrupted a call of this store, it
-        takes effect when that call has finished.
+        In a signal handler or a finalizer that has interrupted a call of this store, it takes
+        effect when that call has finished.
         """
         self._requests.release(paths)
 
@@ -319,19 +323,15 @@ class GPUFeatureStore:
 
     # The end
 
-    def close(self) -> None:
+    def close(self, timeout: float = 5.0) -> None:
         """End the readers and free the memory. Consumers that wait get a RuntimeError.
 
         May be called more than once and from any thread, also from signal handlers and finalizers:
         where these have interrupted a call of this store, `close` returns at once, and the store
         closes as soon as that call is done with its memory. Waits for gathers and reads under way
-        for five seconds at most, in all.
+        for `timeout` seconds at most, in all.
         """
-        self.shut(_CLOSE_SECONDS)
-
-    def shut(self, seconds: float) -> None:
-        """Close, but wait at most this long."""
-        self._shutdown.close(seconds)
+        self._shutdown.close(timeout)
 
     def refuse_after_fork(self) -> None:
         """In a forked child: refuse all further calls."""
@@ -340,12 +340,7 @@ class GPUFeatureStore:
     def __enter__(self) -> "GPUFeatureStore":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __reduce__(self) -> NoReturn:

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpucache_pipes import GPUFeatureStore
+from gpucache_pipes import GPUFeatureStore, GPUPrefetcher, PathLister
 from gpucache_pipes.store import pace
-from gpucache_pipes.store.pace import MOST_READERS, Pace
+from gpucache_pipes.store.pace import MOST_READERS, Pace, requests_ahead
 
 
 class Model:
@@ -54,13 +54,22 @@ class Model:
 
 
 def test_storage_that_makes_readers_wait_gets_all_of_them() -> None:
-    model = Model(lambda readers: 0.003, cpu=0.02)
-    model.run(100)
-    assert model.history[0] == 1
-    assert model.readers == MOST_READERS
+    model = Model(lambda readers: 0.003, cpu=0.0002)
+    model.run(500)
+    assert model.history == [1, 4, 16, 64, MOST_READERS]
     assert model.now < 0.2
     # Tasks are as long as they may be, and no longer.
     assert 0.003 * model.pace.files_per_task(10_000) <= 0.03
+    assert model.pace.files_per_task(MOST_READERS) == 1
+
+
+def test_tasks_have_several_files_where_readers_want_the_interpreter_lock() -> None:
+    """It is taken for 0.2 ms a task, so that 128 tasks of a file would take more than all of it."""
+    model = Model(lambda readers: 0.003, cpu=0.07)
+    model.run(500)
+    assert model.pace.files_per_task(MOST_READERS) == 8
+    model.cpu = 0.0001
+    model.run(500)
     assert model.pace.files_per_task(MOST_READERS) == 1
 
 
@@ -178,3 +187,33 @@ def test_in_a_store(given: int | None) -> None:
         readers = store.stats().reader_threads
         store.check()
     assert readers == 2 if given else readers > 1
+
+
+def test_requests_ahead_keep_all_readers_busy_within_a_bound_of_bytes() -> None:
+    assert requests_ahead(64, 1, 4096.0, None) == 2
+    assert requests_ahead(64, 128, 4096.0, None) == 16
+    assert requests_ahead(1, 128, 4096.0, None) == 1024
+    assert requests_ahead(1, 128, 0.0, None) == 2, "nothing is known yet"
+    assert requests_ahead(1, 128, 4.0 * (1 << 20), None) == 64
+    assert requests_ahead(1, 128, 4.0 * (1 << 20), 80 << 20) == 2
+
+
+def test_a_pipeline_reads_further_ahead_with_more_readers(
+    make_files: Callable[[int], list[str]],
+) -> None:
+    paths = make_files(100)
+    with GPUFeatureStore("cpu") as store:
+        lister = PathLister(paths)
+        node = GPUPrefetcher(lister, store)
+        node.reset()
+        next(node)
+        assert len(node._ahead.elements) == 2
+        store._loader._pace._start = lambda: None  # no other readers are started by itself
+        for _ in range(7):
+            store._loader._start_reader()
+        next(node)
+        assert len(node._ahead.elements) == 64
+        fixed = GPUPrefetcher(lister, store, depth=3)
+        fixed.reset()
+        next(fixed)
+        assert len(fixed._ahead.elements) == 3

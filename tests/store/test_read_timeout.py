@@ -188,7 +188,7 @@ def test_closing_while_a_reader_is_replaced(
     assert at_step.wait(60)
     if name == "forget":  # the file at hand has failed by then, and the others are read
         assert isinstance(batch.wait()[0].__cause__, TimeoutError)
-    store.shut(0.0)
+    store.close(0.0)
     closed.set()
     with pytest.raises(RuntimeError, match="closed"):
         batch.result()

@@ -539,7 +539,7 @@ def test_an_operation_that_outlasts_closing_gives_memory_back_itself() -> None:
     consumer = threading.Thread(target=consume)
     consumer.start()
     assert started.wait(60)
-    store.shut(0.01)
+    store.close(0.01)
     assert store.stats().reserved_bytes
     go_on.set()
     consumer.join(60)
