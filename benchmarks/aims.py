@@ -1,9 +1,10 @@
 """Measure what a cached batch and a first epoch cost, and print it next to the aims as one table.
 
-Calls scenarios.py (small in batches of 8 to 1,024, alone and with two busy processes; ragged and
-ragged-large), overhead.py and million.py; their docstrings say what is measured. The store has a
-budget everywhere. "a dict" is a dict of features by path, and `torch.stack` or `pad_sequence`. All
-figures are medians, ratios those within a round; the other loaders of a scenario are left out.
+Calls scenarios.py (small in batches of 8 to 1,024, alone and with two busy processes; ragged,
+ragged-large and large), overhead.py and million.py; their docstrings say what is measured. The
+store has a budget everywhere. "a dict" is a dict of features by path, and `torch.stack` or
+`pad_sequence`. All figures are medians, ratios those within a round; the other loaders of a
+scenario are left out.
 
     python benchmarks/aims.py [--quick] [--files 1000000] [--json benchmarks/results/aims.json]
 
@@ -28,6 +29,12 @@ BY_NAME = {contender.name: contender for contender in CONTENDERS}
 DICT = BY_NAME["dict of features, never evicts"]
 COLLATE_FN = BY_NAME["GPUCollator with a collate_fn"]
 PREADV = BY_NAME["preadv of the bytes"]
+PEERS = [
+    BASELINE,
+    DICT,
+    BY_NAME["DataLoader, torch.load(mmap=True)"],
+    BY_NAME["torchdata ParallelMapper"],
+]
 CPU = torch.device("cpu")
 AGAINST_A_DICT = {8: 0.7, 32: 1.5, 256: 3.0, 1024: 3.0}
 """The aims by batch size."""
@@ -94,7 +101,8 @@ def small_files(options: Options) -> list[Row]:
         report = options.measure(replace(scenario, share=None, batch_size=size), OURS, DICT)
         title = f"small, cached, batch {report['work']['batch_size']}, against a dict"
         by_size.append(ratio(title, aim, report, "later", DICT))
-    report = options.measure(replace(scenario, busy=2), OURS, DICT, BASELINE, PREADV)
+    report = options.measure(replace(scenario, busy=2, overlap=True), OURS, DICT, BASELINE, PREADV)
+    compute = report["contenders"][OURS.name]["cases"]["overlap"]["to_limit"][0]
     title = f"small, {{}}, batch {report['work']['batch_size']}, against {{}}"
     return [
         ratio(title.format("cached", BASELINE.name), 400, report, "later", BASELINE),
@@ -105,7 +113,19 @@ def small_files(options: Options) -> list[Row]:
         ),
         ratio(title.format("first epoch", BASELINE.name), 40, report, "first", BASELINE),
         ratio(title.format("first epoch", "a bare preadv"), 0.6, report, "first", PREADV),
+        Row("small, first epoch with compute, to the compute alone", 1.05, compute, "times"),
     ]
+
+
+def large_files(options: Options) -> list[Row]:
+    """Against the best of those that were the best in some run of all loaders."""
+    scenario = replace(SCENARIOS["large"], overlap=False, share=None)
+    report = options.measure(scenario, OURS, *PEERS)
+    rows = [
+        ratio(f"4 MB, first epoch, against {peer.name}", 1.5, report, "first", peer)
+        for peer in PEERS
+    ]
+    return [min(rows, key=lambda row: row.value)]
 
 
 def ragged_files(options: Options) -> list[Row]:
@@ -162,6 +182,7 @@ def main() -> None:
     rows = [
         *small_files(options),
         *ragged_files(options),
+        *large_files(options),
         *python_of_a_batch(5 if args.quick else 30),
         *many_files(4096 if args.quick else args.files),
     ]

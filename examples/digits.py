@@ -122,7 +122,7 @@ def main() -> None:
 
         def pipeline(paths: list[str], shuffle: bool = False) -> Loader[Batch]:
             lister = PathLister(paths, batch_size=BATCH_SIZE, shuffle=shuffle, seed=0)
-            return Loader(GPUCollator(GPUPrefetcher(lister, store, depth=4)))
+            return Loader(GPUCollator(GPUPrefetcher(lister, store)))
 
         with store:
             model, cached = train(

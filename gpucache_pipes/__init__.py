@@ -2,7 +2,7 @@
 
 store = GPUFeatureStore("cuda", max_cache_bytes="8GiB")
 paths = PathLister("features/", batch_size=256, shuffle=True, seed=0)
-batches = GPUCollator(GPUPrefetcher(paths, store, depth=4))
+batches = GPUCollator(GPUPrefetcher(paths, store))
 for batch in torchdata.nodes.Loader(batches):
     ...
 """

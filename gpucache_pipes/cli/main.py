@@ -65,6 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument(
         "--cold-storage", action="store_true", help="read from the disk, not from the page cache"
     )
+    bench.add_argument(
+        "--readers",
+        type=whole_numbers,
+        action="extend",
+        metavar="N[,N...]",
+        help="also with these numbers of reader threads; 1,4,16 with --cold-storage",
+    )
     bench.add_argument("--only", action="append", metavar="NAME", help="some of the contenders")
     bench.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
     for command in (inspecting, planning, bench):
@@ -113,7 +120,9 @@ def _measure(args: argparse.Namespace) -> int:
         positive_int(f"--{name}", getattr(args, name), least)
     sizes = [positive_int("--batch-size", size) for size in args.batch_size or [256]]
     most_bytes = parse_bytes("--bytes", args.bytes)
+    readers = args.readers or ([1, 4, 16] if args.cold_storage else [])
     contenders = bench.choose(args.only)
+    contenders += [bench.with_readers(positive_int("--readers", number)) for number in readers]
     if args.plot is not None:
         charts.require_plot(args.plot)  # before the measurement, which takes long
     device = bench.find_device(args.device)

@@ -14,7 +14,7 @@ from gpucache_pipes.cli.bench.figures import (
     find_device,
     free_bytes,
 )
-from gpucache_pipes.cli.bench.loaders import BASELINE, OURS
+from gpucache_pipes.cli.bench.loaders import BASELINE, OURS, with_readers
 from gpucache_pipes.cli.bench.report import advice, as_text, draw, headings
 from gpucache_pipes.cli.bench.work import Work, sample
 
@@ -34,4 +34,5 @@ __all__ = [
     "free_bytes",
     "headings",
     "sample",
+    "with_readers",
 ]

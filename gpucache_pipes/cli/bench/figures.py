@@ -60,7 +60,7 @@ def choose(names: Sequence[str] | None) -> list[Contender]:
     ['gpucache_pipes', 'DataLoader, 0 workers', 'preadv of the bytes']
     """
     if not names:
-        return CONTENDERS
+        return CONTENDERS.copy()
     for name in names:
         if not any(contender.name.startswith(name) for contender in CONTENDERS):
             known = ", ".join(contender.name for contender in CONTENDERS)

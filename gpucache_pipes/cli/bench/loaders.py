@@ -16,19 +16,25 @@ _README_BUDGET = 8 << 30
 """Bytes that the example of the README may cache."""
 
 
-def gpucache_pipes(work: Work, share: float, own_collate: bool = False) -> Iterator[Run]:
+def gpucache_pipes(
+    work: Work, share: float, own_collate: bool = False, readers: int | None = None
+) -> Iterator[Run]:
     """The pipeline of the README, with a budget that holds everything or `share` of the data.
 
-    With `own_collate` batches are made by the function that other contenders call as well.
+    With `own_collate` batches are made by the function that other contenders call as well. With
+    `readers` there are that many reader threads.
     """
     collation = (
         {"collate_fn": work.collation.by_hand} if own_collate else work.collation.for_nodes()
     )
     budget = max(_README_BUDGET, 2 * work.budget(1)) if share == 1 else work.budget(share)
     with GPUFeatureStore(
-        work.device, max_cache_bytes=budget, weights_only=work.weights_only
+        work.device,
+        max_cache_bytes=budget,
+        weights_only=work.weights_only,
+        reader_threads=readers,
     ) as store:
-        batches = tn.Loader(GPUCollator(GPUPrefetcher(work.lister(), store, depth=4), **collation))
+        batches = tn.Loader(GPUCollator(GPUPrefetcher(work.lister(), store), **collation))
         after_first = store.stats()
 
         def epoch(number: int) -> Iterable[Any]:
@@ -114,6 +120,17 @@ def _dictionary(work: Work, share: float) -> Iterator[Run]:
             yield work.collation.by_hand([fetch(path) for path in batch])
 
     yield Run(epoch)
+
+
+def with_readers(threads: int) -> Contender:
+    """gpucache_pipes with a given number of reader threads, for first epochs."""
+    return Contender(
+        f"gpucache_pipes, reader_threads={threads}",
+        "ours",
+        partial(gpucache_pipes, readers=threads),
+        caches=True,
+        cases=("first", "partial", "overlap"),
+    )
 
 
 OURS = Contender("gpucache_pipes", "ours", gpucache_pipes, caches=True)
