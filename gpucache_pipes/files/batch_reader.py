@@ -19,7 +19,13 @@ from typing import Any
 
 from gpucache_pipes.files.chunks import LEFT_TO_PYTHON, STATUS, UNKNOWN, Chunk, ScratchFeature
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.forms import MOST_FORMS, KnownForms, form_arguments, is_small
+from gpucache_pipes.files.forms import (
+    MOST_FORMS,
+    MOST_GROWING,
+    KnownForms,
+    form_arguments,
+    is_small,
+)
 from gpucache_pipes.files.planned import MAX_PLAN_COST, Bytes, PlanReader
 from gpucache_pipes.files.plans import FormParts, PlanFamily, ReadPlan
 from gpucache_pipes.files.source import Progress, VersionedFeature
@@ -27,6 +33,10 @@ from gpucache_pipes.files.source import Progress, VersionedFeature
 _WHOLE = 1 << 20
 """Bytes of a file that is read whole. Copying its leaves once more costs less than the Python code
 that reads them in place."""
+
+_FREE_TRIES = 128
+"""Files whose family is looked for, which costs as much as parsing them a few times. More of them
+must be paid for by files of known families."""
 
 _FIRST = 4
 """Files of the first call: their form is learned before the others are read."""
@@ -62,6 +72,8 @@ class BatchReader:
         self._reader = reader
         self._last: dict[int, ReadPlan] = {}
         self._begun = False
+        self._tried = 0  # files whose family was looked for
+        self._of_families = 0  # files that were of a known one
         self._matched = 0  # files that were of a known form; approximate
         self._known = KnownForms() if _native is not None else None
         # The names of the families whose forms are among `_known`.
@@ -109,6 +121,7 @@ class BatchReader:
         data = chunk.data(number)
         try:
             found = plan.plan(data)
+            self._of_families += 1
             return ScratchFeature(found, plan.values(found, data), chunk, number, size)
         except (Unsupported, ValueError, MemoryError):
             return None  # PlanReader.open says what is wrong with the file
@@ -129,9 +142,11 @@ class BatchReader:
             self._reader.remember(version, plan)
         if plan.cost > MAX_PLAN_COST:
             return plan
-        family = parsed.family()
-        if family is not None and self._learn_family(*family):
-            return plan
+        if self._tried <= _FREE_TRIES + self._of_families // 16:
+            self._tried += 1
+            family = parsed.family()
+            if family is not None and self._learn_family(*family):
+                return plan
         # The form is learned of the second file that has it; of the first one, once it has turned
         # out that there are mostly several.
         known = self._known
@@ -162,21 +177,18 @@ class BatchReader:
 
         Returns False if it was there.
         """
-        before = self._families.get(name)
-        if before is family:
-            return False
-        if not is_small(family.parts):
-            return False
         known = self._known
-        assert known is not None
+        assert known is not None and _native is not None
+        if any(reader is family for reader in known.readers) or not is_small(family.parts):
+            return False
+        before = self._families.get(name)
         for number, reader in enumerate(known.readers):
             if reader is before:
                 known = known.without(number)
                 break
-        assert _native is not None
         form = _native.Form(*form_arguments(family.parts, family.size, family.content))
         self._known = known.with_form(form, family, 0 if family.parts.growing else family.size)
-        if len(self._families) >= MOST_FORMS:
-            self._families.clear()
+        if len(self._families) >= MOST_GROWING:
+            self._families.clear()  # those that are known stay: at worst there are two of a name
         self._families[name] = family
         return True

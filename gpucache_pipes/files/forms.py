@@ -9,7 +9,7 @@ from gpucache_pipes.files.plans import FormParts, PlanFamily, ReadPlan
 
 MOST_FORMS = 4096
 MOST_OF_A_SIZE = 64
-MOST_GROWING = 64
+MOST_GROWING = 128
 _MOST_RUNS = 1 << 16
 """Bytes that a form may compare."""
 

@@ -80,7 +80,7 @@ class Number(NamedTuple):
 
     Attributes:
         start: its first byte, see Run.
-        width: bytes of a little-endian number, up to 4; or minus those of decimal digits.
+        width: its bytes, 1 to 4, the least significant one first.
         after: see Run.
         base: what it is in the file that the form was made of.
         begin: the first growing part that counts.

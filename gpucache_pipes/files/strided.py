@@ -21,17 +21,27 @@ _ALONE = 1 << 15
 
 def is_contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether elements with these strides follow each other."""
-    return all(
+    return 0 in shape or all(
         size == 1 or stride == expected
         for size, stride, expected in zip(shape, strides, contiguous_strides(shape), strict=True)
     )
 
 
+def _moved_as(extent: StridedExtent) -> torch.dtype:
+    """The dtype of the elements; uint8 for bool that stays bool.
+
+    A file may hold bytes other than 0 and 1, which torch keeps in some copies and not in others.
+    """
+    same = extent.dtype == extent.leaf.dtype == torch.bool
+    return torch.uint8 if same else extent.dtype
+
+
 def copy_one(data: bytearray, extent: StridedExtent, buffers: Sequence[memoryview]) -> None:
     """Copy a leaf, the bytes of whose range are `data`, to its place in the feature."""
     leaf = extent.leaf
-    found = torch.frombuffer(data, dtype=extent.dtype).as_strided(leaf.shape, extent.strides)
-    dense = found.to(leaf.dtype).contiguous()
+    dtype = _moved_as(extent)
+    found = torch.frombuffer(data, dtype=dtype).as_strided(leaf.shape, extent.strides)
+    dense = (found if dtype != extent.dtype else found.to(leaf.dtype)).contiguous()
     spread(dense.view(-1).view(torch.uint8), leaf.offset, buffers)
 
 
@@ -51,7 +61,7 @@ def copy_many(
         target: uint8 [m].
         places: where each feature begins in it. Pages begin at multiples of 16.
     """
-    leaf, dtype = extent.leaf, extent.dtype
+    leaf, dtype = extent.leaf, _moved_as(extent)
     aligned = not (starts % ALIGNMENT).any() and not (places % ALIGNMENT).any()
     if extent.start % dtype.itemsize or not aligned:  # no tensor of the dtype can begin there
         for start, place in zip((starts + extent.start).tolist(), places.tolist(), strict=True):
@@ -59,7 +69,9 @@ def copy_many(
             copy_one(data, extent, [target[place:].numpy().data])
         return
     before = source[: len(source) // ALIGNMENT * ALIGNMENT].view(dtype)
-    after = target[: len(target) // ALIGNMENT * ALIGNMENT].view(leaf.dtype)
+    after = target[: len(target) // ALIGNMENT * ALIGNMENT].view(
+        leaf.dtype if dtype == extent.dtype else dtype
+    )
     froms = (starts + extent.start) // dtype.itemsize
     tos = (places + leaf.offset) // leaf.dtype.itemsize
     dense = contiguous_strides(leaf.shape)

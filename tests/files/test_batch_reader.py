@@ -243,3 +243,18 @@ def test_equal_plans_of_other_files_are_one_form(tmp_path: Path) -> None:
             plans.append(feature.plan)
     assert known(reader) == 1
     assert all(plan == plans[0] for plan in plans)
+
+
+def test_bools_of_other_bytes_stay_as_they_are(tmp_path: Path) -> None:
+    """Also where they are strided: torch makes 1 of them in some copies."""
+    path = tmp_path / "x.pt"
+    torch.save({"x": torch.tensor([[True, False, True]] * 70).t()}, path)
+    data = path.read_bytes()
+    at = data.index(b"\x01\x00\x01" * 3)
+    path.write_bytes(data[:at] + b"\x02\x00\x03" + data[at + 3 :])
+    expected = torch.load(path)["x"]
+    with GPUFeatureStore("cpu") as store:
+        for _ in range(4):  # by each of the readers
+            found = store.get(path)["x"]
+            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+            store.clear()

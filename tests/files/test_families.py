@@ -1,6 +1,8 @@
 """Files that differ in sizes and plain values are read natively, and as torch.load reads them."""
 
+import io
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpucache_pipes import GPUFeatureStore
-from gpucache_pipes.files import Progress, Selection, batch_reader
+from gpucache_pipes.files import Progress, Selection, batch_reader, forms
 from gpucache_pipes.files.batch_reader import BatchReader
+from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.planned import Bytes
 from gpucache_pipes.files.pt import families
 from gpucache_pipes.files.pt.reader import PtReader
 from gpucache_pipes.testing import assert_same
+from gpucache_pipes.testing.contracts import in_threads, read_feature
 from gpucache_pipes.testing.formats import AtOnce
 
 pytestmark = pytest.mark.skipif(
@@ -222,3 +226,167 @@ def test_text_that_is_none_is_an_error_of_its_file(tmp_path: Path) -> None:
             store.get_batch(paths)
         assert store.get(paths[7])["name"] == "clip_7"
         assert store.stats().files_read_natively >= 3
+
+
+def test_seventeen_that_grow(tmp_path: Path) -> None:
+    """More than the native reader follows."""
+    features = [{f"t{k}": torch.randn(n, 16) for k in range(17)} for n in (16, 32, 48)]
+    assert all(parsed_of(tmp_path, features))
+
+
+def test_files_whose_pickles_have_one_length_and_other_opcodes(tmp_path: Path) -> None:
+    """Each kind is a class of its own: the first file is not to spoil the others."""
+    flags = [{"x": torch.ones(8), "n": n, "flag": n == 0} for n in range(12)]
+    assert parsed_of(tmp_path, flags) == [True] * 3 + [False] * 9
+    mixed = []
+    for n in range(40):
+        label, name = (n, "abcd") if n % 2 else (500 + n, "abc")
+        mixed.append({"x": torch.ones(8), "label": label, "name": name})
+    assert not any(parsed_of(tmp_path, mixed)[6:])
+
+
+def test_values_that_are_often_equal(tmp_path: Path) -> None:
+    """A one-hot list: which values differ is learned bit by bit."""
+    hot = [None, 7, 1, 5, 2, 7, 1, 3, 6, 0, 4, 5, 7, 6, 2, 1, *range(8)]
+    features = [{"x": torch.ones(8), "y": [int(n == one) for n in range(8)]} for one in hot]
+    assert not any(parsed_of(tmp_path, features)[11:])
+
+
+def test_a_class_that_is_learned_by_several_threads(tmp_path: Path) -> None:
+    paths = []
+    for n in range(8):
+        paths.append(str(tmp_path / f"{n}.pt"))
+        values = {f"k{j}": j for j in range(30)}
+        torch.save({**values, "x": torch.randn(8), "n": n, "m": 20 + n}, paths[-1])
+    for _ in range(10):
+        reader = BatchReader(PtReader())
+        reader.open(paths[:1], Progress())
+        in_threads(lambda n, reader=reader: reader.open([paths[1 + n]], Progress()), 4)  # type: ignore[misc]
+        at_once = AtOnce(PtReader())
+        at_once._batch_reader = reader
+        for path, found in at_once.read(paths):
+            assert_same(found, torch.load(path))
+
+
+def test_a_family_that_had_to_go_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "MOST_GROWING", 2)
+    features = [
+        {"x": torch.randn(n, 16), "s": "a" * length}
+        for length in (1, 2, 3, 1)
+        for n in (4, 8, 12, 10)
+    ]
+    assert parsed_of(tmp_path, features)[-3:] == [False] * 3
+
+
+def test_looking_for_families_ends_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_reader, "_FREE_TRIES", 10)
+    looked = []
+    learn = families.Families.learn
+    monkeypatch.setattr(
+        families.Families, "learn", lambda *args: looked.append(None) or learn(*args)
+    )
+    parsed_of(tmp_path, [[torch.ones(3)] * n for n in range(1, 30)])
+    assert len(looked) == 11
+
+
+# Pickles that torch.save does not write
+
+
+def with_pickle(change: Callable[[bytes], bytes], feature: Any) -> bytes:
+    """A file of torch.save whose pickle was changed, with the bytes of the same storages."""
+    buffer = io.BytesIO()
+    torch.save(feature, buffer)
+    made = io.BytesIO()
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(made, "w") as new:
+        for record in old.infolist():
+            data = old.read(record)
+            if record.filename.endswith("data.pkl"):
+                data = change(data)
+            new.writestr(zipfile.ZipInfo(record.filename), data)
+    content = bytearray(made.getvalue())
+    at = content.find(b"PK\x01\x02")
+    while at >= 0:
+        content[at + 38 : at + 42] = bytes(4)  # attributes, of which torch.save writes none
+        at = content.find(b"PK\x01\x02", at + 4)
+    return bytes(content)
+
+
+def agree(directory: Path, training: list[bytes], others: list[bytes]) -> None:
+    """What a reader says that has learned from `training` is what a new one says."""
+    at_once = AtOnce(PtReader())
+    path = str(directory / "x.pt")
+    for content in (*training, *others):
+        Path(path).write_bytes(content)
+        expected: Any = None
+        try:
+            opened = PtReader().open(path)
+            expected = read_feature(opened)
+            opened.close()
+        except (Unsupported, ValueError) as error:
+            expected = type(error)
+        try:
+            [(_, found)] = at_once.read([path])
+        except (Unsupported, ValueError) as error:
+            found = type(error)
+        if isinstance(expected, type) or isinstance(found, type):
+            assert found is expected
+        else:
+            assert_same(found, expected)
+
+
+def test_sizes_that_are_signed(tmp_path: Path) -> None:
+    """As LONG1, whose first byte of 128 and more is a negative number."""
+
+    def make(n: int) -> bytes:
+        old = b"K" + bytes([n])
+        return with_pickle(
+            lambda data: data.replace(old, b"\x8a\x01" + bytes([n])),
+            {"x": torch.zeros(n, dtype=torch.uint8)},
+        )
+
+    agree(tmp_path, [make(10), make(74), make(10)], [make(74), make(138)])
+
+
+def test_a_part_that_is_empty_in_the_first_file(tmp_path: Path) -> None:
+    """The next header begins where it does."""
+
+    def make(n: int) -> bytes:
+        return with_pickle(lambda data: data, {"x": torch.zeros(n, dtype=torch.uint8)})
+
+    contents = [make(n) for n in (0, 8, 9, 12)]
+    last = contents.pop()
+    broken = bytearray(last)
+    broken[broken.rindex(b"PK\x03\x04")] = 0
+    agree(tmp_path, contents, [last, bytes(broken)])
+
+
+def test_tensors_in_another_order_than_their_numbers(tmp_path: Path) -> None:
+    """A key that is set twice keeps its place: the tree has B first, and the pickle A."""
+
+    def make(a: int, b: int, claimed: tuple[int, int] | None = None) -> bytes:
+        feature = {"k": 1, "j": torch.zeros(a, 16), "l": torch.ones(b, 16)}
+        rows = claimed or (a, b)
+
+        def change(data: bytes) -> bytes:
+            data = data.replace(b"X\x01\x00\x00\x00l", b"X\x01\x00\x00\x00k")
+            for before, after in zip((a, b), rows, strict=True):
+                if before != after:
+                    at = data.index(number(16 * before))
+                    data = data[:at] + number(16 * after) + data[at + 3 :]
+            return data
+
+        return with_pickle(change, feature)
+
+    agree(
+        tmp_path,
+        [make(17, 17), make(24, 24), make(32, 32)],
+        [make(20, 20), make(20, 28), make(20, 28, (28, 20))],
+    )
+
+
+def number(value: int) -> bytes:
+    return b"M" + value.to_bytes(2, "little")

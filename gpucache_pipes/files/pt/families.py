@@ -6,6 +6,8 @@ files tell at which places, and the tensors tell which of these numbers follow f
 storages. A made-up file, in which all of that has other values, is parsed to prove it.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +16,9 @@ from gpucache_pipes.files.layout import Leaf
 from gpucache_pipes.files.planned import Bytes
 from gpucache_pipes.files.plans import FormParts, Number, ReadPlan, Run
 from gpucache_pipes.files.pt.family import GrowingLeaf, PtFamily, Token
+from gpucache_pipes.files.pt.growing import growing_dimension, growth_of, numbers_of, row_bytes
 from gpucache_pipes.files.pt.names import SavedTensor
-from gpucache_pipes.files.pt.sample import Sample
+from gpucache_pipes.files.pt.sample import MOST_OTHERS, Sample
 from gpucache_pipes.files.pt.template import FileTemplate, strided_extent
 from gpucache_pipes.files.strided import is_contiguous
 
@@ -23,9 +26,14 @@ _MOST_CLASSES = 256
 _MOST_FAILURES = 8
 """Files of a class that taught nothing, after which others are not looked at any more."""
 
-_MOST_RECORDS, _MOST_PICKLE_BYTES = 64, 1 << 14
+_MOST_RECORDS, _MOST_PICKLE_BYTES, _MOST_GROWING = 64, 1 << 12, 16
+
+_MOST_ROWS = 64
+"""Rows by which a tensor grows in a made-up file, at most."""
 
 _INTS = ("BININT1", "BININT2", "BININT", "LONG1")
+_UNSIGNED = ("BININT1", "BININT2", "BININT")
+"""The last one is signed, but the native reader takes no number for one that would be negative."""
 
 
 class _Class(NamedTuple):
@@ -34,7 +42,8 @@ class _Class(NamedTuple):
     Attributes:
         base: the first one.
         growing: the positions of the records whose sizes differ.
-        varying: the positions of the tokens that differ, and do not follow from a size.
+        fields: the tokens that differ and do not follow from a size, by position, and which
+            plain values they are.
         dimensions: of each tensor, the dimension that differs, or None.
         family: of all these files.
         failures: files that taught nothing since.
@@ -42,7 +51,7 @@ class _Class(NamedTuple):
 
     base: Sample
     growing: frozenset[int] = frozenset()
-    varying: frozenset[int] = frozenset()
+    fields: tuple[tuple[int, int], ...] = ()
     dimensions: tuple[int | None, ...] = ()
     family: PtFamily | None = None
     failures: int = 0
@@ -64,20 +73,24 @@ class Families:
 
     def learn(self, template: FileTemplate, file: Bytes) -> tuple[Any, PtFamily] | None:
         """See Parsed. None if the file is the first one of its class, or nothing is learned."""
-        key = template.places()
-        if len(key) > _MOST_RECORDS:
+        if len(template.records()) > _MOST_RECORDS:
             return None
+        if len(template.pickle(file)) > _MOST_PICKLE_BYTES:
+            return None
+        try:
+            sample = Sample(template, file)
+        except (Unsupported, ValueError, TypeError, RecursionError):
+            return None
+        key = (template.places(), sample.opcodes)
         known = self._classes.get(key)
         if known is None:
-            sample = Sample(template, file)
-            if len(sample.pickle) <= _MOST_PICKLE_BYTES:
-                if len(self._classes) >= _MOST_CLASSES:
-                    self._classes.clear()
-                self._classes[key] = _Class(sample)
+            if len(self._classes) >= _MOST_CLASSES:
+                self._classes.clear()
+            self._classes[key] = _Class(sample)
             return None
         if known.failures < _MOST_FAILURES:
             try:
-                known = _Comparison(known, Sample(template, file)).result(self._select)
+                known = _Comparison(known, sample).result(self._select)
             except (Unsupported, ValueError, TypeError, RecursionError):
                 known = known._replace(failures=known.failures + 1)
             self._classes[key] = known
@@ -94,16 +107,17 @@ class _Comparison:
 
     def __init__(self, known: _Class, sample: Sample) -> None:
         base = known.base
-        base.parse()
-        sample.parse()
-        if base.opcodes != sample.opcodes or base.tree != sample.tree:
-            raise ValueError("the pickles have other opcodes")
+        if base.tree != sample.tree:
+            raise ValueError("the features are of other trees")
         self._known = known
         self._base = base
         self._sample = sample
         sizes = zip(base.records, sample.records, strict=True)
         differing = {n for n, (one, other) in enumerate(sizes) if one.size != other.size}
         self._growing = sorted(known.growing | differing)
+        if len(self._growing) > _MOST_GROWING:
+            raise ValueError("more parts grow than the native reader can follow")
+        self._headers = [record.header for record in base.records]
         self._by_name = {record.name: n for n, record in enumerate(base.records)}
         self._pickle_start = base.records[self._by_name["data.pkl"]].start
         if self._after(self._pickle_start):
@@ -115,25 +129,36 @@ class _Comparison:
         covered, numbers, dimensions = self._look_at_tensors()
         tokens = enumerate(zip(base.tokens, self._sample.tokens, strict=True))
         differing = {n for n, (one, other) in tokens if one != other} - covered
-        growing, varying = frozenset(self._growing), known.varying | differing
-        if (growing, varying) == (known.growing, known.varying):
+        growing, fields = frozenset(self._growing), self._fields(differing)
+        if (growing, fields) == (known.growing, known.fields):
             return known._replace(failures=known.failures + 1)
         leaves = [
             self._leaf(tensor, dimension)
             for tensor, dimension in zip(base.tensors, dimensions, strict=True)
         ]
-        fields = self._fields(sorted(varying))
-        parts = self._parts(numbers, fields.values())
+        tokens_of = {
+            number: base.tokens[n]._replace(start=self._pickle_start + base.tokens[n].start)
+            for n, number in fields
+        }
+        parts = self._parts(numbers, tokens_of.values())
         file = base.made_up([0] * len(base.records), (), ())
         assert file is not None
         content = b"".join(file[run.start : run.start + run.length] for run in parts.equal)
-        family = PtFamily(parts, base.size, content, base.tree, leaves, base.values, fields, select)
-        self._prove(family, leaves, fields)
-        return _Class(base, growing, varying, dimensions, family)
+        family = PtFamily(
+            parts, base.size, content, base.tree, leaves, base.values, tokens_of, select
+        )
+        self._prove(family, leaves, list(tokens_of.values()))
+        return _Class(base, growing, fields, dimensions, family)
 
     def _after(self, start: int) -> int:
-        """How many growing parts lie before this position."""
-        return sum(self._base.records[n].start < start for n in self._growing)
+        """How many growing parts lie before this position, which is in none of them.
+
+        By the headers of records: a part may have no bytes, and begin where the next header does.
+        """
+        record = bisect_right(self._headers, start) - 1
+        if start >= self._base.template.directory_offset:
+            record += 1
+        return sum(n < record for n in self._growing)
 
     def _part(self, tensor: SavedTensor) -> int | None:
         """Which growing part the storage of a tensor is."""
@@ -158,14 +183,14 @@ class _Comparison:
         for position, (one, other) in enumerate(zip(base.tensors, sample.tensors, strict=True)):
             part = self._part(one)
             before = self._known.dimensions[position] if self._known.dimensions else None
-            dimension = _growing_dimension(one, other, before, part is not None)
+            dimension = growing_dimension(one, other, before, part is not None)
             dimensions.append(dimension)
             if id(one) in seen:  # the pickle describes it once
                 if id(other) != seen[id(one)]:
                     raise ValueError("in one file it is the same tensor, in the other one not")
                 continue
             seen[id(one)] = id(other)
-            wanted = list(zip(_numbers_of(one), _numbers_of(other), strict=True))
+            wanted = list(zip(numbers_of(one), numbers_of(other), strict=True))
             while values[at : at + len(wanted)] != wanted:
                 at += 1
                 if at >= len(ints):
@@ -177,9 +202,11 @@ class _Comparison:
                 if any(number != same for number, same in wanted):
                     raise ValueError("a tensor has another shape in a storage of the same size")
                 continue
-            for n, (factor, divisor) in zip(tokens, _growth_of(one, dimension), strict=True):
+            for n, (factor, divisor) in zip(tokens, growth_of(one, dimension), strict=True):
                 if factor:
-                    _, start, width, value = base.tokens[n]
+                    code, start, width, value = base.tokens[n]
+                    if code not in _UNSIGNED:
+                        raise ValueError("a size is a number of an unusual kind")
                     start += self._pickle_start
                     numbers.append(Number(start, width, 0, value, part, part + 1, factor, divisor))
         return covered, numbers, tuple(dimensions)
@@ -192,28 +219,37 @@ class _Comparison:
             strided = strided_extent(tensor, start, Leaf(tensor.dtype, tensor.shape, 0, 0))
         row = 1
         if dimension is not None:
-            row = _row(tensor, dimension)
+            row = row_bytes(tensor, dimension)
             whole = row * tensor.shape[dimension] == record.size and not tensor.offset
             if not row or strided or not whole:
                 raise ValueError("a tensor that grows is not contiguous, or not all of its storage")
         return GrowingLeaf(tensor.dtype, tensor.shape, self._part(tensor), dimension or 0, row,
                            start, self._after(record.start), strided)  # fmt: skip
 
-    def _fields(self, varying: Iterable[int]) -> dict[int, Token]:
-        """Which plain values these tokens are, and where in the file."""
+    def _fields(self, differing: set[int]) -> tuple[tuple[int, int], ...]:
+        """The fields that are known, and those of these tokens, in the order of tokens.
+
+        Values come in the order of their tokens. So a new one lies between its neighbours, and is
+        the first there with these two values.
+        """
         base, sample = self._base, self._sample
-        fields = {}
-        values = enumerate(zip(base.values, sample.values, strict=True))
-        for n in varying:
+        fields = dict(self._known.fields)
+        for n in sorted(differing - fields.keys()):
             token = base.tokens[n]
             wanted = (token.value, sample.tokens[n].value)
-            for number, found in values:
+            begin = max((number + 1 for at, number in fields.items() if at < n), default=0)
+            end = min((number for at, number in fields.items() if at > n),
+                      default=len(base.values))  # fmt: skip
+            for number in range(begin, end):
+                found = (base.values[number], sample.values[number])
                 if found == wanted and type(found[0]) is type(token.value):
-                    fields[number] = token._replace(start=self._pickle_start + token.start)
+                    fields[n] = number
                     break
             else:
                 raise ValueError("a number or a string differs that is no plain value")
-        return fields
+        if len(fields) > MOST_OTHERS:
+            raise ValueError("too many values differ")
+        return tuple(sorted(fields.items()))
 
     def _parts(self, numbers: Sequence[Number], fields: Iterable[Token]) -> FormParts:
         """What the files have in common."""
@@ -249,75 +285,44 @@ class _Comparison:
         return FormParts(equal, digits, prefixes, parts, numbers)
 
     def _prove(
-        self, family: PtFamily, leaves: Sequence[GrowingLeaf], fields: dict[int, Token]
+        self, family: PtFamily, leaves: Sequence[GrowingLeaf], fields: Sequence[Token]
     ) -> None:
         """Parse a made-up file of the family, and compare.
 
-        Each part grows by an amount of its own, and each field has a value of its own: numbers or
-        values that were mixed up make another feature.
+        In it no two numbers of different parts have changed by the same, and each field has a value
+        of its own: numbers or values that were mixed up make another feature.
         """
-        rows = [[leaf.row for leaf in leaves if leaf.part == part]
-                for part in range(len(self._growing))]  # fmt: skip
-        if not all(rows):
-            raise ValueError("a storage grows that no tensor is of")
+        growth = [0] * len(self._base.records)
+        steps: set[int] = set()
+        for part, n in enumerate(self._growing):
+            rows = {leaf.row for leaf in leaves if leaf.part == part}
+            if not rows:
+                raise ValueError("a storage grows that no tensor is of")
+            for times in range(1, _MOST_ROWS):
+                growth[n] = times * math.lcm(*rows)
+                changes = {growth[n] // row for row in rows | {1, 2, 4, 8, 16}}
+                if not changes & steps:
+                    break
+            else:
+                raise ValueError("no file could tell the growing parts apart")
+            steps |= changes
         for sign in (1, -1):
-            growth = [0] * len(self._base.records)
-            for part, n in enumerate(self._growing):
-                growth[n] = sign * (part + 1) * max(rows[part])
-            made = self._base.made_up(growth, family.parts.numbers, list(fields.values()))
-            if made is None:  # then by less rows
+            made = self._base.made_up(
+                [sign * more for more in growth], family.parts.numbers, fields
+            )
+            if made is None:  # a number would need more bytes, or be negative
                 continue
             data = memoryview(made)
             plan = family.whole_plan(data)
             values = family.values(plan, data)
             parsed = FileTemplate(Bytes(made), {}).first_plan
-            if parsed._replace(cost=0) != plan._replace(values=values, cost=0):
+            # By repr: a NaN is not equal to itself.
+            if repr(parsed.values) != repr(values) or (
+                parsed._replace(values=(), cost=0) != plan._replace(values=(), cost=0)
+            ):
                 raise ValueError("the family is not what it seemed to be")
             return
         raise ValueError("no other file can be made up")
-
-
-def _growing_dimension(
-    one: SavedTensor, other: SavedTensor, before: int | None, grows: bool
-) -> int | None:
-    """The only dimension in which a tensor differs between files."""
-    if len(one.shape) != len(other.shape) or one.dtype != other.dtype:
-        raise ValueError("a tensor differs in more than its size")
-    differing = {d for d, (a, b) in enumerate(zip(one.shape, other.shape, strict=True)) if a != b}
-    if before is not None:
-        differing.add(before)
-    if len(differing) != grows:
-        raise ValueError("a tensor differs in several dimensions, or less than its storage")
-    return differing.pop() if grows else None
-
-
-def _numbers_of(tensor: SavedTensor) -> list[int]:
-    """The numbers by which the pickle describes a tensor, in their order."""
-    storage = tensor.storage
-    itemsize = 1 if storage.dtype is None else storage.dtype.itemsize
-    return [storage.nbytes // itemsize, tensor.offset, *tensor.shape, *tensor.strides]
-
-
-def _growth_of(tensor: SavedTensor, dimension: int) -> list[tuple[int, int]]:
-    """For each of `_numbers_of`, factor and divisor by which it grows with bytes; 0 if not."""
-    itemsize = 1 if tensor.storage.dtype is None else tensor.storage.dtype.itemsize
-    row = _row(tensor, dimension)
-    growth = [(1, itemsize), (0, 1)]
-    growth += [(int(d == dimension), row) for d in range(len(tensor.shape))]
-    for d in range(len(tensor.shape)):
-        inner = 1
-        for further in range(d + 1, len(tensor.shape)):
-            inner *= 1 if further == dimension else tensor.shape[further]
-        growth.append((inner if d < dimension else 0, row))
-    return growth
-
-
-def _row(tensor: SavedTensor, dimension: int) -> int:
-    """Bytes of a tensor for each step of a dimension."""
-    row = tensor.dtype.itemsize
-    for d, size in enumerate(tensor.shape):
-        row *= 1 if d == dimension else size
-    return row
 
 
 def _without(run: Run, holes: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:

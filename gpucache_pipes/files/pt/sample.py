@@ -1,34 +1,73 @@
 """One file of a data set, taken apart to be compared with another one."""
 
-import pickletools
 from collections.abc import Sequence
-from typing import Any
 
 from gpucache_pipes.files.layout import flatten
 from gpucache_pipes.files.planned import Bytes
 from gpucache_pipes.files.plans import Number
-from gpucache_pipes.files.pt.family import Token
+from gpucache_pipes.files.pt.family import Token, decode
 from gpucache_pipes.files.pt.names import SavedTensor
 from gpucache_pipes.files.pt.pickle import read_pickle
 from gpucache_pipes.files.pt.template import FileTemplate
 
-_VALUES_BEGIN = {"BININT1": 1, "BININT2": 1, "BININT": 1, "LONG1": 2, "BINFLOAT": 1,
-                 "BINUNICODE": 5}  # fmt: skip
-"""Bytes from the opcode of a token to its value."""
+_TOKENS = {0x4B: ("BININT1", 1), 0x4D: ("BININT2", 2), 0x4A: ("BININT", 4), 0x47: ("BINFLOAT", 8),
+           0x8A: ("LONG1", None), 0x58: ("BINUNICODE", None)}  # fmt: skip
+"""By opcode, the name of a token and bytes of its value; None if the pickle states how many."""
 
-_WIDTHS = {"BININT1": 1, "BININT2": 2, "BININT": 4, "BINFLOAT": 8}
+_OPERANDS = {0x80: 1, 0x71: 1, 0x68: 1, 0x72: 4, 0x6A: 4}
+"""Bytes that follow PROTO, BINPUT, BINGET, LONG_BINPUT and LONG_BINGET."""
+
+_GLOBAL = 0x63
+
+MOST_OTHERS = 90
+"""Tokens that can have values of their own in a file that is made up: any character of printable
+ASCII, from the exclamation mark on, is the first one of a value."""
+
+
+def split(pickle: bytes) -> tuple[list[Token], bytes]:
+    r"""The tokens of a pickle, and all of it but their values.
+
+    Only for what `read_pickle` has read: it knows no other opcodes with operands.
+
+    >>> split(b"\x80\x02K\x07.")
+    ([Token(code='BININT1', start=3, width=1, value=7)], b'\x80\x02K.')
+    """
+    tokens: list[Token] = []
+    rest = []
+    at = kept = 0
+    while at < len(pickle):
+        opcode = pickle[at]
+        at += 1
+        token = _TOKENS.get(opcode)
+        if token is None:
+            if opcode == _GLOBAL:
+                at = pickle.index(b"\n", pickle.index(b"\n", at) + 1) + 1
+            else:
+                at += _OPERANDS.get(opcode, 0)
+            continue
+        code, width = token
+        if width is None:
+            stated = 1 if code == "LONG1" else 4
+            width = int.from_bytes(pickle[at : at + stated], "little")
+            at += stated
+        value = decode(code, memoryview(pickle)[at : at + width])
+        tokens.append(Token(code, at, width, value))
+        rest.append(pickle[kept:at])
+        at += width
+        kept = at
+    rest.append(pickle[kept:])
+    return tokens, b"".join(rest)
 
 
 class Sample:
-    """A file whose template is known. It is parsed when `parse` is called, and not before.
+    """A file whose template is known. Raises Unsupported.
 
     Attributes:
         template: of the file.
         size: of the file in bytes.
-        pickle: its pickle.
         records: its records, in their order.
         tokens: the numbers and strings of the pickle.
-        opcodes: all else of it.
+        opcodes: all else of it; see `split`.
         tree: see Layout.
         tensors: in the order of the tree.
         values: the plain values, likewise.
@@ -37,7 +76,6 @@ class Sample:
     def __init__(self, template: FileTemplate, file: Bytes) -> None:
         self.template = template
         self.size = file.size
-        self.pickle = template.pickle(file)
         self.records = template.records()
         # What lies between the storages: their bytes do not matter, and are not kept.
         self._pieces = []
@@ -47,29 +85,11 @@ class Sample:
                 self._pieces.append(file.read(end, record.start - end))
                 end = record.start + record.size
         self._pieces.append(file.read(end, file.size - end))
-        self.tokens: list[Token] = []
-        self.opcodes: list[Any] = []
-
-    def parse(self) -> None:
-        """Find all that the attributes say. Raises Unsupported."""
-        if self.opcodes:
-            return
-        item, _ = read_pickle(self.pickle)
-        self.tree, self.tensors, values = flatten(item, SavedTensor, len(self.pickle))
+        pickle = template.pickle(file)
+        item, _ = read_pickle(pickle)
+        self.tree, self.tensors, values = flatten(item, SavedTensor, len(pickle))
         self.values = tuple(values)
-        opcodes: list[Any] = []
-        for opcode, argument, position in pickletools.genops(self.pickle):
-            at, code = position or 0, opcode.name
-            if code not in _VALUES_BEGIN:
-                opcodes.append((code, argument))
-                continue
-            width = _WIDTHS.get(code)
-            if width is None:  # LONG1 and BINUNICODE state it, in one and in four bytes
-                start = at + _VALUES_BEGIN[code]
-                width = int.from_bytes(self.pickle[at + 1 : start], "little")
-            opcodes.append((code, width))
-            self.tokens.append(Token(code, at + _VALUES_BEGIN[code], width, argument))
-        self.opcodes = opcodes
+        self.tokens, self.opcodes = split(pickle)
 
     def made_up(
         self, growth: Sequence[int], numbers: Sequence[Number], others: Sequence[Token]
@@ -103,7 +123,8 @@ class Sample:
                 return None
             start = number.start + shift[number.after]
             made[start : start + number.width] = value.to_bytes(number.width, "little")
+        assert len(others) <= MOST_OTHERS
         for n, token in enumerate(others):
-            text = bytes(0x21 + (n + at) % 90 for at in range(token.width))
+            text = bytes(0x21 + (n + at) % MOST_OTHERS for at in range(token.width))
             made[token.start : token.start + token.width] = text
         return bytes(made)

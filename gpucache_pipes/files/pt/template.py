@@ -171,6 +171,11 @@ class FileTemplate:
             self._places = tuple(places)
         return self._places
 
+    @property
+    def directory_offset(self) -> int:
+        """The first byte of the zip directory."""
+        return self._directory.offset
+
     def end_offsets(self, size: int) -> list[tuple[int, int]]:
         """See Directory."""
         return self._directory.end_offsets(size)
