@@ -6,6 +6,10 @@ import re
 _UNITS = {
     "": 1,
     "B": 1,
+    "K": 2**10,
+    "M": 2**20,
+    "G": 2**30,
+    "T": 2**40,
     "KB": 10**3,
     "MB": 10**6,
     "GB": 10**9,
@@ -18,13 +22,14 @@ _UNITS = {
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
-def parse_bytes(name: str, value: int | str) -> int:
+def parse_bytes(name: str, value: int | float | str) -> int:
     """Convert a size to a number of bytes.
 
     Args:
         name: of the parameter, for the error text.
         value: a number of bytes, or a text of a number and a unit: B, KB, MB, GB, TB (powers of
-            1000) or KiB, MiB, GiB, TiB (powers of 1024), in upper or lower case.
+            1000) or KiB, MiB, GiB, TiB or their first letters (powers of 1024), in upper or lower
+            case.
 
     Raises:
         ValueError: `value` is not a size, or less than one byte. The text names the parameter.
@@ -35,6 +40,8 @@ def parse_bytes(name: str, value: int | str) -> int:
     8589934592
     >>> parse_bytes("limit", "1.5 kb")
     1500
+    >>> parse_bytes("limit", 8e9)
+    8000000000
     >>> parse_bytes("limit", "much")
     Traceback (most recent call last):
         ...
@@ -49,10 +56,12 @@ def parse_bytes(name: str, value: int | str) -> int:
             if count > 0:
                 return count
         raise ValueError(f'{name}={value!r} is not a size in bytes: write 8589934592 or "8GiB"')
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return positive_int(name, value)
 
 
-def positive_int(name: str, value: int, least: int = 1) -> int:
+def positive_int(name: str, value: float, least: int = 1) -> int:
     """Return `value` as an int if it is a whole number of at least `least`.
 
     Args:

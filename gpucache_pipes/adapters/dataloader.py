@@ -14,11 +14,11 @@ from torchdata.nodes import BaseNode
 from gpucache_pipes.adapters.iteration import Iteration, Progress
 from gpucache_pipes.files import Paths
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
-from gpucache_pipes.nodes.callbacks import guarded
+from gpucache_pipes.nodes.callbacks import call, guarded
 from gpucache_pipes.nodes.options import CollateOptions, OnError, PrefetchOptions
 from gpucache_pipes.nodes.sharding import find_rank
 from gpucache_pipes.nodes.upstream import as_node
-from gpucache_pipes.store import GPUFeatureStore
+from gpucache_pipes.store import GPUFeatureStore, StoreStats
 from gpucache_pipes.units import positive_int
 
 
@@ -51,9 +51,10 @@ class GPUCachedPathDataLoader:
         collate_fn: list of features -> batch, as in GPUCollator.
         path_extractor: batch of the loader -> sequence of its paths, for a batch that is more than
             its paths. Then (gpu_batch, original_batch) is yielded.
+        transform: gpu_batch -> gpu_batch, as in GPUCollator: before all that follows here.
         build_batch_fn: (gpu_batch, original_batch, paths) -> what to yield instead.
         store: a store to share. Without it, one is made, which `close` closes.
-        ragged, padding_value, pad_to_multiple: as in GPUCollator.
+        ragged, padding_value, pad_to_multiple, max_length: as in GPUCollator.
         on_error, max_failures: as in GPUPrefetcher; max_failures counts each iteration anew. With
             path_extractor, a batch is skipped as a whole if one of its files fails.
 
@@ -82,12 +83,14 @@ class GPUCachedPathDataLoader:
         max_cache_items: int | None = None,
         prefetch_batches: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        transform: Callable[[Any], Any] | None = None,
         path_extractor: Callable[[Any], Sequence[Any]] | None = None,
         build_batch_fn: Callable[[Any, Any, Sequence[Any]], Any] | None = None,
         store: GPUFeatureStore | None = None,
         ragged: str | Mapping[str, str] = "error",
         padding_value: float = 0.0,
         pad_to_multiple: int = 1,
+        max_length: int | None = None,
         on_error: OnError = "raise",
         max_failures: int | None = None,
         **store_options: Any,
@@ -110,6 +113,8 @@ class GPUCachedPathDataLoader:
             ragged=ragged,
             padding_value=padding_value,
             pad_to_multiple=pad_to_multiple,
+            max_length=max_length,
+            transform=transform,
         )
         self._prefetch_options = PrefetchOptions(
             depth=None
@@ -134,10 +139,13 @@ class GPUCachedPathDataLoader:
         # store's memory would be freed by the garbage collector only.
         options = replace(self._prefetch_options, path_fn=self._paths_of)
         features = GPUPrefetcher(self._source, self.store, **vars(options))
-        batches = GPUCollator(features, **vars(self._collate_options))
+        # Not there, where the batch of the loader is still beside the features.
+        batches = GPUCollator(features, **vars(replace(self._collate_options, transform=None)))
         return Iteration(batches, features, self._progress, self._join)
 
     def _join(self, gpu_batch: Any, original: Any) -> Any:
+        if self._collate_options.transform is not None:
+            gpu_batch = call(self._collate_options.transform, "transform", gpu_batch)
         if self._build_batch_fn is not None:
             paths = self._paths_of(original)
             return guarded(self._build_batch_fn, "build_batch_fn", gpu_batch, original, paths)
@@ -188,6 +196,10 @@ class GPUCachedPathDataLoader:
         if name in ("state_dict", "load_state_dict"):
             raise AttributeError(f"a {type(self._loader).__name__} has no {name}")
         return getattr(self._loader, name)
+
+    def stats(self) -> StoreStats:
+        """What the store has done: see `GPUFeatureStore.stats`."""
+        return self.store.stats()
 
     def close(self) -> None:
         """Close the store, if this object has made it."""

@@ -62,7 +62,7 @@ class GPUCollateIterDataPipe(IterDataPipe[Any]):
     Args:
         source_datapipe: yields FeatureBatches or sequences of features; with batch_size, features.
         collate_fn, batch_size, drop_last: as in GPUCollator.
-        **ragged_options: its ragged, padding_value and pad_to_multiple.
+        **options: its ragged, padding_value, pad_to_multiple, max_length and transform.
 
     Raises:
         ValueError, TypeError: for wrong arguments, as GPUCollator.
@@ -74,11 +74,11 @@ class GPUCollateIterDataPipe(IterDataPipe[Any]):
         collate_fn: Callable[[list[Any]], Any] | None = None,
         batch_size: int | None = None,
         drop_last: bool = False,
-        **ragged_options: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.source_datapipe = source_datapipe
-        self._options = CollateOptions(collate_fn, batch_size, drop_last, **ragged_options)
+        self._options = CollateOptions(collate_fn, batch_size, drop_last, **options)
 
     def __iter__(self) -> Iterator[Any]:
         source: Any = self.source_datapipe

@@ -1,8 +1,8 @@
 """Batches of features: sequences of them, and the tensors that they are collated to."""
 
 from gpucache_pipes.batches.feature_batch import ColumnBatch, FeatureBatch, PageBatch
-from gpucache_pipes.batches.ragged import MODES, Padded, RaggedOptions
-from gpucache_pipes.batches.transfer import collate_on_host, first_device, to_device
+from gpucache_pipes.batches.ragged_options import MODES, Padded, RaggedOptions
+from gpucache_pipes.batches.transfer import collate_on_host, first_device, to_device, upload
 
 __all__ = [
     "MODES",
@@ -14,4 +14,5 @@ __all__ = [
     "collate_on_host",
     "first_device",
     "to_device",
+    "upload",
 ]

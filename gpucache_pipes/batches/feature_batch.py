@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from gpucache_pipes.batches.numbers import collate_numbers
-from gpucache_pipes.batches.ragged import RaggedOptions, is_on_host, join_ragged, stack_scattered
+from gpucache_pipes.batches.ragged import is_on_host, join_ragged, stack_scattered
+from gpucache_pipes.batches.ragged_options import RaggedOptions
 from gpucache_pipes.batches.transfer import collate_on_host, to_device
 from gpucache_pipes.batches.unlike import collate_unlike
 from gpucache_pipes.device.host_copies import Numbers
@@ -121,7 +122,7 @@ class FeatureBatch(Sequence[Any]):
     def __repr__(self) -> str:
         return f"FeatureBatch({len(self)} features on {self.device})"
 
-    def collate(self, ragged: RaggedOptions | None = None) -> Any:
+    def collate(self, ragged: RaggedOptions | str | Mapping[str, str] | None = None) -> Any:
         """What `torch.utils.data.default_collate` makes of the features, on the device.
 
         Tensors are stacked to [B, *shape], contiguous; numbers become device tensors [B], by one
@@ -135,7 +136,7 @@ class FeatureBatch(Sequence[Any]):
         if not self._paths:
             raise ValueError("an empty batch cannot be collated")
         try:
-            return self._collate(ragged or _STACKED)
+            return self._collate(_STACKED if ragged is None else RaggedOptions.of(ragged))
         except _NO_FAULT_OF_FEATURES:
             raise
         except Exception as error:
@@ -152,6 +153,7 @@ class FeatureBatch(Sequence[Any]):
         if any(other.kind is not layout.kind for other in self._layouts):
             return to_device(collate_unlike(list(self), ragged), self.device)
         names = leaf_names(layout.tree)
+        ragged.require_known(names)
         return self._collate_columns([self._column(at, n, ragged) for at, n in enumerate(names)])
 
     def _collate_columns(self, columns: Sequence[Any]) -> Any:

@@ -6,104 +6,20 @@ the number of operations does not depend on the number of features.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from gpucache_pipes.batches.ragged_options import Padded, RaggedOptions
 from gpucache_pipes.batches.transfer import upload
 from gpucache_pipes.device.host_copies import Numbers, clear, move
 from gpucache_pipes.device.results import empty
 from gpucache_pipes.files import Leaf
-from gpucache_pipes.units import positive_int
-
-MODES = ("error", "pad", "jagged", "list")
-"""How a leaf of all features is joined; see GPUCollator."""
 
 _UNITS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
 """Dtypes by which bytes are moved, the widest first."""
-
-
-class Padded(NamedTuple):
-    """Sequences of different lengths as one tensor.
-
-    Attributes:
-        values: [B, T, *rest]. T is the largest length, rounded up to pad_to_multiple. After its
-            end, each sequence is filled with the padding value.
-        lengths: int64 [B].
-        mask: bool [B, T], True where `values` holds an element of a sequence, False where it
-            holds padding.
-    """
-
-    values: torch.Tensor
-    lengths: torch.Tensor
-    mask: torch.Tensor
-
-
-@dataclass(frozen=True)
-class RaggedOptions:
-    """How to join leaves whose first dimension may differ from feature to feature.
-
-    The type of a collated batch follows from these options alone, never from the shapes in this
-    batch or in earlier ones: a run that is interrupted and resumed gives the same types as one
-    that is not.
-
-    Args:
-        modes: one of MODES for all leaves, or a dict of them by the names of leaves. One mode
-            other than "error" joins every leaf of at least one dimension that way, in every
-            batch, even where all lengths are equal; tensors without dimensions are stacked. With
-            a dict, leaves that it does not name are stacked, or are an error where shapes differ.
-        padding_value: fills what lies after the end of a padded sequence.
-        pad_to_multiple: the length of a padded batch is rounded up to a multiple of this.
-
-    Raises:
-        ValueError: an unknown mode, or pad_to_multiple < 1.
-
-    >>> RaggedOptions("pad").mode_of("['frames']", differs=False)
-    'pad'
-    >>> RaggedOptions("pad").mode_of("['label']", differs=False, dimensions=0)
-    >>> RaggedOptions({"frames": "jagged"}).mode_of("['frames']", differs=False)
-    'jagged'
-    >>> RaggedOptions({"frames": "jagged"}).mode_of("['mask']", differs=True)
-    'error'
-    """
-
-    modes: str | Mapping[str, str] = "error"
-    padding_value: float = 0.0
-    pad_to_multiple: int = 1
-
-    def __post_init__(self) -> None:
-        positive_int("pad_to_multiple", self.pad_to_multiple)
-        for mode in self._all_modes():
-            if mode not in MODES:
-                raise ValueError(f"ragged={mode!r} is not known; there are: {', '.join(MODES)}")
-
-    def _all_modes(self) -> list[str]:
-        return [self.modes] if isinstance(self.modes, str) else list(self.modes.values())
-
-    @property
-    def copies(self) -> bool:
-        """Whether no result is a view of the memory that it was made from."""
-        return "list" not in self._all_modes()
-
-    def mode_of(self, name: str, differs: bool, dimensions: int = 1) -> str | None:
-        """How to join one leaf of all features of a batch; None to stack it.
-
-        Args:
-            name: the leaf's, as `leaf_names` gives it: "['frames']".
-            differs: whether its shape is not the same in all features.
-            dimensions: of the leaf in the first feature. Only 0 makes a difference.
-        """
-        if not isinstance(self.modes, str):
-            # A leaf of a plain dict may be named by its key.
-            key = name[2:-2] if name.startswith("['") and name.count("[") == 1 else name
-            mode = self.modes.get(name) or self.modes.get(key)
-            return mode if mode is not None else "error" if differs else None
-        if self.modes == "error" or not dimensions:
-            return self.modes if differs else None
-        return self.modes
 
 
 def join_ragged(
@@ -128,6 +44,8 @@ def join_ragged(
     Raises:
         RuntimeError: for a padding_value that the dtype does not have.
     """
+    if options.max_length is not None:
+        leaves = [_cut(leaf, options.max_length) for leaf in leaves]
     if mode == "list":
         return [
             block[start : start + leaf.nbytes].view(leaf.dtype).view(leaf.shape)
@@ -136,6 +54,14 @@ def join_ragged(
     lengths = np.array([leaf.shape[0] for leaf in leaves])
     join_all = _pad if mode == "pad" else _make_jagged
     return join_all(block, starts, lengths, leaves[0], options)
+
+
+def _cut(leaf: Leaf, length: int) -> Leaf:
+    """The first `length` rows of a leaf."""
+    if leaf.shape[0] <= length:
+        return leaf
+    shape = (length, *leaf.shape[1:])
+    return leaf._replace(shape=shape, nbytes=length * _row_bytes(leaf))
 
 
 def stack_scattered(block: torch.Tensor, starts: Numbers, leaf: Leaf) -> torch.Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gpucache_pipes.batches.ragged import Padded, RaggedOptions, fill, jagged_tensor
+from gpucache_pipes.batches.ragged import fill, jagged_tensor
+from gpucache_pipes.batches.ragged_options import Padded, RaggedOptions
 from gpucache_pipes.batches.transfer import collate_on_host
 
 
@@ -53,6 +54,7 @@ def _join_tensors(parts: Sequence[torch.Tensor], name: str, options: RaggedOptio
     if any(not part.dim() or part.shape[1:] != first.shape[1:] for part in parts):
         shapes = ", ".join(str(list(part.shape)) for part in parts[:10])
         raise RuntimeError(f"cannot {mode} {name}: shapes {shapes}")
+    parts = [part[: options.max_length] for part in parts]
     if mode == "list":
         return list(parts)
     dtype = reduce(torch.promote_types, [part.dtype for part in parts])

@@ -17,7 +17,7 @@ from gpucache_pipes.files.layout import (
 )
 from gpucache_pipes.files.local import LocalFiles, file_size
 from gpucache_pipes.files.path_table import PathLike, PathTable
-from gpucache_pipes.files.paths import PathList, Paths
+from gpucache_pipes.files.paths import NumberedPath, PathList, Paths
 from gpucache_pipes.files.selection import Key, Selection
 from gpucache_pipes.files.source import (
     LoadedFeature,
@@ -36,6 +36,7 @@ __all__ = [
     "Leaf",
     "LoadedFeature",
     "LocalFiles",
+    "NumberedPath",
     "OpenFeature",
     "PathLike",
     "PathList",

@@ -3,7 +3,7 @@
 import fnmatch
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,32 @@ def find_files(files: Any, pattern: str, recursive: bool) -> list[str]:
         OSError: a directory cannot be read.
     """
     if isinstance(files, (str, os.PathLike)):
-        return list_files(os.fspath(files), pattern, recursive)
-    found = [os.fspath(path) for path in files]
+        where = os.fspath(files)
+        if isinstance(where, str):
+            return list_files(where, pattern, recursive)
+        raise TypeError(f"paths are str, not {where!r:.80}: os.fsdecode(path) makes it one")
+    found = []
+    for path in files:
+        name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+        if not isinstance(name, str):
+            raise TypeError(
+                f"a path is a str or an os.PathLike of one, not {path!r:.80}{_hint(path)}"
+            )
+        found.append(name)
     if not found:
         raise FileNotFoundError("the sequence of paths is empty")
-    for path in found:
-        if not isinstance(path, str):
-            raise TypeError(f"a path must be a str or an os.PathLike of one, not {path!r:.200}")
     return found
+
+
+def _hint(path: Any) -> str:
+    """What to do about an item of a sequence that is no path."""
+    if isinstance(path, (tuple, list)) and len(path) == 2:
+        return ": give the paths alone, and what belongs to them as labels=[...]"
+    if isinstance(path, Mapping):
+        return ": give the paths alone, and the other columns as labels={...}"
+    if isinstance(path, bytes):
+        return ": os.fsdecode(path) makes it one"
+    return ""
 
 
 def directory_prefix(files: Any) -> str:
@@ -59,12 +77,18 @@ class GivenPaths:
         self.given = paths
         self._files = PathList.here(paths)
 
+    def label(self, labels: Any) -> None:
+        """Let the list carry these labels."""
+        self._files.labels = labels
+
     def files(self) -> PathList:
         """The paths as a list for `Paths`. Takes a microsecond if some are relative."""
         cwd = self._files.cwd
         if cwd is not None and current_directory() != cwd:
             everything = np.arange(len(self.given))
+            labels = self._files.labels
             self._files = PathList(Paths(self._files, everything).absolute())
+            self._files.labels = labels
         return self._files
 
     def now(self) -> list[str]:

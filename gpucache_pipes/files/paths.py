@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -18,13 +18,15 @@ class PathList:
         paths: the paths.
         cwd: the current directory in which relative ones among them are meant; None if all are
             absolute.
+        labels: what belongs to each path, by its position; None if nothing does.
     """
 
-    __slots__ = ("__weakref__", "cwd", "paths")
+    __slots__ = ("__weakref__", "cwd", "labels", "paths")
 
     def __init__(self, paths: list[str], cwd: str | None = None) -> None:
         self.paths = paths
         self.cwd = cwd
+        self.labels: Any = None
 
     @classmethod
     def here(cls, paths: list[str]) -> "PathList":
@@ -32,6 +34,28 @@ class PathList:
         # Strings that begin with a slash are neighbours in the order of strings.
         absolute = not paths or (os.path.isabs(min(paths)) and os.path.isabs(max(paths)))
         return cls(paths, None if absolute else os.getcwd())
+
+
+class NumberedPath(str):
+    """A path that knows where in its list it is. Pickles and copies as the str that it is.
+
+    Attributes:
+        files: the list.
+        position: of the path in it.
+    """
+
+    files: PathList
+    position: int
+
+    @classmethod
+    def of(cls, files: PathList, position: int) -> "NumberedPath":
+        """The path at this position."""
+        path = cls(files.paths[position])
+        path.files, path.position = files, position
+        return path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)
 
 
 class Paths(Sequence[str]):
@@ -81,6 +105,14 @@ class Paths(Sequence[str]):
 
     def __repr__(self) -> str:
         return repr(list(self))
+
+    def without(self, left_out: Container[int]) -> "Paths":
+        """All but those at these positions of this sequence."""
+        kept = [at for at in range(len(self)) if at not in left_out]
+        return Paths(self.files, self.positions[kept])
+
+    def __copy__(self) -> "Paths":
+        return self  # which nobody changes
 
     def absolute(self) -> list[str]:
         """The paths, relative ones joined to the current directory in which they are meant."""

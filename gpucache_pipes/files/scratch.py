@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-SCRATCH_BYTES = 8 << 20
+SCRATCH_BYTES = 4 << 20
 _MOST_FREE = 32
 """Memories that are kept for reuse, all together in this process."""
 

@@ -11,9 +11,12 @@ from torchdata.nodes import BaseNode
 from gpucache_pipes.batches import FeatureBatch, collate_on_host, first_device, to_device
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
+from gpucache_pipes.nodes.labels import Labelled
 from gpucache_pipes.nodes.options import CollateOptions
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
 from gpucache_pipes.nodes.upstream import as_node, upstream_nodes
+
+_BATCHES = (FeatureBatch, Labelled)
 
 
 class GPUCollator(BaseNode[Any]):
@@ -44,10 +47,15 @@ class GPUCollator(BaseNode[Any]):
             and not from the lengths in it. Needs a GPUPrefetcher directly upstream.
         padding_value: fills padded sequences after their end.
         pad_to_multiple: round the length T of a padded batch up to a multiple of this.
+        max_length: sequences that are longer are cut off there, before they are joined.
+        transform: batch -> what to yield, such as augmentation on the device. It is called in the
+            thread that calls `next()`, on the same stream, with all that would be yielded without
+            it, labels included, and must not return None. Random numbers that it draws are not in
+            the state of the node.
 
     Raises:
         ValueError: an unknown mode; ragged together with a collate_fn; drop_last without a
-            batch_size; batch_size or pad_to_multiple below 1.
+            batch_size; batch_size, pad_to_multiple or max_length below 1.
         RuntimeError: in `next()`, if shapes differ that `ragged` does not allow to; names the
             leaf, the shapes and the files.
         TypeError: in `next()`, for elements that are no sequences of features, such as paths.
@@ -63,16 +71,20 @@ class GPUCollator(BaseNode[Any]):
         ragged: str | Mapping[str, str] = "error",
         padding_value: float = 0.0,
         pad_to_multiple: int = 1,
+        max_length: int | None = None,
+        transform: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
         options = CollateOptions(
-            collate_fn, batch_size, drop_last, ragged, padding_value, pad_to_multiple
-        )
+            collate_fn, batch_size, drop_last, ragged, padding_value, pad_to_multiple, max_length,
+            transform,
+        )  # fmt: skip
         self.ragged = options.ragged_options()
         self.source = as_node(source)
         self.collate_fn = collate_fn
         self.batch_size = batch_size
         self.drop_last = drop_last
+        self.transform = transform
         self._stream: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
@@ -89,16 +101,32 @@ class GPUCollator(BaseNode[Any]):
     def next(self) -> Any:
         """The next batch; see the class."""
         with self._stream():
-            if self.batch_size is None:
-                source = self.source
-                if self.ragged.modes == "error" or not isinstance(source, GPUPrefetcher):
-                    return self._collate(next(source))
-                at_once = source.path_fn is None
-                return source.next_collated(self.ragged) if at_once else self._collate(next(source))
-            features = self._take(self.batch_size)
-            if not features or (self.drop_last and len(features) < self.batch_size):
-                raise StopIteration
-            return self._collate(features)
+            batch = self._next()
+            return batch if self.transform is None else call(self.transform, "transform", batch)
+
+    def _next(self) -> Any:
+        if self.batch_size is None:
+            source = self.source
+            if self.ragged.modes == "error" or not isinstance(source, GPUPrefetcher):
+                return self._collate(next(source))
+            at_once = source.path_fn is None
+            return source.next_collated(self.ragged) if at_once else self._collate(next(source))
+        features = self._take(self.batch_size)
+        count = len(features.features if isinstance(features, Labelled) else features)
+        if not count or (self.drop_last and count < self.batch_size):
+            raise StopIteration
+        return self._collate(features)
+
+    def __len__(self) -> int:
+        """Batches of an epoch. Raises TypeError if the source has no length."""
+        count = len(self.source)  # type: ignore[arg-type]
+        if self.batch_size is None:
+            return count
+        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+
+    def __bool__(self) -> bool:
+        """True, also for a source without a length."""
+        return True
 
     def shutdown(self) -> None:
         """Shut down the GPUPrefetchers upstream. The node can be reset and used again."""
@@ -123,9 +151,11 @@ class GPUCollator(BaseNode[Any]):
         """The batch that an element of the source, or a list of features, becomes."""
         if isinstance(element, FeatureBatch):
             return element.collate(self.ragged) if self.collate_fn is None else self._call(element)
-        if isinstance(element, tuple) and any(isinstance(part, FeatureBatch) for part in element):
+        if isinstance(element, Labelled):
+            return self._collate(element.features), element.labels
+        if isinstance(element, tuple) and any(isinstance(part, _BATCHES) for part in element):
             return tuple(
-                self._collate(part) if isinstance(part, FeatureBatch) else part for part in element
+                self._collate(part) if isinstance(part, _BATCHES) else part for part in element
             )
         source = self.source
         single = (

@@ -2,9 +2,10 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from gpucache_pipes.files import NumberedPath, Paths
 from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError
@@ -42,18 +43,32 @@ class Failures:
         self._last_good: Any = None
         self._served = False
 
-    def begin_epoch(self, ranks: int, state: dict[str, Any] | None) -> None:
-        """Begin an epoch, or go on in the one in which the prefetcher's `state` was taken."""
+    def begin_epoch(
+        self, ranks: int, state: dict[str, Any] | None, named: Callable[[Any], Any] | None = None
+    ) -> None:
+        """Begin an epoch, or go on in the one in which the prefetcher's `state` was taken.
+
+        `named` makes of paths in a state what the source yields.
+        """
         self._ranks = ranks
         self._served = state is not None and state.get(SERVED, True)
-        self._last_good = copy.deepcopy((state or {}).get(LAST_GOOD))
+        good = copy.deepcopy((state or {}).get(LAST_GOOD))
+        self._last_good = good if named is None or good is None else named(good)
         self.last = None
 
     def get_state(self) -> dict[str, Any]:
         """What of this belongs into the prefetcher's state; nothing where nothing has failed."""
         state = {}
         if self._last_good is not None:
-            state[LAST_GOOD] = self._last_good
+            # Without what names know of their list: a state is plain data.
+            good = self._last_good
+            state[LAST_GOOD] = (
+                list(good)
+                if isinstance(good, Paths)
+                else str(good)
+                if isinstance(good, NumberedPath)
+                else good
+            )
         if self.tolerant and not self._served:
             state[SERVED] = False
         return state
@@ -131,9 +146,12 @@ class Failures:
         """Replace or leave out the failed features of an element; whether anything is left."""
         left_out = self._resolve_batch(batch, pending.paths)
         if pending.divisible and left_out:
-            rest = [path for at, path in enumerate(pending.paths) if at not in left_out]
-            pending.value = rest
-            return bool(rest)
+            paths = pending.paths
+            if isinstance(paths, Paths):
+                pending.value = paths.without(left_out)
+            else:
+                pending.value = [path for at, path in enumerate(paths) if at not in left_out]
+            return len(pending.value) > 0
         # Which parts of any other element belong to a path is known to the user only.
         return not left_out
 

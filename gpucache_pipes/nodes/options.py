@@ -5,7 +5,7 @@ epoch, make them once, so that wrong options are an error at once and not in the
 and hand them on: `GPUPrefetcher(source, store, **vars(options))`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class CollateOptions:
 
     Raises:
         ValueError: batch_size < 1; drop_last without a batch_size; a collate_fn together with
-            ragged; what RaggedOptions refuses.
+            ragged; a transform that cannot be called; what RaggedOptions refuses.
     """
 
     collate_fn: Callable[[list[Any]], Any] | None = None
@@ -73,12 +73,18 @@ class CollateOptions:
     ragged: str | Mapping[str, str] = "error"
     padding_value: float = 0.0
     pad_to_multiple: int = 1
+    max_length: int | None = None
+    transform: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.transform is not None and not callable(self.transform):
+            raise ValueError(f"transform={self.transform!r} must be callable")
         if self.collate_fn is not None and self.ragged != "error":
             raise ValueError(
                 "ragged= is for the default collation: with a collate_fn, join sequences there"
             )
+        if self.max_length is not None and self.ragged == "error":
+            raise ValueError('max_length= is for ragged= sequences: set ragged, to "pad" for one')
         self.ragged_options()
         if self.batch_size is not None:
             positive_int("batch_size", self.batch_size)
@@ -87,10 +93,37 @@ class CollateOptions:
 
     def ragged_options(self) -> RaggedOptions:
         """Those of them that say how to join sequences of different lengths."""
-        return RaggedOptions(self.ragged, self.padding_value, self.pad_to_multiple)
+        return RaggedOptions(self.ragged, self.padding_value, self.pad_to_multiple, self.max_length)
 
 
 def require_store(store: object) -> None:
     """Raise TypeError for anything but a GPUFeatureStore."""
     if not isinstance(store, GPUFeatureStore):
         raise TypeError(f"store must be a GPUFeatureStore, not {type(store).__name__}")
+
+
+def require_consistent(
+    pattern: Any, batch_size: Any, drop_last: Any, shuffle: Any, seed: Any, sampler: Any,
+    bucket_by: Any, if_files_changed: Any,
+) -> None:  # fmt: skip
+    """Raise ValueError for arguments of a PathLister that are wrong or contradict each other."""
+    if batch_size is not None:
+        positive_int("batch_size", batch_size)
+    elif drop_last:
+        raise ValueError("drop_last=True needs a batch_size")
+    if not isinstance(shuffle, bool):
+        raise ValueError(f"shuffle={shuffle!r} must be True or False")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} must be a whole number")
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern={pattern!r} must be a str, such as '*.pt'")
+    if shuffle and sampler is not None:
+        raise ValueError("shuffle=True and a sampler both set the order; give one of them")
+    if isinstance(sampler, Iterator):
+        raise ValueError("the sampler is an iterator, which can be read only once")
+    if bucket_by is not None and batch_size is None:
+        raise ValueError("bucket_by makes batches of files of similar size: give a batch_size")
+    if bucket_by is not None and sampler is not None:
+        raise ValueError("bucket_by and a sampler both set the order; give one of them")
+    if if_files_changed not in ("raise", "continue"):
+        raise ValueError(f'if_files_changed={if_files_changed!r} must be "raise" or "continue"')

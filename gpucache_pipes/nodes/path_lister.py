@@ -1,7 +1,7 @@
 """PathLister: lists files, and yields their paths in the order of an epoch."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -9,15 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.files import Paths
+from gpucache_pipes.files import NumberedPath, Paths
 from gpucache_pipes.files.listing import GivenPaths, directory_prefix, find_files
 from gpucache_pipes.nodes.buckets import Buckets
+from gpucache_pipes.nodes.labels import Labels
+from gpucache_pipes.nodes.options import require_consistent
 from gpucache_pipes.nodes.order import DrawnOrder, SampledOrder, flatten
 from gpucache_pipes.nodes.resuming import fingerprint, resumed_position
 from gpucache_pipes.nodes.sharding import Shards, find_rank
-from gpucache_pipes.nodes.upstream import as_node
+from gpucache_pipes.nodes.upstream import as_node, is_list
 from gpucache_pipes.store import Upcoming
-from gpucache_pipes.units import positive_int
 
 Source = str | os.PathLike[str] | Iterable[Any]
 Order = NDArray[np.intp] | list[Any]
@@ -54,6 +55,13 @@ class PathLister(BaseNode[Any]):
             the same length: some files are repeated or, with drop_last, left out.
         shard: "epoch", another part of the files in each epoch, divided as by DistributedSampler;
             or "static", the same files in each epoch, so that the ranks' caches add up.
+        labels: what belongs to each file. A GPUPrefetcher then yields (features, labels), with
+            the labels of a batch gathered on the device. For a sequence of paths: a sequence, array
+            or tensor of as many labels, or a dict or DataFrame of such columns. For a directory or
+            a glob, where a file may be added, by name: a dict, or a Series or DataFrame whose index
+            holds names, or a function path -> label, called once for each file. A name is the path
+            as it is listed, that below the directory, or the file's own, with or without its
+            ending. Numbers become tensors as default_collate makes them, other objects lists.
         bucket_by: put files of similar size into a batch, so that padding them costs little: by
             "file_size", or by a function path -> number. Batches are still shuffled.
         if_files_changed: how to resume a state over other files: "raise", or "continue" at the
@@ -82,28 +90,14 @@ class PathLister(BaseNode[Any]):
         num_shards: int | None = None,
         shard_index: int | None = None,
         shard: str = "epoch",
+        labels: Any = None,
         bucket_by: str | Callable[[str], float] | None = None,
         if_files_changed: str = "raise",
     ) -> None:
         super().__init__()
-        if batch_size is not None:
-            positive_int("batch_size", batch_size)
-        elif drop_last:
-            raise ValueError("drop_last=True needs a batch_size")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed={seed!r} must be a whole number")
-        if not isinstance(pattern, str):
-            raise ValueError(f"pattern={pattern!r} must be a str, such as '*.pt'")
-        if shuffle and sampler is not None:
-            raise ValueError("shuffle=True and a sampler both set the order; give one of them")
-        if isinstance(sampler, Iterator):
-            raise ValueError("the sampler is an iterator, which can be read only once")
-        if bucket_by is not None and batch_size is None:
-            raise ValueError("bucket_by makes batches of files of similar size: give a batch_size")
-        if bucket_by is not None and sampler is not None:
-            raise ValueError("bucket_by and a sampler both set the order; give one of them")
-        if if_files_changed not in ("raise", "continue"):
-            raise ValueError(f'if_files_changed={if_files_changed!r} must be "raise" or "continue"')
+        require_consistent(
+            pattern, batch_size, drop_last, shuffle, seed, sampler, bucket_by, if_files_changed
+        )
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.shuffle = shuffle
@@ -113,15 +107,18 @@ class PathLister(BaseNode[Any]):
         self._names_from = directory_prefix(source)
         self._stream: BaseNode[Any] | None = None
         self._given: GivenPaths | None = None
-        if isinstance(source, (str, os.PathLike, Sequence)):
+        if is_list(source):
             self._given = GivenPaths(find_files(source, pattern, recursive))
-        elif shuffle or sampler is not None or bucket_by is not None:
+            if labels is not None:
+                by_position = not isinstance(source, (str, os.PathLike))
+                self._given.label(Labels.of(labels, self._paths, self._names_from, by_position))
+        elif shuffle or sampler is not None or bucket_by is not None or labels is not None:
             raise ValueError(
-                "an order can only be drawn over a known list: give a directory, a glob or a "
+                "an order and labels are for a known list of files: give a directory, a glob or a "
                 f"sequence of paths, or shuffle inside the {type(source).__name__}"
             )
         else:
-            self._stream = as_node(source)
+            self._stream = as_node(source)  # type: ignore[arg-type]
         self._buckets = None
         if bucket_by is not None and batch_size is not None:
             self._buckets = Buckets.of(self._paths, bucket_by, batch_size)
@@ -140,25 +137,14 @@ class PathLister(BaseNode[Any]):
         self._order: Order | None = None
 
     def _choose_shards(self, num_shards: int | None, shard_index: int | None, shard: str) -> Shards:
-        if (num_shards is None) != (shard_index is None):
-            raise ValueError("num_shards and shard_index go together")
-        if shard not in ("epoch", "static"):
-            raise ValueError(f'shard={shard!r} must be "epoch" or "static"')
-        if self.sampler is not None or self._stream is not None:
-            if num_shards is not None:
-                raise ValueError(
-                    "a sampler or a stream of paths counts as sharded already: omit num_shards, "
-                    "and give each rank its part"
-                )
-            return Shards()
-        if num_shards is None or shard_index is None:
-            num_shards, shard_index = find_rank()
-        shards = Shards(num_shards, shard_index, shard == "static", self.drop_last)
-        if not shards.size(len(self._paths)):
+        if self.sampler is None and self._stream is None:
+            return Shards.of(len(self._paths), num_shards, shard_index, shard, self.drop_last)
+        if num_shards is not None or shard_index is not None:
             raise ValueError(
-                f"{len(self._paths)} files are too few for {num_shards} shards with drop_last"
+                "a sampler or a stream of paths counts as sharded already: omit num_shards, and "
+                "give each rank its part"
             )
-        return shards
+        return Shards()
 
     def _make_order(self) -> None:
         self._drawing: DrawnOrder | SampledOrder
@@ -243,7 +229,11 @@ class PathLister(BaseNode[Any]):
         self._position += len(batch)
         if not batch or (self.drop_last and len(batch) < count):
             raise StopIteration
-        return batch[0] if self.batch_size is None else batch
+        if self.batch_size is not None:
+            return batch
+        if isinstance(batch, Paths) and batch.files.labels is not None:
+            return NumberedPath.of(batch.files, int(batch.positions[0]))
+        return batch[0]
 
     def _pick(self, order: Order) -> Sequence[Any]:
         """The paths at these positions, or the batches of them, where a sampler yields batches."""
@@ -260,6 +250,17 @@ class PathLister(BaseNode[Any]):
         if order and not -count <= positions.min() <= positions.max() < count:
             raise IndexError(f"the sampler yields positions beyond the {count} files")
         return Paths(files, positions % count)
+
+    def numbered(self, paths: Any) -> Any:
+        """A path or a list of paths as `next` yields them, which know their labels."""
+        if self._given is None or self._given.files().labels is None:
+            return paths
+        files = self._given.files()
+        single = isinstance(paths, str)
+        positions = [files.paths.index(path) for path in ([paths] if single else paths)]
+        if single:
+            return NumberedPath.of(files, positions[0])
+        return Paths(files, np.array(positions, np.intp))
 
     def get_state(self) -> dict[str, Any]:
         """Epoch, position, and what identifies the list: a few numbers, for any number of files.

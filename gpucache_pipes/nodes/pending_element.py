@@ -36,6 +36,11 @@ class PendingElement:
         "value",
     )
 
+    @property
+    def left_out(self) -> set[int]:
+        """The positions among its paths of the features that were left out."""
+        return set() if self.batch is None else self.batch.left_out
+
     def __init__(self, value: Any) -> None:
         self.value = value
         self.paths: Sequence[Any] = ()

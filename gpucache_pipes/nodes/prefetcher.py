@@ -7,10 +7,12 @@ from weakref import WeakValueDictionary
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batches import FeatureBatch, RaggedOptions
+from gpucache_pipes.files import Paths
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.failures import Failures
 from gpucache_pipes.nodes.identity import PipelineIdentity
+from gpucache_pipes.nodes.labels import Labelled, label_of, labels_of
 from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError, PrefetchOptions, require_store
 from gpucache_pipes.nodes.pending_element import PendingElement
@@ -159,7 +161,7 @@ class GPUPrefetcher(BaseNode[Any]):
         self._ahead.reset(None if initial_state is None else initial_state["source"])
         _latest[self._key] = self
         ranks, _ = find_rank() if self.failures.tolerant else (1, 0)
-        self.failures.begin_epoch(ranks, initial_state)
+        self.failures.begin_epoch(ranks, initial_state, find_upstream(self.source, "numbered"))
         self.store.begin_epoch(self._owner)
         if self._upcoming is not None:
             # A path_fn may turn these paths into others. Then the announcement is wrong, which
@@ -172,8 +174,9 @@ class GPUPrefetcher(BaseNode[Any]):
             if not self._ready(1):
                 raise StopIteration
             head = self._ahead.elements[0]
+            labels = self._labels(head)
             batch = self._ahead.collect([head])
-            return self._join(batch[0] if head.single else batch, head)
+            return self._join(batch[0] if head.single else batch, head, labels)
 
     def next_collated(self, ragged: RaggedOptions) -> Any:
         """`next(self).collate(ragged)`, with a copy less on the host.
@@ -192,14 +195,16 @@ class GPUPrefetcher(BaseNode[Any]):
                     "a GPUCollator collates sequences of features, not single ones; with "
                     "batch_size it makes batches of these itself"
                 )
-            return self._ahead.collect([head], ragged)
+            labels = self._labels(head)
+            batch = self._ahead.collect([head], ragged)
+            return batch if labels is None else (batch, labels)
 
     def take(self, count: int) -> Sequence[Any]:
         """The next `count` elements, gathered at once on the current stream.
 
         Returns:
-            A FeatureBatch, or with path_fn a list of what `next` would return; shorter at the end
-            of the epoch, [] after it.
+            A FeatureBatch, with labels a Labelled one, or with path_fn a list of what `next` would
+            return; shorter at the end of the epoch, [] after it.
 
         Raises:
             TypeError: if one of them is a sequence of paths. None is consumed.
@@ -217,10 +222,22 @@ class GPUPrefetcher(BaseNode[Any]):
                 )
         if not heads:
             return []
-        batch: FeatureBatch = self._ahead.collect(heads)
         if self.path_fn is None:
-            return batch
-        return [self._join(feature, pending) for feature, pending in zip(batch, heads, strict=True)]
+            paths = [pending.paths[0] for pending in heads if pending.error is None]
+            labels = labels_of(paths, self.store.device)
+            batch: FeatureBatch = self._ahead.collect(heads)
+            return batch if labels is None else Labelled(batch, labels)
+        each = [self._labels(pending) for pending in heads]
+        features = self._ahead.collect(heads)
+        return [self._join(*joined) for joined in zip(features, heads, each, strict=True)]
+
+    def __len__(self) -> int:
+        """Elements of an epoch: those of the source. Raises TypeError if that has no length."""
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        """True, also for a source without a length."""
+        return True
 
     def get_state(self) -> dict[str, Any]:
         """The state after the last element that was consumed; see the class."""
@@ -272,7 +289,20 @@ class GPUPrefetcher(BaseNode[Any]):
         failures.require_served(ready)
         return ready
 
-    def _join(self, features: Any, pending: PendingElement) -> Any:
+    def _labels(self, pending: PendingElement) -> Any:
+        """The label, or the labels, of an element; None if its paths have none."""
+        paths = pending.paths
+        if pending.error is not None:
+            return None
+        if pending.single:
+            return label_of(paths[0], self.store.device)
+        if isinstance(paths, Paths) and pending.left_out:
+            paths = paths.without(pending.left_out)
+        return labels_of(paths, self.store.device)
+
+    def _join(self, features: Any, pending: PendingElement, labels: Any) -> Any:
+        if labels is not None:
+            features = Labelled(features, labels)
         if self.path_fn is not None:
             if self.join_fn is None:
                 return features, pending.value

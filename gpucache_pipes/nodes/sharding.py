@@ -43,6 +43,25 @@ class Shards:
         if not 0 <= self.index < self.count:
             raise ValueError(f"shard_index={self.index} must be from 0 to {self.count - 1}")
 
+    @classmethod
+    def of(
+        cls, files: int, count: int | None, index: int | None, shard: str, drop: bool
+    ) -> "Shards":
+        """The part that the arguments of a PathLister mean; None is that of this rank.
+
+        Raises ValueError for arguments that are wrong, and for too few files.
+        """
+        if (count is None) != (index is None):
+            raise ValueError("num_shards and shard_index go together")
+        if shard not in ("epoch", "static"):
+            raise ValueError(f'shard={shard!r} must be "epoch" or "static"')
+        if count is None or index is None:
+            count, index = find_rank()
+        shards = cls(count, index, shard == "static", drop)
+        if not shards.size(files):
+            raise ValueError(f"{files} files are too few for {count} shards with drop_last")
+        return shards
+
     def size(self, files: int) -> int:
         """Length of each part of `files` files, as in torch.utils.data.DistributedSampler."""
         return files // self.count if self.drop else math.ceil(files / self.count)

@@ -1,9 +1,10 @@
 """The nodes upstream of a node: how sources become nodes, and how nodes are found."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch.utils.data import Dataset
 from torchdata.nodes import BaseNode, IterableWrapper
 
 
@@ -21,6 +22,26 @@ def as_node(source: BaseNode[Any] | Iterable[Any]) -> BaseNode[Any]:
     if not isinstance(source, Iterable):
         raise TypeError(f"a source is a node or an iterable, not {type(source).__name__}")
     return _OnePass(source) if isinstance(source, Iterator) else IterableWrapper(source)
+
+
+def is_list(source: Any) -> bool:
+    """Whether a source holds paths that can be listed at once: a list, or what is like one.
+
+    Arrays of numpy, Series of pandas and columns of data sets are; nodes and DataPipes are not.
+
+    Raises:
+        TypeError: for a dict, and for bytes.
+    """
+    if isinstance(source, Mapping):
+        raise TypeError(
+            "the source is a dict: give its keys as the paths, list(...), and the dict as labels="
+        )
+    if isinstance(source, bytes):
+        raise TypeError(f"paths are str, not {source!r:.80}: os.fsdecode(path) makes it one")
+    if isinstance(source, (str, os.PathLike, Sequence)):
+        return True
+    has_items = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    return has_items and not isinstance(source, (BaseNode, Dataset))
 
 
 class _OnePass(IterableWrapper[Any]):

@@ -18,7 +18,7 @@ from gpucache_pipes.store.lock import StoreLock, require_stack
 from gpucache_pipes.store.memory_tracker import MemoryTracker
 from gpucache_pipes.store.pending_batch import PendingBatch, concatenate
 from gpucache_pipes.store.refusal import Refusal
-from gpucache_pipes.store.stats import Counters, StoreStats
+from gpucache_pipes.store.stats import Counters, StoreStats, describe
 from gpucache_pipes.store.tracing import trace
 
 if TYPE_CHECKING:
@@ -259,9 +259,9 @@ class SharedCache:
             self.require_open()
             return self.cache.count_cached(numbers)
 
-    def size(self) -> tuple[int, int]:
-        """How many features are cached, and bytes of their tensors. Takes no lock."""
-        return self.cache.ledger.cached_items, self.cache.ledger.cached_bytes
+    def describe(self) -> str:
+        """See stats.describe."""
+        return describe(self.cache, self._counters)
 
     def release(self, numbers: Numbers) -> None:
         """Stop caching these entries."""

@@ -1,9 +1,12 @@
 """What a store has done so far."""
 
-from dataclasses import dataclass, replace
+import html
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 
 from gpucache_pipes.cache import Cache
 from gpucache_pipes.device import Backend
+from gpucache_pipes.units import format_bytes
 
 
 @dataclass
@@ -95,9 +98,47 @@ class StoreStats:
         """The former name of `bypassed_items`."""
         return self.bypassed_items
 
+    def as_dict(self) -> dict[str, float]:
+        """The figures by name, with `hit_rate`: for loggers."""
+        return {**asdict(self), "hit_rate": self.hit_rate}
+
+    def __str__(self) -> str:
+        """The figures in units, one a line."""
+        return "\n".join(f"{name:21} {text}" for name, text in self._in_units())
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        rows = "".join(
+            f"<tr><td style='text-align:left'>{name}</td><td>{html.escape(text)}</td></tr>"
+            for name, text in self._in_units()
+        )
+        return f"<table>{rows}</table>"
+
+    def _in_units(self) -> Iterator[tuple[str, str]]:
+        for name, value in self.as_dict().items():
+            if name.endswith("_bytes") or name == "bytes_read":
+                yield name, format_bytes(int(value))
+            elif name == "wait_seconds":
+                yield name, f"{value:.3g} s"
+            elif name == "hit_rate":
+                yield name, f"{value:.1%}"
+            else:
+                yield name, f"{value:,}"
+
     def since(self, earlier: "StoreStats") -> "StoreStats":
         """The counters less those of `earlier`, and the sizes of now."""
         return replace(self, **{n: getattr(self, n) - getattr(earlier, n) for n in _COUNTED})
+
+
+def describe(cache: Cache, counters: Counters) -> str:
+    """What a store holds, in a line. Takes no lock: an estimate while others change it."""
+    ledger = cache.ledger
+    budget = "" if ledger.max_bytes is None else f" of {format_bytes(ledger.max_bytes)}"
+    requests = counters.hits + counters.misses
+    hits = f", {counters.hits / requests:.0%} hits" if requests else ""
+    return (
+        f"{format_bytes(ledger.cached_bytes)}{budget} cached, {ledger.cached_items:,} items{hits}"
+    )
 
 
 _COUNTED = (*Counters.__dataclass_fields__, "evictions")

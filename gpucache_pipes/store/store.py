@@ -302,7 +302,7 @@ class GPUFeatureStore:
 
     def __len__(self) -> int:
         """The number of features that are cached now."""
-        return self._shared.size()[0]
+        return self._shared.cache.ledger.cached_items
 
     def stats(self) -> StoreStats:
         """Counters and sizes, all of one moment.
@@ -318,8 +318,7 @@ class GPUFeatureStore:
 
     def __repr__(self) -> str:
         # Without the lock: handlers of logs have locks of their own, and format their arguments.
-        items, nbytes = self._shared.size()
-        return f"GPUFeatureStore({self.device}, {items} items, {nbytes} bytes)"
+        return f"GPUFeatureStore({self.device}, {self._shared.describe()})"
 
     # The end
 

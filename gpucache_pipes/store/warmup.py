@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from gpucache_pipes.cache import distinct
 from gpucache_pipes.files import PathLike
+from gpucache_pipes.files.listing import find_files
 from gpucache_pipes.store.pending_batch import PendingBatch
 from gpucache_pipes.store.requests import RequestManager
 from gpucache_pipes.store.shared_cache import SharedCache
@@ -22,12 +23,14 @@ def warm_up(
 ) -> int:
     """See GPUFeatureStore.warm."""
     if isinstance(paths, (str, os.PathLike)):
-        raise TypeError(f"a sequence of paths is needed, not the single path {paths!r}")
-    paths = list(paths)
+        paths = find_files(paths, "*.pt", recursive=False)
+    paths = list(getattr(paths, "paths", paths))  # of a PathLister, all of its files
     shared.memory.expect_files(warm_up, len(paths))
     parts: deque[PendingBatch] = deque()
     full = False
-    with tqdm(total=len(paths), desc="warming", unit="file", disable=not progress) as bar:
+    # None: on terminals only.
+    hidden = None if progress else True
+    with tqdm(total=len(paths), desc="warming", unit="file", disable=hidden) as bar:
         try:
             for start in range(0, len(paths), _FILES):
                 if full or not shared.cache.ledger.fits(1, 1):

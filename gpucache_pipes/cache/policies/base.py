@@ -92,6 +92,8 @@ class BasePolicy:
         self.retract(owner)
 
 
+_METHODS = ("on_insert", "on_access", "on_remove", "victims", "begin_epoch", "announce", "retract")
+
 _REGISTRY: dict[str, Callable[[], Policy]] = {}
 
 
@@ -123,8 +125,10 @@ def make_policy(policy: "str | Policy") -> Policy:
         return made
     adapted = None if isinstance(policy, type) else with_present_names(policy)
     if not isinstance(adapted, Policy):
+        lacks = [name for name in _METHODS if not callable(getattr(adapted, name, None))]
         raise ValueError(
             f"policy={policy!r} must be a name or an object with the methods of "
-            "gpucache_pipes.cache.policies.Policy"
+            f"gpucache_pipes.cache.Policy; it lacks {', '.join(lacks)}"
+            + (" (give an object of the class, not the class)" if isinstance(policy, type) else "")
         )
     return adapted

@@ -2,6 +2,8 @@
 
 import os
 import re
+import struct
+import zipfile
 
 import torch
 
@@ -36,6 +38,8 @@ def by_torch_load(
         ValueError: the file is refused, or `torch.load` cannot read it. The text says why.
     """
     size = os.stat(path).st_size
+    if other := _other_format(path):
+        raise ValueError(f"the file is {other}, and not one of torch.save; load_fn= reads others")
     require_sound(path, pickles=weights_only)
     try:
         # map_location: a reader thread must not touch the GPU from which a file was saved.
@@ -48,6 +52,35 @@ def by_torch_load(
     except Exception as error:
         raise ValueError(_reason(path, weights_only, error)) from error
     return LoadedFeature(feature if selection is None else selection.feature(feature), size)
+
+
+_FORMATS = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "an array of numpy.save, whose name must end with .npy",
+    b"\x1f\x8b": "compressed by gzip",
+    b"PAR1": "a Parquet file",
+}
+"""Files that are taken for those of torch.save, by how they begin."""
+
+
+def _other_format(path: str) -> str | None:
+    """What a file is, if it is certainly something else."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        start = file.read(8)
+    for beginning, name in _FORMATS.items():
+        if start.startswith(beginning):
+            return name
+    if start.startswith(b"PK\x03\x04"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
+            return None  # a damaged one, which the checks below describe
+        if names and all(name.endswith(".npy") for name in names):
+            return "an archive of numpy.savez"
+    return None
 
 
 def _reason(path: str, weights_only: bool, error: Exception) -> str:
@@ -71,4 +104,6 @@ def _reason(path: str, weights_only: bool, error: Exception) -> str:
             "with weights_only=False; or read it with load_fn"
         )
     [line, *_] = text.splitlines() or [""]
-    return f"not a torch.save file, or a damaged one ({type(error).__name__}: {line:.200})"
+    if len(line) > 400:
+        line = line[:400].rpartition(" ")[0] + " [...]"
+    return f"not a torch.save file, or a damaged one ({type(error).__name__}: {line})"

@@ -1,0 +1,130 @@
+"""How leaves whose first dimension may differ are joined, and what comes out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from gpucache_pipes.units import positive_int
+
+MODES = ("error", "pad", "jagged", "list")
+"""How a leaf of all features is joined; see GPUCollator."""
+
+
+class Padded(NamedTuple):
+    """Sequences of different lengths as one tensor.
+
+    Attributes:
+        values: [B, T, *rest]. T is the largest length, rounded up to pad_to_multiple. After its
+            end, each sequence is filled with the padding value.
+        lengths: int64 [B].
+        mask: bool [B, T], True where `values` holds an element of a sequence, False where it
+            holds padding.
+    """
+
+    values: torch.Tensor
+    lengths: torch.Tensor
+    mask: torch.Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> "Padded":
+        """Each tensor, `Tensor.to(...)`; a dtype is for the values alone."""
+        values = self.values.to(*args, **kwargs)
+        moved = (part.to(values.device) for part in (self.lengths, self.mask))
+        return Padded(values, *moved)
+
+
+@dataclass(frozen=True)
+class RaggedOptions:
+    """How to join leaves whose first dimension may differ from feature to feature.
+
+    The type of a collated batch follows from these options alone, never from the shapes in this
+    batch or in earlier ones: a run that is interrupted and resumed gives the same types as one
+    that is not.
+
+    Args:
+        modes: one of MODES for all leaves, or a dict of them by the names of leaves. One mode
+            other than "error" joins every leaf of at least one dimension that way, in every
+            batch, even where all lengths are equal; tensors without dimensions are stacked. With
+            a dict, leaves that it does not name are stacked, or are an error where shapes differ.
+        padding_value: fills what lies after the end of a padded sequence.
+        pad_to_multiple: the length of a padded batch is rounded up to a multiple of this.
+        max_length: sequences that are longer are cut off there; None cuts none.
+
+    Raises:
+        ValueError: an unknown mode, or pad_to_multiple or max_length < 1.
+
+    >>> RaggedOptions("pad").mode_of("['frames']", differs=False)
+    'pad'
+    >>> RaggedOptions("pad").mode_of("['label']", differs=False, dimensions=0)
+    >>> RaggedOptions({"frames": "jagged"}).mode_of("['frames']", differs=False)
+    'jagged'
+    >>> RaggedOptions({"frames": "jagged"}).mode_of("['mask']", differs=True)
+    'error'
+    """
+
+    modes: str | Mapping[str, str] = "error"
+    padding_value: float = 0.0
+    pad_to_multiple: int = 1
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        positive_int("pad_to_multiple", self.pad_to_multiple)
+        if self.max_length is not None:
+            positive_int("max_length", self.max_length)
+        if not isinstance(self.modes, (str, Mapping)):
+            raise ValueError(
+                f"ragged={self.modes!r} must be a mode ({', '.join(MODES)}), or a dict of modes by "
+                "the names of leaves"
+            )
+        for mode in self._all_modes():
+            if mode not in MODES:
+                raise ValueError(f"ragged={mode!r} is not known; there are: {', '.join(MODES)}")
+
+    @classmethod
+    def of(cls, ragged: "RaggedOptions | str | Mapping[str, str] | None") -> "RaggedOptions":
+        """These options, or those of a mode."""
+        if isinstance(ragged, RaggedOptions):
+            return ragged
+        return cls() if ragged is None else cls(ragged)
+
+    def require_known(self, names: Sequence[str]) -> None:
+        """Raise ValueError if a name of the modes is that of no leaf."""
+        if isinstance(self.modes, str):
+            return
+        keys = {_key_of(name) for name in names}
+        for name in self.modes:
+            if name not in keys and name not in names:
+                raise ValueError(
+                    f"ragged= names the leaf {name!r}, which the features do not have; their "
+                    f"leaves: {', '.join(sorted(repr(key) for key in keys))}"
+                )
+
+    def _all_modes(self) -> list[str]:
+        return [self.modes] if isinstance(self.modes, str) else list(self.modes.values())
+
+    @property
+    def copies(self) -> bool:
+        """Whether no result is a view of the memory that it was made from."""
+        return "list" not in self._all_modes()
+
+    def mode_of(self, name: str, differs: bool, dimensions: int = 1) -> str | None:
+        """How to join one leaf of all features of a batch; None to stack it.
+
+        Args:
+            name: the leaf's, as `leaf_names` gives it: "['frames']".
+            differs: whether its shape is not the same in all features.
+            dimensions: of the leaf in the first feature. Only 0 makes a difference.
+        """
+        if not isinstance(self.modes, str):
+            # A leaf of a plain dict may be named by its key.
+            mode = self.modes.get(name) or self.modes.get(_key_of(name))
+            return mode if mode is not None else "error" if differs else None
+        if self.modes == "error" or not dimensions:
+            return self.modes if differs else None
+        return self.modes
+
+
+def _key_of(name: str) -> str:
+    """The key that a leaf has, if its feature is a dict of leaves; else its name."""
+    return name[2:-2] if name.startswith("['") and name.count("[") == 1 else name

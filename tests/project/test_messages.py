@@ -1,0 +1,275 @@
+"""What people write in the first ten minutes works, or is answered by what to write instead."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpucache_pipes import (
+    GPUCachedPathDataLoader,
+    GPUCollator,
+    GPUFeatureStore,
+    GPUPrefetcher,
+    PathLister,
+)
+from gpucache_pipes.units import parse_bytes
+
+Files = Callable[[int], list[str]]
+
+
+@pytest.fixture
+def store() -> Any:
+    with GPUFeatureStore("cpu") as made:
+        yield made
+
+
+# Sources of paths
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (b"features", TypeError, r"os\.fsdecode"),
+        ([("a.pt", 1)], TypeError, r"labels=\[\.\.\.\]"),
+        ([{"path": "a.pt", "label": 1}], TypeError, r"labels=\{\.\.\.\}"),
+        ({"a.pt": 1}, TypeError, "the dict as labels="),
+        ([b"a.pt"], TypeError, r"os\.fsdecode"),
+        ([1, 2], TypeError, "a path is a str"),
+        (3, TypeError, "a source is a node or an iterable"),
+    ],
+)
+def test_what_is_no_source(source: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PathLister(source)
+
+
+@pytest.mark.parametrize("shuffle", ["yes", 1, None])
+def test_shuffle_is_a_flag(shuffle: Any) -> None:
+    with pytest.raises(ValueError, match=r"shuffle=.* must be True or False"):
+        PathLister(["a.pt"], shuffle=shuffle)
+
+
+def test_every_list_is_a_list(make_files: Files, tmp_path: Path) -> None:
+    paths = make_files(5)
+
+    class Column:  # as data sets have them: neither a Sequence nor an array
+        def __len__(self) -> int:
+            return len(paths)
+
+        def __getitem__(self, at: int) -> str:
+            return paths[at]
+
+    for source in (
+        np.array(paths),
+        np.array(paths, object),
+        tuple(paths),
+        Column(),
+        [Path(path) for path in paths],
+    ):
+        lister = PathLister(source, batch_size=2, shuffle=True, seed=3)
+        assert list(lister.paths) == paths
+        assert len(lister) == 3
+    pandas = pytest.importorskip("pandas")
+    assert list(PathLister(pandas.Series(paths)).paths) == paths
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (8e9, 8_000_000_000),
+        ("8g", 8 << 30),
+        ("8G", 8 << 30),
+        ("512m", 512 << 20),
+        ("2 GB", 2 * 10**9),
+    ],
+)
+def test_sizes_that_are_clear(given: Any, meant: int) -> None:
+    assert parse_bytes("max_cache_bytes", given) == meant
+
+
+@pytest.mark.parametrize("given", ["50%", "much", 0.5, -1, True, "", float("nan"), float("inf")])
+def test_sizes_that_are_not(given: Any) -> None:
+    with pytest.raises(ValueError, match="max_cache_bytes="):
+        GPUFeatureStore("cpu", max_cache_bytes=given)
+
+
+# Ragged
+
+
+def test_ragged_is_a_mode() -> None:
+    with pytest.raises(ValueError, match=r"ragged=True must be a mode \(error, pad"):
+        GPUCollator([], ragged=True)  # type: ignore[arg-type]
+
+
+def test_a_leaf_that_is_not_there(make_files: Files, store: GPUFeatureStore) -> None:
+    lister = PathLister(make_files(4), batch_size=2)
+    batches = GPUCollator(GPUPrefetcher(lister, store), ragged={"featrue": "pad"})
+    batches.reset()
+    with pytest.raises(RuntimeError, match=r"the leaf 'featrue'.*their leaves: 'feature', 'label'"):
+        next(batches)
+
+
+def test_a_mode_in_collate(make_files: Files, store: GPUFeatureStore) -> None:
+    batch = store.get_batch(make_files(2))
+    assert batch.collate(ragged="pad")["feature"].lengths.tolist() == [8, 8]
+    assert batch.collate("list")["feature"][0].shape == (8,)
+    with pytest.raises(RuntimeError, match="not known"):
+        batch.collate(ragged="padded")
+
+
+def test_max_length_needs_ragged() -> None:
+    with pytest.raises(ValueError, match="max_length= is for ragged="):
+        GPUCollator([], max_length=5)
+
+
+# Files of other formats
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "a PNG image"),
+        (b"\xff\xd8\xff\xe0" + bytes(100), "a JPEG image"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
+        ("npz", "an archive of numpy.savez"),
+        ("npy", r"whose name must end with \.npy"),
+    ],
+)
+def test_files_of_other_formats(
+    tmp_path: Path, store: GPUFeatureStore, content: Any, message: str
+) -> None:
+    """The way out is not to let them run code."""
+    buffer = io.BytesIO()
+    if content == "npz":
+        np.savez(buffer, x=np.ones(3))
+    elif content == "npy":
+        np.save(buffer, np.ones(3))
+    path = tmp_path / "x.pt"
+    path.write_bytes(content if isinstance(content, bytes) else buffer.getvalue())
+    with pytest.raises(Exception, match=message) as caught:
+        store.get(path)
+    assert "load_fn" in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+
+
+# Policies
+
+
+def test_a_policy_that_lacks_methods() -> None:
+    class Half:
+        def on_insert(self, key: int) -> None: ...
+
+        def victims(self, key: int) -> None: ...
+
+    with pytest.raises(ValueError, match="it lacks on_access, on_remove, begin_epoch"):
+        GPUFeatureStore("cpu", policy=Half())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="an object of the class, not the class"):
+        GPUFeatureStore("cpu", policy=Half)  # type: ignore[arg-type]
+
+
+# What is at hand
+
+
+def test_warming_what_one_has(make_files: Files, store: GPUFeatureStore, tmp_path: Path) -> None:
+    paths = make_files(6)
+    assert store.warm(PathLister(paths, batch_size=2)) == 6
+    store.clear()
+    assert store.warm(str(Path(paths[0]).parent)) == 6
+    assert store.warm(paths[0]) == 1
+
+
+def test_bars_are_for_terminals(
+    make_files: Files, store: GPUFeatureStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.warm(make_files(3))
+    assert capsys.readouterr().err == ""
+
+
+def test_lengths(make_files: Files, store: GPUFeatureStore) -> None:
+    lister = PathLister(make_files(7), batch_size=2)
+    features = GPUPrefetcher(lister, store)
+    assert (len(features), len(GPUCollator(features))) == (4, 4)
+    singles = GPUPrefetcher(PathLister(make_files(7)), store)
+    assert len(GPUCollator(singles, batch_size=3)) == 3
+    assert len(GPUCollator(singles, batch_size=3, drop_last=True)) == 2
+    stream = GPUPrefetcher(PathLister(iter(["a.pt"])), store)
+    assert stream
+    with pytest.raises(TypeError):
+        len(stream)
+
+
+def test_stats_for_people_and_loggers(make_files: Files) -> None:
+    lister = PathLister(make_files(6), batch_size=2)
+    with GPUCachedPathDataLoader(lister, device="cpu", max_cache_bytes="1g") as loader:
+        assert repr(loader.store) == "GPUFeatureStore(cpu, 0 B of 1 GiB cached, 0 items)"
+        for _ in range(2):
+            list(loader)
+        assert repr(loader.store).endswith("of 1 GiB cached, 6 items, 50% hits)")
+        stats = loader.stats()
+    figures = stats.as_dict()
+    assert figures["hit_rate"] == 0.5 and figures["hits"] == 6
+    assert all(isinstance(value, (int, float)) for value in figures.values())
+    text = str(stats)
+    assert "hit_rate              50.0%" in text and "KiB" in text
+    assert stats._repr_html_().count("<tr>") == len(figures)
+
+
+def test_a_transform_on_the_batch(make_files: Files) -> None:
+    lister = PathLister(make_files(6), batch_size=2, labels=list(range(6)))
+    seen: list[Any] = []
+
+    def transform(batch: Any) -> Any:
+        features, labels = batch
+        seen.append(labels.tolist())
+        return features["feature"] * 0, labels
+
+    with GPUFeatureStore("cpu") as store:
+        nodes = GPUCollator(GPUPrefetcher(lister, store), transform=transform)
+        loader = GPUCachedPathDataLoader(
+            PathLister(lister.paths, batch_size=2, labels=list(range(6))),
+            store=store,
+            transform=transform,
+            build_batch_fn=lambda batch, original, paths: (batch, len(paths)),
+        )
+        for source in (nodes, (batch for batch, count in loader if count == 2)):
+            for features, labels in source:
+                assert not features.any() and labels.tolist() == seen[-1]
+        forgetful = GPUCollator(GPUPrefetcher(lister, store), transform=seen.append)
+        forgetful.reset()
+        with pytest.raises(TypeError, match="transform returned None"):
+            next(forgetful)
+    with pytest.raises(ValueError, match="transform=3 must be callable"):
+        GPUCollator([], transform=3)  # type: ignore[arg-type]
+    assert len(seen) == 7
+
+
+@pytest.mark.parametrize("mode", ["pad", "list", "jagged"])
+def test_sequences_are_cut(tmp_path: Path, store: GPUFeatureStore, mode: str) -> None:
+    """Equal to cutting the features themselves."""
+    paths = []
+    for length in (1, 4, 9, 3):
+        paths.append(str(tmp_path / f"{length}.pt"))
+        torch.save({"x": torch.randn(length, 3), "n": torch.tensor(length)}, paths[-1])
+    for source in (paths, paths[:1] * 3, paths[2:3] * 3):
+        lister = PathLister(source, batch_size=4)
+        [batch] = GPUCollator(GPUPrefetcher(lister, store), ragged=mode, max_length=4)
+        expected = [torch.load(path)["x"][:4] for path in source]
+        rows = batch["x"]
+        if mode == "pad":
+            assert rows.values.shape[1] == max(map(len, expected))
+            rows = [row[:n] for row, n in zip(rows.values, rows.lengths, strict=True)]
+        for row, one in zip(rows if mode == "list" else list(rows), expected, strict=True):
+            assert torch.equal(row, one)
+
+
+def test_padded_moves_as_a_whole(make_files: Files, store: GPUFeatureStore) -> None:
+    padded = store.get_batch(make_files(2)).collate("pad")["feature"].to(torch.float64)
+    assert padded.values.dtype is torch.float64
+    assert padded.lengths.dtype is torch.int64 and padded.mask.dtype is torch.bool
