@@ -135,8 +135,9 @@ class FeatureBatch(Sequence[Any]):
         """
         if not self._paths:
             raise ValueError("an empty batch cannot be collated")
+        options = _STACKED if ragged is None else RaggedOptions.of(ragged)
         try:
-            return self._collate(_STACKED if ragged is None else RaggedOptions.of(ragged))
+            return self._collate(options)
         except _NO_FAULT_OF_FEATURES:
             raise
         except Exception as error:
@@ -153,7 +154,6 @@ class FeatureBatch(Sequence[Any]):
         if any(other.kind is not layout.kind for other in self._layouts):
             return to_device(collate_unlike(list(self), ragged), self.device)
         names = leaf_names(layout.tree)
-        ragged.require_known(names)
         return self._collate_columns([self._column(at, n, ragged) for at, n in enumerate(names)])
 
     def _collate_columns(self, columns: Sequence[Any]) -> Any:
@@ -180,6 +180,7 @@ class FeatureBatch(Sequence[Any]):
                     f"{list(first.shape)} in {self.paths[0]!r}, {list(shape)} in "
                     f'{self.paths[number]!r}; GPUCollator(ragged="pad"), "jagged" or "list" joins '
                     "sequences of different lengths; for anything else pass a collate_fn"
+                    + ragged.hint(leaf_names(self._layouts[0].tree))
                 )
         leaves = leaves * (len(self) if len(leaves) == 1 else 1)
         return join_ragged(mode, *self._bytes_of(at, leaves), leaves, ragged)

@@ -88,17 +88,15 @@ class RaggedOptions:
             return ragged
         return cls() if ragged is None else cls(ragged)
 
-    def require_known(self, names: Sequence[str]) -> None:
-        """Raise ValueError if a name of the modes is that of no leaf."""
+    def hint(self, names: Sequence[str]) -> str:
+        """What to add to an error of features that have these leaves, if a mode names no leaf."""
         if isinstance(self.modes, str):
-            return
-        keys = {_key_of(name) for name in names}
-        for name in self.modes:
-            if name not in keys and name not in names:
-                raise ValueError(
-                    f"ragged= names the leaf {name!r}, which the features do not have; their "
-                    f"leaves: {', '.join(sorted(repr(key) for key in keys))}"
-                )
+            return ""
+        keys = [_key_of(name) for name in names]
+        unknown = [name for name in self.modes if name not in keys and name not in names]
+        if not unknown:
+            return ""
+        return f"; ragged= names {unknown[0]!r}, but the leaves are {', '.join(map(repr, keys))}"
 
     def _all_modes(self) -> list[str]:
         return [self.modes] if isinstance(self.modes, str) else list(self.modes.values())

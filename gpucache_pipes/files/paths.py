@@ -111,9 +111,6 @@ class Paths(Sequence[str]):
         kept = [at for at in range(len(self)) if at not in left_out]
         return Paths(self.files, self.positions[kept])
 
-    def __copy__(self) -> "Paths":
-        return self  # which nobody changes
-
     def absolute(self) -> list[str]:
         """The paths, relative ones joined to the current directory in which they are meant."""
         cwd = self.files.cwd

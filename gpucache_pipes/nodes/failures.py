@@ -105,7 +105,7 @@ class Failures:
             left = self._resolve_features(pending, batch)
             if not left and self._ranks > 1:
                 # The other ranks wait in a collective operation until this one has a batch, too.
-                pending.value = copy.copy(self._stand_in_for(pending, lookahead))
+                pending.value = _copied(self._stand_in_for(pending, lookahead))
                 lookahead.request(pending)
                 left = self._resolve_features(pending, lookahead.batch_of(pending))
                 if not left:
@@ -117,7 +117,7 @@ class Failures:
         pending.resolved = pending.batch
         if left and self._ranks > 1:
             # A copy: the consumer may change the element that it gets.
-            self._last_good = copy.copy(pending.value)
+            self._last_good = _copied(pending.value)
         return left
 
     def _stand_in_for(self, pending: PendingElement, lookahead: Lookahead) -> Any:
@@ -181,3 +181,8 @@ class Failures:
             ) from error
         self.last = error
         return None if isinstance(self.on_error, str) else self.on_error(path, error)
+
+
+def _copied(element: Any) -> Any:
+    """A copy of an element of the source, which still knows its labels."""
+    return element if isinstance(element, (Paths, NumberedPath)) else copy.copy(element)

@@ -1,5 +1,6 @@
 """warm()."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from gpucache_pipes import FeatureLoadError, GPUFeatureStore
 Files = Callable[..., list[str]]
 
 
-def test_warm(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warm(
+    make_files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = make_files(300)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with GPUFeatureStore("cpu") as store:
         assert store.warm(paths) == 300
         assert "warming" in capsys.readouterr().err
