@@ -17,7 +17,14 @@ from gpucache_pipes.files.layout import (
 )
 from gpucache_pipes.files.local import LocalFiles, file_size
 from gpucache_pipes.files.path_table import PathLike, PathTable
-from gpucache_pipes.files.paths import NumberedPath, PathList, Paths
+from gpucache_pipes.files.paths import (
+    NumberedPath,
+    PathList,
+    Paths,
+    as_plain_data,
+    from_plain_data,
+    paths_without,
+)
 from gpucache_pipes.files.selection import Key, Selection
 from gpucache_pipes.files.source import (
     LoadedFeature,
@@ -47,12 +54,15 @@ __all__ = [
     "Source",
     "Tree",
     "VersionedFeature",
+    "as_plain_data",
     "build",
     "copy_value",
     "file_size",
     "flatten",
+    "from_plain_data",
     "leaf_names",
     "load_error",
     "native_problem",
+    "paths_without",
     "read_many",
 ]

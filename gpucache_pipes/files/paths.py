@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
@@ -37,7 +38,7 @@ class PathList:
 
 
 class NumberedPath(str):
-    """A path that knows where in its list it is. Pickles and copies as the str that it is.
+    """A path of a list that has labels, which knows where in it it is. Pickles as a str.
 
     Attributes:
         files: the list.
@@ -57,12 +58,16 @@ class NumberedPath(str):
     def __reduce__(self) -> tuple[Any, ...]:
         return str, (str(self),)
 
+    def __copy__(self) -> "NumberedPath":
+        return self  # which nobody changes
+
 
 class Paths(Sequence[str]):
     """Some of a list of files: what a PathLister yields as a batch.
 
     Equals, slices, adds and pickles like the list of str that it stands for, and cannot be changed.
-    A store finds its files by their numbers, without a look at each str.
+    A store finds its files by their numbers, without a look at each str. Where the list has
+    labels, its items are `NumberedPath`.
 
         >>> Paths(PathList(["a.pt", "b.pt", "c.pt"]), np.array([2, 0]))
         ['c.pt', 'a.pt']
@@ -83,7 +88,9 @@ class Paths(Sequence[str]):
         return len(self.positions)
 
     def __iter__(self) -> Iterator[str]:
-        return map(self.files.paths.__getitem__, self.positions.tolist())
+        if self.files.labels is None:
+            return map(self.files.paths.__getitem__, self.positions.tolist())
+        return map(partial(NumberedPath.of, self.files), self.positions.tolist())
 
     @overload
     def __getitem__(self, at: int) -> str: ...
@@ -92,7 +99,10 @@ class Paths(Sequence[str]):
     def __getitem__(self, at: int | slice) -> "str | Paths":
         if isinstance(at, slice):
             return Paths(self.files, self.positions[at])
-        return self.files.paths[int(self.positions[at])]
+        position = int(self.positions[at])
+        if self.files.labels is None:
+            return self.files.paths[position]
+        return NumberedPath.of(self.files, position)
 
     def __eq__(self, other: object) -> bool:
         return list(self) == list(other) if isinstance(other, (list, Paths)) else NotImplemented
@@ -106,16 +116,61 @@ class Paths(Sequence[str]):
     def __repr__(self) -> str:
         return repr(list(self))
 
-    def without(self, left_out: Container[int]) -> "Paths":
-        """All but those at these positions of this sequence."""
-        kept = [at for at in range(len(self)) if at not in left_out]
-        return Paths(self.files, self.positions[kept])
-
     def absolute(self) -> list[str]:
         """The paths, relative ones joined to the current directory in which they are meant."""
         cwd = self.files.cwd
+        paths = map(self.files.paths.__getitem__, self.positions.tolist())
         return [path if cwd is None or URL.match(path) else os.path.join(cwd, path)
-                for path in self]  # fmt: skip
+                for path in paths]  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(self),)
+
+
+def paths_without(paths: Sequence[Any], left_out: Collection[int]) -> Sequence[Any]:
+    """All of a sequence of paths but those at these positions of it."""
+    if not left_out:
+        return paths
+    kept = [at for at in range(len(paths)) if at not in left_out]
+    if isinstance(paths, Paths):
+        return Paths(paths.files, paths.positions[kept])
+    return [paths[at] for at in kept]
+
+
+_POSITIONS = "label_positions"
+
+
+def as_plain_data(element: Any) -> Any:
+    """Paths for a state: a list, or with labels also their positions. Anything else as it is."""
+    if isinstance(element, NumberedPath):
+        return {_POSITIONS: element.position, "paths": str(element)}
+    if isinstance(element, Paths):
+        paths = [str(path) for path in element]
+        if element.files.labels is None:
+            return paths
+        return {_POSITIONS: element.positions.tolist(), "paths": paths}
+    return element
+
+
+def from_plain_data(data: Any, files: PathList | None, given: Sequence[str]) -> Any:
+    """What `as_plain_data` was given, if these are still the files; else the paths alone.
+
+    Args:
+        data: from a state.
+        files: the list of files, with labels; None if there is none.
+        given: its paths as they were first.
+    """
+    if not isinstance(data, dict) or data.keys() != {_POSITIONS, "paths"}:
+        return data
+    positions, paths = data[_POSITIONS], data["paths"]
+    single = isinstance(positions, int)
+    pairs = [(positions, paths)] if single else list(zip(positions, paths, strict=True))
+    if (
+        files is None
+        or files.labels is None
+        or any(at >= len(given) or path not in (given[at], files.paths[at]) for at, path in pairs)
+    ):
+        return paths
+    if single:
+        return NumberedPath.of(files, positions)
+    return Paths(files, np.array(positions, np.intp))

@@ -5,7 +5,13 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpucache_pipes.files import NumberedPath, Paths
+from gpucache_pipes.files import (
+    NumberedPath,
+    Paths,
+    as_plain_data,
+    from_plain_data,
+    paths_without,
+)
 from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError
@@ -44,31 +50,23 @@ class Failures:
         self._served = False
 
     def begin_epoch(
-        self, ranks: int, state: dict[str, Any] | None, named: Callable[[Any], Any] | None = None
+        self, ranks: int, state: dict[str, Any] | None, numbered: Callable[[Any], Any] | None
     ) -> None:
         """Begin an epoch, or go on in the one in which the prefetcher's `state` was taken.
 
-        `named` makes of paths in a state what the source yields.
+        `numbered` makes of an element in a state what the source has yielded: see PathLister.
         """
         self._ranks = ranks
         self._served = state is not None and state.get(SERVED, True)
         good = copy.deepcopy((state or {}).get(LAST_GOOD))
-        self._last_good = good if named is None or good is None else named(good)
+        self._last_good = from_plain_data(good, None, ()) if numbered is None else numbered(good)
         self.last = None
 
     def get_state(self) -> dict[str, Any]:
         """What of this belongs into the prefetcher's state; nothing where nothing has failed."""
         state = {}
         if self._last_good is not None:
-            # Without what names know of their list: a state is plain data.
-            good = self._last_good
-            state[LAST_GOOD] = (
-                list(good)
-                if isinstance(good, Paths)
-                else str(good)
-                if isinstance(good, NumberedPath)
-                else good
-            )
+            state[LAST_GOOD] = as_plain_data(self._last_good)
         if self.tolerant and not self._served:
             state[SERVED] = False
         return state
@@ -146,11 +144,7 @@ class Failures:
         """Replace or leave out the failed features of an element; whether anything is left."""
         left_out = self._resolve_batch(batch, pending.paths)
         if pending.divisible and left_out:
-            paths = pending.paths
-            if isinstance(paths, Paths):
-                pending.value = paths.without(left_out)
-            else:
-                pending.value = [path for at, path in enumerate(paths) if at not in left_out]
+            pending.value = paths_without(pending.paths, left_out)
             return len(pending.value) > 0
         # Which parts of any other element belong to a path is known to the user only.
         return not left_out

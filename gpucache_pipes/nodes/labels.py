@@ -1,7 +1,8 @@
 """Labels: what belongs to each file of a PathLister, and comes with its features."""
 
+import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from gpucache_pipes.batches import collate_on_host, upload
 from gpucache_pipes.files import NumberedPath, Paths
+from gpucache_pipes.nodes.label_names import find, names_any, numbered_names
 
 
 class Labelled(NamedTuple):
@@ -56,27 +58,31 @@ class Labels:
         """
         if callable(labels):
             return cls(_column([labels(path) for path in paths]), len(paths))
-        index = getattr(labels, "index", None)
-        if hasattr(labels, "iloc") and index is not None:  # a Series or DataFrame of pandas
-            if all(isinstance(name, (str, os.PathLike)) for name in index):
-                at = _find(paths, root, {os.fspath(name): n for n, name in enumerate(index)})
+        if hasattr(labels, "iloc"):  # a Series or a DataFrame of pandas
+            index = list(labels.index)
+            if index and all(isinstance(name, (str, os.PathLike)) for name in index):
+                at = find(paths, root, numbered_names(index))
                 return cls(_frame(labels.iloc[at]), len(paths))
             _require_positions(by_position, "a table whose index does not hold names")
-            return cls(_require_length(_frame(labels), labels, paths), len(paths))
+            _require_no_names(index, paths, root)
+            _require_length(labels, paths)
+            return cls(_frame(labels), len(paths))
         if isinstance(labels, Mapping):
-            if by_position and _are_columns(labels, len(paths)):
-                columns = {name: _column(column) for name, column in labels.items()}
-                return cls(columns, len(paths))
-            names = {os.fspath(name): n for n, name in enumerate(labels)}
+            if by_position and not names_any(paths, root, labels):
+                columns = _columns(labels, len(paths))
+                if columns is not None:
+                    return cls(columns, len(paths))
+            at = find(paths, root, numbered_names(labels))
             values = list(labels.values())
-            return cls(_column([values[n] for n in _find(paths, root, names)]), len(paths))
-        if isinstance(labels, (str, bytes)) or not hasattr(labels, "__len__"):
+            return cls(_column([values[n] for n in at]), len(paths))
+        if isinstance(labels, (str, bytes, Set)) or not hasattr(labels, "__len__"):
             raise TypeError(
                 f"labels={labels!r:.80} is neither a sequence, an array, a table, a dict, nor a "
                 "function of the path"
             )
         _require_positions(by_position, "a sequence")
-        return cls(_require_length(_column(labels), labels, paths), len(paths))
+        _require_length(labels, paths)
+        return cls(_column(labels), len(paths))
 
     def __len__(self) -> int:
         return self._files
@@ -93,23 +99,17 @@ class Labels:
         On the current stream. One copy to the device, and one operation for each column.
         """
         index = upload(torch.from_numpy(positions.astype(np.int64)), device)
-        return _map(
-            lambda column: (
-                column.index_select(0, index)
-                if isinstance(column, torch.Tensor)
-                else [column[at] for at in positions.tolist()]
-            ),
-            self._columns_on(device),
-        )
+
+        def of(column: Any) -> Any:
+            if isinstance(column, torch.Tensor):
+                return column.index_select(0, index)
+            return [_own(column[at], device) for at in positions.tolist()]
+
+        return _map(of, self._columns_on(device))
 
     def row(self, position: int, device: torch.device) -> Any:
         """The label at a position: a tensor on the device, or an object."""
-        return _map(
-            lambda column: (
-                column[position].clone() if isinstance(column, torch.Tensor) else column[position]
-            ),
-            self._columns_on(device),
-        )
+        return _map(lambda column: _own(column[position], device), self._columns_on(device))
 
     def _columns_on(self, device: torch.device) -> Any:
         columns = self._on.get(device)
@@ -126,27 +126,42 @@ class Labels:
         return columns
 
 
+NO_LABELS = object()
+"""In place of labels, where there are none: a label may be None."""
+
+
 def labels_of(paths: Sequence[Any], device: torch.device) -> Any:
     """The labels of a batch of paths, or of single ones, as `Labels.rows` makes them.
 
-    None if these are not paths that a labelled PathLister has yielded.
+    NO_LABELS for paths without labels. Raises TypeError if only some have labels, or if they are of
+    several lists.
     """
     if isinstance(paths, Paths):
         labels, positions = paths.files.labels, paths.positions
-    elif paths and all(isinstance(path, NumberedPath) for path in paths):
-        labels = paths[0].files.labels
-        if any(path.files.labels is not labels for path in paths):
-            return None
-        positions = np.array([path.position for path in paths], np.intp)
-    else:
-        return None
-    return None if labels is None else labels.rows(positions, device)
+        return NO_LABELS if labels is None else labels.rows(positions, device)
+    numbered = [path for path in paths if isinstance(path, NumberedPath)]
+    if not numbered:
+        return NO_LABELS
+    labels = numbered[0].files.labels
+    if len(numbered) < len(paths) or any(path.files.labels is not labels for path in numbered):
+        raise TypeError(
+            "a batch mixes the paths of several lists, and not all of them have the same labels: "
+            "make one PathLister of all files, or batch each list by itself"
+        )
+    positions = np.array([path.position for path in numbered], np.intp)
+    return labels.rows(positions, device)
 
 
 def label_of(path: Any, device: torch.device) -> Any:
-    """The label of one path, as `Labels.row` makes it; None as in `labels_of`."""
-    labels = path.files.labels if isinstance(path, NumberedPath) else None
-    return None if labels is None else labels.row(path.position, device)
+    """The label of one path, as `Labels.row` makes it; NO_LABELS as in `labels_of`."""
+    if not isinstance(path, NumberedPath):
+        return NO_LABELS
+    return path.files.labels.row(path.position, device)
+
+
+def _own(item: Any, device: torch.device) -> Any:
+    """An object of a column for the consumer, who may write into it."""
+    return upload(item.clone(), device) if isinstance(item, torch.Tensor) else copy.copy(item)
 
 
 def _map(function: Callable[[Any], Any], columns: Any) -> Any:
@@ -154,7 +169,8 @@ def _map(function: Callable[[Any], Any], columns: Any) -> Any:
     if isinstance(columns, dict):
         return {name: _map(function, column) for name, column in columns.items()}
     if isinstance(columns, tuple):
-        return [_map(function, column) for column in columns]
+        parts = [_map(function, column) for column in columns]
+        return type(columns)(*parts) if hasattr(columns, "_fields") else parts
     return function(columns)
 
 
@@ -165,12 +181,19 @@ def _column(values: Any) -> Any:
     """
     if hasattr(values, "to_numpy"):
         values = values.to_numpy()
-    if isinstance(values, np.ndarray) and values.dtype.kind in "OSU":
-        values = values.tolist()
     if isinstance(values, torch.Tensor):
-        return values.detach().cpu()
+        return values.detach().to("cpu", copy=True)
+    if isinstance(values, np.ndarray) and values.dtype.kind in "biufc":
+        if values.dtype.kind == "u" and values.itemsize > 1:  # torch gathers none of these
+            wide = values.astype(np.int64)
+            values = wide if (wide >= 0).all() else values.tolist()
+        try:
+            native = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+            return torch.from_numpy(native.copy())
+        except (TypeError, ValueError, AttributeError):
+            values = list(values)
     if isinstance(values, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(values).copy())
+        values = values.tolist() if values.dtype.kind in "OSU" else list(values)
     values = list(values)
     first = values[0] if values else None
     if isinstance(first, Mapping):
@@ -180,7 +203,8 @@ def _column(values: Any) -> Any:
     if isinstance(first, tuple):
         if any(not isinstance(value, tuple) or len(value) != len(first) for value in values):
             raise ValueError("labels that are tuples must all have the same length")
-        return tuple(_column(list(column)) for column in zip(*values, strict=True))
+        parts = [_column(list(column)) for column in zip(*values, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
     try:
         if isinstance(first, list):  # rows of numbers, where they are of one length
             return torch.tensor(values, device="cpu")
@@ -197,11 +221,16 @@ def _frame(table: Any) -> Any:
     return _column(table)
 
 
-def _are_columns(labels: Mapping[Any, Any], files: int) -> bool:
-    return bool(labels) and all(
-        hasattr(column, "__len__") and not isinstance(column, (str, bytes)) and len(column) == files
-        for column in labels.values()
-    )
+def _columns(labels: Mapping[Any, Any], files: int) -> dict[Any, Any] | None:
+    """The columns of a dict; None if it holds no columns. Raises ValueError for other lengths."""
+    for name, column in labels.items():
+        if isinstance(column, (str, bytes, Mapping, Set)) or not hasattr(column, "__len__"):
+            return None
+        if len(column) != files:
+            raise ValueError(
+                f"the column {name!r} of labels= has {len(column)} entries for {files} files"
+            )
+    return {name: _column(column) for name, column in labels.items()} or None
 
 
 def _require_positions(by_position: bool, what: str) -> None:
@@ -214,44 +243,21 @@ def _require_positions(by_position: bool, what: str) -> None:
         )
 
 
-def _require_length(columns: Any, labels: Any, paths: Sequence[str]) -> Any:
+def _require_length(labels: Any, paths: Sequence[str]) -> None:
     if len(labels) != len(paths):
         raise ValueError(f"{len(labels)} labels for {len(paths)} files")
-    return columns
 
 
-def _find(paths: Sequence[str], root: str, names: Mapping[str, int]) -> list[int]:
-    """Where among the names that of each file is.
-
-    A file may be named by its path as it is listed, by that below the directory, by its own name,
-    or by that without its ending: all of them in one way.
-    """
-    ways: list[tuple[str, Callable[[str], str]]] = [
-        ("path", str),
-        ("path below the directory", lambda path: path.removeprefix(root)),
-        ("name", os.path.basename),
-        ("name without its ending", lambda path: os.path.splitext(os.path.basename(path))[0]),
-        ("path below the directory without its ending",
-         lambda path: os.path.splitext(path.removeprefix(root))[0]),
-    ]  # fmt: skip
-    best: tuple[int, str, str] | None = None
-    for way, name_of in ways:
-        found = [names.get(name_of(path), -1) for path in paths]
-        missing = found.count(-1)
-        if not missing:
-            if len(set(found)) < len(found):
-                twice = next(n for n, at in enumerate(found) if at in found[:n])
-                raise ValueError(
-                    f"{paths[twice]!r} and another file have one {way}, and so one label; name "
-                    "them by their paths"
-                )
-            return found
-        if best is None or missing < best[0]:
-            first = paths[found.index(-1)]
-            best = missing, first, name_of(first)
-    assert best is not None
-    missing, first, name = best
-    raise ValueError(
-        f"{missing} of {len(paths)} files have no label, the first one {first!r}: labels= has no "
-        f"{name!r}"
-    )
+def _require_no_names(index: list[Any], paths: Sequence[str], root: str) -> None:
+    """Raise ValueError if the numbers of an index are the names of the files, in another order."""
+    if index != list(range(len(index))) and len(index) == len(paths):
+        names = {str(name): n for n, name in enumerate(index)}
+        stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
+        if names.keys() == set(stems) and [names[stem] for stem in stems] != list(
+            range(len(stems))
+        ):
+            raise ValueError(
+                "the index of labels= holds numbers by which the files are named, in another "
+                "order: labels.set_index(labels.index.astype(str)) goes by name, "
+                "labels.reset_index(drop=True) by position"
+            )

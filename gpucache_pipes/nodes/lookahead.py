@@ -9,6 +9,7 @@ from typing import Any
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batches import RaggedOptions
+from gpucache_pipes.files import NumberedPath, Paths
 from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.nodes.pending_element import PendingElement
 from gpucache_pipes.store import GPUFeatureStore, PendingBatch
@@ -124,7 +125,13 @@ class Lookahead:
             )
         pending.paths = paths
         self._files = len(paths)
-        pending.batch = self._store.request(paths, owner=self._owner, ahead=self._depth())
+        # Not NumberedPath: the store would keep the list of files alive, and its labels.
+        asked = (
+            paths
+            if isinstance(paths, Paths)
+            else [str(path) if isinstance(path, NumberedPath) else path for path in paths]
+        )
+        pending.batch = self._store.request(asked, owner=self._owner, ahead=self._depth())
 
     def _depth(self) -> int:
         return self._fixed_depth or self._store.requests_ahead(self._files)

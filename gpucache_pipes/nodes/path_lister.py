@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.files import NumberedPath, Paths
+from gpucache_pipes.files import Paths, from_plain_data
 from gpucache_pipes.files.listing import GivenPaths, directory_prefix, find_files
 from gpucache_pipes.nodes.buckets import Buckets
 from gpucache_pipes.nodes.labels import Labels
@@ -229,11 +229,7 @@ class PathLister(BaseNode[Any]):
         self._position += len(batch)
         if not batch or (self.drop_last and len(batch) < count):
             raise StopIteration
-        if self.batch_size is not None:
-            return batch
-        if isinstance(batch, Paths) and batch.files.labels is not None:
-            return NumberedPath.of(batch.files, int(batch.positions[0]))
-        return batch[0]
+        return batch[0] if self.batch_size is None else batch
 
     def _pick(self, order: Order) -> Sequence[Any]:
         """The paths at these positions, or the batches of them, where a sampler yields batches."""
@@ -251,16 +247,24 @@ class PathLister(BaseNode[Any]):
             raise IndexError(f"the sampler yields positions beyond the {count} files")
         return Paths(files, positions % count)
 
-    def numbered(self, paths: Any) -> Any:
-        """A path or a list of paths as `next` yields them, which know their labels."""
-        if self._given is None or self._given.files().labels is None:
-            return paths
-        files = self._given.files()
-        single = isinstance(paths, str)
-        positions = [files.paths.index(path) for path in ([paths] if single else paths)]
-        if single:
-            return NumberedPath.of(files, positions[0])
-        return Paths(files, np.array(positions, np.intp))
+    def own_paths(self) -> list[str]:
+        """The files that the epochs of this shard are made of: all of them, unless it is static."""
+        self._find_rank_again()
+        paths = self.paths
+        return [paths[at] for at in self.shards.pool(len(paths)).tolist()]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its files have labels."""
+        return self._given is not None and self._given.files().labels is not None
+
+    def numbered(self, element: Any) -> Any:
+        """What `next` has yielded, of what a state holds of it: see `files.as_plain_data`."""
+        given = self._given or GivenPaths([])
+        return from_plain_data(element, given.files(), given.given)
+
+    def __bool__(self) -> bool:
+        return True  # also for a stream, which has no length
 
     def get_state(self) -> dict[str, Any]:
         """Epoch, position, and what identifies the list: a few numbers, for any number of files.

@@ -36,11 +36,6 @@ class PendingElement:
         "value",
     )
 
-    @property
-    def left_out(self) -> set[int]:
-        """The positions among its paths of the features that were left out."""
-        return set() if self.batch is None else self.batch.left_out
-
     def __init__(self, value: Any) -> None:
         self.value = value
         self.paths: Sequence[Any] = ()
@@ -50,3 +45,8 @@ class PendingElement:
         self.resolved: PendingBatch | None = None
         self.error: Exception | None = None
         self.state: dict[str, Any] | None = None
+
+    @property
+    def left_out(self) -> set[int]:
+        """The positions among its paths of the features that were left out."""
+        return set() if self.batch is None else self.batch.left_out

@@ -6,13 +6,13 @@ from weakref import WeakValueDictionary
 
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.batches import FeatureBatch, RaggedOptions
-from gpucache_pipes.files import Paths
+from gpucache_pipes.batches import RaggedOptions
+from gpucache_pipes.files import paths_without
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.failures import Failures
 from gpucache_pipes.nodes.identity import PipelineIdentity
-from gpucache_pipes.nodes.labels import Labelled, label_of, labels_of
+from gpucache_pipes.nodes.labels import NO_LABELS, Labelled, label_of, labels_of
 from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError, PrefetchOptions, require_store
 from gpucache_pipes.nodes.pending_element import PendingElement
@@ -150,6 +150,7 @@ class GPUPrefetcher(BaseNode[Any]):
             self.source, store, self._owner, options.depth, path_fn, self._upcoming is None
         )
         self._stream = ConsumerStream(store)
+        self._labelled = False
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Begin the next epoch, or go on where a state was taken. Reads no files.
@@ -162,6 +163,7 @@ class GPUPrefetcher(BaseNode[Any]):
         _latest[self._key] = self
         ranks, _ = find_rank() if self.failures.tolerant else (1, 0)
         self.failures.begin_epoch(ranks, initial_state, find_upstream(self.source, "numbered"))
+        self._labelled = bool(find_upstream(self.source, "labelled"))
         self.store.begin_epoch(self._owner)
         if self._upcoming is not None:
             # A path_fn may turn these paths into others. Then the announcement is wrong, which
@@ -174,8 +176,7 @@ class GPUPrefetcher(BaseNode[Any]):
             if not self._ready(1):
                 raise StopIteration
             head = self._ahead.elements[0]
-            labels = self._labels(head)
-            batch = self._ahead.collect([head])
+            batch, [labels] = self._gather([head])
             return self._join(batch[0] if head.single else batch, head, labels)
 
     def next_collated(self, ragged: RaggedOptions) -> Any:
@@ -195,9 +196,8 @@ class GPUPrefetcher(BaseNode[Any]):
                     "a GPUCollator collates sequences of features, not single ones; with "
                     "batch_size it makes batches of these itself"
                 )
-            labels = self._labels(head)
-            batch = self._ahead.collect([head], ragged)
-            return batch if labels is None else (batch, labels)
+            batch, [labels] = self._gather([head], ragged)
+            return batch if labels is NO_LABELS else (batch, labels)
 
     def take(self, count: int) -> Sequence[Any]:
         """The next `count` elements, gathered at once on the current stream.
@@ -223,12 +223,9 @@ class GPUPrefetcher(BaseNode[Any]):
         if not heads:
             return []
         if self.path_fn is None:
-            paths = [pending.paths[0] for pending in heads if pending.error is None]
-            labels = labels_of(paths, self.store.device)
-            batch: FeatureBatch = self._ahead.collect(heads)
-            return batch if labels is None else Labelled(batch, labels)
-        each = [self._labels(pending) for pending in heads]
-        features = self._ahead.collect(heads)
+            batch, [labels] = self._gather(heads, as_one=True)
+            return batch if labels is NO_LABELS else Labelled(batch, labels)
+        features, each = self._gather(heads)
         return [self._join(*joined) for joined in zip(features, heads, each, strict=True)]
 
     def __len__(self) -> int:
@@ -289,19 +286,39 @@ class GPUPrefetcher(BaseNode[Any]):
         failures.require_served(ready)
         return ready
 
-    def _labels(self, pending: PendingElement) -> Any:
-        """The label, or the labels, of an element; None if its paths have none."""
-        paths = pending.paths
-        if pending.error is not None:
-            return None
-        if pending.single:
-            return label_of(paths[0], self.store.device)
-        if isinstance(paths, Paths) and pending.left_out:
-            paths = paths.without(pending.left_out)
-        return labels_of(paths, self.store.device)
+    def _gather(
+        self,
+        heads: Sequence[PendingElement],
+        ragged: RaggedOptions | None = None,
+        as_one: bool = False,
+    ) -> tuple[Any, list[Any]]:
+        """The features of elements, collated with `ragged`, and the labels of each or NO_LABELS.
+
+        `as_one`: single features and their labels as one batch. Raises as `Lookahead.collect`, and
+        TypeError where labels were lost; the elements are then consumed.
+        """
+        try:
+            paths = [paths_without(head.paths, head.left_out) for head in heads if not head.error]
+            if as_one:
+                found = [labels_of([path for [path] in paths], self.store.device)]
+            elif heads[0].single:
+                found = [label_of(path, self.store.device) for [path] in paths]
+            else:
+                found = [labels_of(of_one, self.store.device) for of_one in paths]
+            lost = any(labels is NO_LABELS for labels in found)
+            if lost and self._labelled and self.path_fn is None:
+                raise TypeError(
+                    "the PathLister has labels, but a node behind it yields paths that do not know "
+                    "theirs, as str(path) and worker processes make them: pass the paths on as "
+                    "they are"
+                )
+        except Exception:
+            self._ahead.take_out(heads)
+            raise
+        return self._ahead.collect(heads, ragged), found
 
     def _join(self, features: Any, pending: PendingElement, labels: Any) -> Any:
-        if labels is not None:
+        if labels is not NO_LABELS:
             features = Labelled(features, labels)
         if self.path_fn is not None:
             if self.join_fn is None:

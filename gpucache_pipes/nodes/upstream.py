@@ -36,6 +36,11 @@ def is_list(source: Any) -> bool:
         raise TypeError(
             "the source is a dict: give its keys as the paths, list(...), and the dict as labels="
         )
+    if hasattr(source, "columns") and hasattr(source, "iloc"):
+        raise TypeError(
+            "the source is a table: give its column of paths, as in PathLister(df['path'], "
+            "labels=df)"
+        )
     if isinstance(source, bytes):
         raise TypeError(f"paths are str, not {source!r:.80}: os.fsdecode(path) makes it one")
     if isinstance(source, (str, os.PathLike, Sequence)):

@@ -190,11 +190,12 @@ class GPUFeatureStore:
         """Stop caching everything, and free the memory as soon as no batch is in flight."""
         self._requests.clear()
 
-    def warm(self, paths: Sequence[PathLike], progress: bool = True) -> int:
+    def warm(self, paths: Any, progress: bool = True) -> int:
         """Load `paths` until all are cached or the budget is used up; returns how many are cached.
 
-        Evicts nothing, and does not count as requests in `stats()`. Shows a progress bar on stderr.
-        Errors as in `get`; what was loaded before stays.
+        Paths, or a PathLister (the files of its shard), a glob, or a directory of `.pt` files.
+        Evicts nothing, and does not count as requests in `stats()`. Shows a progress bar on a
+        terminal. Errors as in `get`; what was loaded before stays.
         """
         return warm_up(self._requests, self._shared, paths, progress)
 

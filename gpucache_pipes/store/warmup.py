@@ -24,7 +24,8 @@ def warm_up(
     """See GPUFeatureStore.warm."""
     if isinstance(paths, (str, os.PathLike)):
         paths = find_files(paths, "*.pt", recursive=False)
-    paths = list(getattr(paths, "paths", paths))  # of a PathLister, all of its files
+    own_paths = getattr(paths, "own_paths", None)
+    paths = list(paths if own_paths is None else own_paths())
     shared.memory.expect_files(warm_up, len(paths))
     parts: deque[PendingBatch] = deque()
     full = False

@@ -1,12 +1,15 @@
 """Labels of a PathLister come with the features, whatever happens to these."""
 
 import copy
+import gc
+import json
 import os
 import pickle
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
-from torchdata.nodes import Loader
+from torchdata.nodes import Batcher, Loader, Mapper, Prefetcher, Unbatcher
 
 from gpucache_pipes import (
     GPUCachedPathDataLoader,
@@ -23,6 +26,7 @@ from gpucache_pipes import (
     GPUPrefetcher,
     PathLister,
 )
+from gpucache_pipes.nodes import prefetcher
 from gpucache_pipes.nodes.labels import Labels
 from gpucache_pipes.testing import assert_same
 
@@ -312,3 +316,185 @@ def test_labels_pickle() -> None:
     assert len(again) == FILES
     rows = again.rows(np.array([3, 1]), torch.device("cpu"))
     assert rows["y"].tolist() == [3, 1] and rows["s"] == ["s3", "s1"]
+
+
+# What labels could be confused with, and where they could be lost
+
+
+def test_a_dict_by_name_is_no_dict_of_columns(paths: list[str]) -> None:
+    """Although each of its values has as many entries as there are files."""
+    device = torch.device("cpu")
+    files = paths[:2]
+    by_name = {"clip_00": [1, 2], "clip_01": [3, 4]}
+    for labels in (by_name, {name: {"a": 1, "b": 2} for name in by_name}):
+        found = Labels.of(labels, files, "", True).rows(np.array([1]), device)
+        expected = torch.tensor([[3, 4]]) if labels is by_name else None
+        if expected is not None:
+            assert torch.equal(found, expected)
+        else:
+            assert {name: column.tolist() for name, column in found.items()} == {"a": [1], "b": [2]}
+    with pytest.raises(ValueError, match="column 'y' of labels= has 3 entries for 2 files"):
+        Labels.of({"y": [1, 2, 3]}, files, "", True)
+
+
+def test_the_most_specific_name_is_meant() -> None:
+    def first(labels: Any, *files: str) -> list[int]:
+        found = Labels.of(labels, files, "d/", False)
+        rows: torch.Tensor = found.rows(np.arange(len(files)), torch.device("cpu"))
+        return rows.tolist()
+
+    assert first({"b": 0, "sub/b": 1}, "d/sub/b.pt") == [1]
+    assert first({"b.pt": 0, "sub/b": 1}, "d/sub/b.pt") == [1]
+    assert first({"sub/a": 1, "a": 2}, "d/sub/a.pt", "d/a.pt") == [1, 2]
+    assert first({"d/a": 5}, "d/a.pt") == [5]
+    assert first({"a": 3, "b": 4}, "d/a.pt", "d/a.pt", "d/b.pt") == [3, 3, 4]
+    with pytest.raises(ValueError, match="one name without its ending"):
+        first({"a": 1}, "d/x/a.pt", "d/y/a.pt")
+    with pytest.raises(ValueError, match="but names such as 'z'"):
+        first({"z": 1}, "d/a.pt")
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ({1, 2}, TypeError, "neither a sequence"),
+        ({0: 1, 1: 2}, TypeError, "the key 0, which is no name"),
+        ({"a": 1, Path("a"): 2}, ValueError, "'a' twice"),
+        ([], ValueError, "0 labels for 2 files"),
+    ],
+)
+def test_labels_that_contradict(labels: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PathLister(["a.pt", "b.pt"], labels=labels)
+
+
+def test_an_index_of_numbers_that_are_names() -> None:
+    pd = pytest.importorskip("pandas")
+    files = [f"{n}.pt" for n in range(4)]
+    shuffled = pd.Series([30, 20, 10, 0], index=[3, 2, 1, 0])
+    with pytest.raises(ValueError, match=r"set_index\(labels\.index\.astype\(str\)\)"):
+        PathLister(files, labels=shuffled)
+    PathLister(files, labels=shuffled.reset_index(drop=True))
+    PathLister(["x.pt", "y.pt", "z.pt", "w.pt"], labels=shuffled)  # no names of these
+    twice = pd.Series([1, 2, 3], index=["a", "b", "a"])
+    with pytest.raises(ValueError, match="'a' twice"):
+        PathLister(["a.pt", "b.pt"], labels=twice)
+
+
+def test_dtypes_that_torch_does_not_gather(paths: list[str], store: GPUFeatureStore) -> None:
+    for dtype in ("uint16", "uint32", "uint64", ">i4", "datetime64[s]", "longdouble"):
+        labels = np.arange(FILES).astype(dtype)
+        for batch, found in pipeline(store, paths, labels=labels, batch_size=4):
+            values = [int(label.astype(int)) if isinstance(label, np.datetime64) else int(label)
+                      for label in found]  # fmt: skip
+            assert values == ids(batch)
+
+
+def test_objects_are_the_consumers_own(paths: list[str], store: GPUFeatureStore) -> None:
+    boxes = [torch.full((n + 1,), n) for n in range(FILES)]
+    given = torch.arange(FILES)
+    lister = PathLister(paths, labels={"boxes": boxes, "y": given}, batch_size=4)
+    given.zero_()
+    for _ in range(2):
+        for batch, labels in GPUCollator(GPUPrefetcher(lister, store), ragged="list"):
+            assert labels["y"].tolist() == [int(box[0]) for box in labels["boxes"]] == ids(batch)
+            labels["boxes"][0].fill_(-1)
+            labels["y"].fill_(-1)
+
+
+def test_named_tuples_stay(paths: list[str], store: GPUFeatureStore) -> None:
+    labels = [Pair(n, f"n{n}") for n in range(FILES)]
+    [(batch, found)] = pipeline(store, paths, labels=labels, batch_size=FILES)
+    assert isinstance(found, Pair)
+    assert found.y.tolist() == ids(batch) and found.name == [f"n{n}" for n in range(FILES)]
+
+
+class Pair(NamedTuple):
+    y: Any
+    name: Any
+
+
+def test_a_label_may_be_none(paths: list[str], store: GPUFeatureStore) -> None:
+    lister = PathLister(paths, labels=[None] * FILES)
+    assert [label for _, label in GPUPrefetcher(lister, store)] == [None] * FILES
+
+
+def test_nodes_in_between(paths: list[str], store: GPUFeatureStore) -> None:
+    """Batches that were made into lists, cut up and put together again; damaged files left out."""
+    os.truncate(paths[4], 50)
+    options: dict[str, Any] = {"labels": labelled, "shuffle": True}
+    sources: list[Any] = [
+        Mapper(PathLister(paths, batch_size=3, **options), list),
+        Batcher(PathLister(paths, **options), 3, drop_last=False),
+        Batcher(Unbatcher(PathLister(paths, batch_size=2, **options)), 5, drop_last=False),
+        Prefetcher(PathLister(paths, batch_size=3, **options), 2),
+    ]
+    for source in sources:
+        seen = []
+        features = GPUPrefetcher(source, store, on_error="skip")
+        for batch, labels in GPUCollator(features, ragged="list"):
+            assert labels["y"].tolist() == ids(batch)
+            seen += ids(batch)
+        assert sorted(seen) == [n for n in range(FILES) if n != 4]
+
+
+def test_labels_that_a_node_has_lost(paths: list[str], store: GPUFeatureStore) -> None:
+    lister = PathLister(paths, labels=labelled, batch_size=4)
+    node = GPUPrefetcher(Mapper(lister, lambda batch: list(map(str, batch))), store)
+    node.reset()
+    for _ in range(2):  # each element is consumed
+        with pytest.raises(TypeError, match="pass the paths on as they are"):
+            next(node)
+    next(GPUPrefetcher(lister, store, path_fn=lambda batch: list(map(str, batch))))
+    mixed = [*PathLister(paths[:2], labels=[0, 1]), *paths[2:4]]
+    with pytest.raises(TypeError, match="make one PathLister of all files"):
+        next(GPUPrefetcher([mixed], store))
+
+
+@pytest.mark.parametrize("kind", ["batches", "singles"])
+def test_stand_ins_have_their_labels(
+    paths: list[str], store: GPUFeatureStore, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With several ranks, where an element of which nothing is left is replaced by another."""
+    monkeypatch.setattr(prefetcher, "find_rank", lambda: (2, 0))
+    for number in (0, 1, 5, 9, 10):
+        os.truncate(paths[number], 50)
+    size = None if kind == "singles" else 2
+
+    def make() -> Any:
+        lister = PathLister(paths, labels=labelled, batch_size=size, num_shards=1, shard_index=0)
+        features = GPUPrefetcher(lister, store, on_error="skip")
+        return GPUCollator(features, ragged="list", batch_size=3 if size is None else None)
+
+    def check(batch: Any) -> list[int]:
+        assert batch[1]["y"].tolist() == ids(batch[0])
+        return ids(batch[0])
+
+    whole = make()
+    expected = [check(batch) for batch in whole]
+    for stop in range(1, len(expected)):
+        node = make()
+        node.reset()
+        first = [check(next(node)) for _ in range(stop)]
+        state = json.loads(json.dumps(node.state_dict()))
+        node = make()
+        node.reset(state)
+        assert first + [check(batch) for batch in _rest(node)] == expected
+
+
+def _rest(node: Any) -> Any:
+    while True:
+        try:
+            yield next(node)
+        except StopIteration:
+            return
+
+
+def test_the_store_does_not_keep_labels(paths: list[str], store: GPUFeatureStore) -> None:
+    lister = PathLister(paths, labels=labelled)
+    labels = weakref.ref(lister._given.files().labels)  # type: ignore[union-attr]
+    node = GPUPrefetcher(lister, store)
+    list(node)
+    del lister, node
+    gc.collect()
+    assert labels() is None
