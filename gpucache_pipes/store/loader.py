@@ -11,7 +11,6 @@ from gpucache_pipes.device import Backend
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.lock import require_stack
 from gpucache_pipes.store.pace import Pace
-from gpucache_pipes.store.process_hooks import join_at_exit
 from gpucache_pipes.store.read_task import Revoked
 from gpucache_pipes.store.reader_gate import ReaderGate
 from gpucache_pipes.store.reader_pool import ReaderPool
@@ -203,7 +202,6 @@ class Loader:
                 if rest:
                     self._hand_over([[rest]])
             self._pool.forget(task.thread)
-            join_at_exit(task.thread)
             # Without the lock: the handlers of a log have locks of their own.
             _log.warning(
                 "%r: not read within read_timeout=%g seconds; another thread goes on with the "

@@ -26,7 +26,7 @@ class Closable(Protocol):
 
 
 _open: "weakref.WeakSet[Closable]" = weakref.WeakSet()
-_replaced_readers: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
+_readers: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 
 def register(store: Closable) -> None:
@@ -40,8 +40,21 @@ def registered() -> list[Closable]:
 
 
 def join_at_exit(thread: threading.Thread) -> None:
-    """Wait for a reader thread that has been replaced when the process exits."""
-    _replaced_readers.add(thread)
+    """Wait for a reader thread when the process exits, also if its store is gone by then.
+
+    It may be freeing the memory of a store that was dropped. A thread that comes back to Python
+    when the interpreter is being finalised is ended in the midst of what it does, and one that is
+    in C++ code then takes the process with it.
+    """
+    _readers.add(thread)
+
+
+def _all_readers() -> list[threading.Thread]:
+    while True:
+        try:
+            return list(_readers)
+        except RuntimeError:  # another thread has started one meanwhile
+            continue
 
 
 @atexit.register
@@ -49,7 +62,7 @@ def _at_exit() -> None:
     deadline = time.monotonic() + EXIT_SECONDS
     for store in registered():
         store.close(max(0.0, deadline - time.monotonic()))
-    for thread in list(_replaced_readers):
+    for thread in _all_readers():
         thread.join(max(0.0, deadline - time.monotonic()))
 
 

@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from gpucache_pipes.store.process_hooks import join_at_exit
+
 _log = logging.getLogger("gpucache_pipes")
 
 Job = Callable[[Any], Any]
@@ -50,6 +52,7 @@ class ReaderPool:
         thread = threading.Thread(target=_work, args=arguments, name=name, daemon=True)
         thread.start()
         self._started += 1
+        join_at_exit(thread)
         return thread
 
     def start_another(self) -> None:

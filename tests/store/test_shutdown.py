@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,3 +126,30 @@ def test_closing_in_a_child_does_not_wait_for_gathers_of_the_parent() -> None:
         go_on.set()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         consumer.join(60)
+
+
+def test_the_exit_waits_for_the_memory_of_a_store_that_was_dropped(tmp_path: Path) -> None:
+    """A reader frees it: if the interpreter were torn down meanwhile, torch would abort."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import time, torch
+from gpucache_pipes import GPUFeatureStore
+from gpucache_pipes.device.host import HostBackend
+
+class Slow(HostBackend):
+    def close(self):
+        time.sleep(0.2)
+        super().close()
+        print("freed", flush=True)
+
+torch.save(torch.ones(4), "x.pt")
+store = GPUFeatureStore(Slow())
+store.get("x.pt")
+del store
+"""
+    )
+    run = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (run.returncode, run.stdout) == (0, "freed\n"), run.stderr
