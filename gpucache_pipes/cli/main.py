@@ -8,6 +8,15 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from gpucache_pipes import __version__
+
+_EXAMPLES = """examples:
+  gpucache-pipes inspect features/
+  gpucache-pipes plan features/ --gpu-memory 12GiB --plot plan.png
+  gpucache-pipes bench features/ --batch-size 32,256 --only DataLoader
+
+`python -m gpucache_pipes` is the same. Each command has a --help of its own."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -19,10 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 for an error, which is printed to stderr; 130 after an interrupt.
 
     Raises:
-        SystemExit: the arguments are malformed, or `--help` was given.
+        SystemExit: the arguments are malformed, or `--help` or `--version` was given.
     """
-    parser = argparse.ArgumentParser(prog="python -m gpucache_pipes")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(
+        prog="gpucache-pipes",
+        description="What feature files hold, how large a cache they need, and what it gains.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gpucache_pipes {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="{inspect,plan,bench}")
     inspecting = commands.add_parser(
         "inspect", help="what is in a file, or in those of a directory"
     )
@@ -81,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--unsafe", action="store_true", help="weights_only=False")
         command.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 0
     try:
         status: int = args.run(args)
     except KeyboardInterrupt:

@@ -17,7 +17,14 @@ import time
 from types import ModuleType
 from typing import Any
 
-from gpucache_pipes.files.chunks import LEFT_TO_PYTHON, STATUS, UNKNOWN, Chunk, ScratchFeature
+from gpucache_pipes.files.chunks import (
+    LEFT_TO_PYTHON,
+    START,
+    STATUS,
+    UNKNOWN,
+    Chunk,
+    ScratchFeature,
+)
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.forms import (
     MOST_FORMS,
@@ -100,6 +107,7 @@ class BatchReader:
                 known.forms, tuple(paths), _WHOLE, chunk.memory, chunk.rows, progress.shared
             )
         chunk.ended = time.time_ns()
+        chunk.starts = chunk.rows[:end, START].tolist()
         self._matched += int((chunk.rows[:end, STATUS] >= 0).sum())
         features: list[VersionedFeature | None] = []
         for number, (form, _, _, _, size, _) in enumerate(chunk.rows[:end].tolist()):
@@ -117,12 +125,14 @@ class BatchReader:
             return None
         plan = chunk.known.readers[form] if form >= 0 else self._parse(chunk, number)
         if plan is None or isinstance(plan, ReadPlan):
-            return None if plan is None else ScratchFeature(plan, plan.values, chunk, number, size)
+            if plan is None:
+                return None
+            return ScratchFeature(plan, plan.values, chunk, number, size, form >= 0)
         data = chunk.data(number)
         try:
             found = plan.plan(data)
             self._of_families += 1
-            return ScratchFeature(found, plan.values(found, data), chunk, number, size)
+            return ScratchFeature(found, plan.values(found, data), chunk, number, size, True)
         except (Unsupported, ValueError, MemoryError):
             return None  # PlanReader.open says what is wrong with the file
 

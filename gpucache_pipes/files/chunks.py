@@ -20,7 +20,7 @@ _ONE_BY_ONE = 4
 """Files of one plan that are not worth array operations."""
 
 # The columns of a row, and the values of STATUS that are not the number of a form: see _native.c.
-STATUS, _START, _VERSION, _SIZE, _MTIME, _COLUMNS = 0, 1, slice(2, 6), 4, 5, 6
+STATUS, START, _VERSION, _SIZE, _MTIME, _COLUMNS = 0, 1, slice(2, 6), 4, 5, 6
 UNKNOWN, LEFT_TO_PYTHON = -1, -2
 
 
@@ -32,13 +32,14 @@ class Chunk:
         self.known = known
         self.rows = np.empty((files, _COLUMNS), np.int64)
         self.memory = borrow(self)
+        self.starts: list[int] = []  # of the files in memory, once they were read
         # When it was read: from before the first file to after the last one.
         self.begun = self.ended = time.time_ns()
 
     def data(self, number: int) -> memoryview:
         """The bytes of a file."""
         row = self.rows[number]
-        return self.memory.data[int(row[_START]) :][: int(row[_SIZE])]
+        return self.memory.data[int(row[START]) :][: int(row[_SIZE])]
 
     def version(self, number: int) -> bytes | None:
         """The version of a file, see `version_of`; None if it may still change unnoticed."""
@@ -56,12 +57,19 @@ class ScratchFeature:
         chunk: the files that were read with it, and which of them it is.
         number: which of them it is.
         plan: where its leaves are in the file. Its values are not used.
+        is_known: whether the file was of a known form.
     """
 
-    __slots__ = ("bytes_read", "chunk", "layout", "number", "plan", "values")
+    __slots__ = ("bytes_read", "chunk", "is_known", "layout", "number", "plan", "values")
 
     def __init__(
-        self, plan: ReadPlan, values: tuple[Any, ...], chunk: Chunk, number: int, nbytes: int
+        self,
+        plan: ReadPlan,
+        values: tuple[Any, ...],
+        chunk: Chunk,
+        number: int,
+        nbytes: int,
+        is_known: bool,
     ) -> None:
         self.layout = plan.layout
         self.values = values
@@ -69,11 +77,7 @@ class ScratchFeature:
         self.chunk = chunk
         self.number = number
         self.plan = plan
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the file was of a known form."""
-        return bool(self.chunk.rows[self.number, STATUS] >= 0)
+        self.is_known = is_known
 
     @property
     def version(self) -> bytes | None:
@@ -102,52 +106,39 @@ def read_many(
         The positions of those that are left, to be read one by one.
     """
     left: list[int] = []
-    by_chunk: dict[Chunk, list[int]] = {}
     places = offsets.tolist()
+    # Features of one call and one plan, with their positions.
+    groups: dict[tuple[int, int], list[tuple[int, ScratchFeature]]] = {}
     for at, feature in enumerate(features):
-        if isinstance(feature, ScratchFeature) and places[at] >= 0 and feature.is_known:
-            by_chunk.setdefault(feature.chunk, []).append(at)
+        if isinstance(feature, ScratchFeature) and feature.is_known and places[at] >= 0:
+            key = id(feature.chunk), id(feature.plan)
+            groups.setdefault(key, []).append((at, feature))
         else:
             left.append(at)
-    for chunk, positions in by_chunk.items():
-        by_plan: dict[int, list[int]] = {}
-        for at in positions:
-            by_plan.setdefault(id(features[at].plan), []).append(at)  # type: ignore[attr-defined]
-        _copy(chunk, [[features[at] for at in group] for group in by_plan.values()],  # type: ignore[misc]
-              memory, [offsets[group] for group in by_plan.values()])  # fmt: skip
-    return left
-
-
-def _copy(
-    chunk: Chunk,
-    groups: list[list[ScratchFeature]],
-    memory: memoryview,
-    places: list[npt.NDArray[np.int64]],
-) -> None:
-    """Copy the leaves of files to their places; those of a group have one plan."""
-    begins = chunk.rows[:, _START]
-    moves: list[npt.NDArray[np.int64]] = []
-    few: list[tuple[int, int, int]] = []
-    for group, there in zip(groups, places, strict=True):
-        extents = group[0].plan.extents
-        starts = begins[[feature.number for feature in group]]
-        if len(group) < _ONE_BY_ONE:
-            few += [
-                (begin + extent.start, place + extent.offset, extent.nbytes)
-                for begin, place in zip(starts.tolist(), there.tolist(), strict=True)
-                for extent in extents
-            ]
-        elif extents:
-            shifts = np.stack([starts, there, np.zeros_like(there)], axis=1)
-            moves.append((shifts[:, None] + np.array(extents, np.int64)).reshape(-1, 3))
-        if group[0].plan.strided_extents:
-            source, target = (
-                torch.from_numpy(chunk.memory),
-                torch.frombuffer(memory, dtype=torch.uint8),
+    moves: dict[Chunk, list[npt.NDArray[np.int64]]] = {}
+    few: dict[Chunk, list[tuple[int, int, int]]] = {}
+    for group in groups.values():
+        chunk, plan = group[0][1].chunk, group[0][1].plan
+        if len(group) < _ONE_BY_ONE and not plan.strided_extents:
+            few.setdefault(chunk, []).extend(
+                (chunk.starts[feature.number] + start, places[at] + offset, nbytes)
+                for at, feature in group
+                for start, offset, nbytes in plan.extents
             )
-            for extent in group[0].plan.strided_extents:
+            continue
+        starts = np.array([chunk.starts[feature.number] for _, feature in group], np.int64)
+        there = offsets[[at for at, _ in group]]
+        if plan.extents:
+            shifts = np.stack([starts, there, np.zeros_like(there)], axis=1)
+            extents = np.array(plan.extents, np.int64)
+            moves.setdefault(chunk, []).append((shifts[:, None] + extents).reshape(-1, 3))
+        if plan.strided_extents:
+            source = torch.from_numpy(chunk.memory)
+            target = torch.frombuffer(memory, dtype=torch.uint8)
+            for extent in plan.strided_extents:
                 copy_many(source, starts, extent, target, there)
-    if few:
-        moves.append(np.array(few, np.int64))
-    if moves:
-        chunk.native.copy(chunk.memory, memory, np.concatenate(moves))
+    for chunk, some in few.items():
+        moves.setdefault(chunk, []).append(np.array(some, np.int64).reshape(-1, 3))
+    for chunk, parts in moves.items():
+        chunk.native.copy(chunk.memory, memory, np.concatenate(parts))
+    return left
