@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
@@ -18,7 +18,7 @@ from gpucache_pipes.nodes.callbacks import call, guarded
 from gpucache_pipes.nodes.options import CollateOptions, OnError, PrefetchOptions
 from gpucache_pipes.nodes.sharding import find_rank
 from gpucache_pipes.nodes.upstream import as_node
-from gpucache_pipes.store import GPUFeatureStore, StoreStats
+from gpucache_pipes.store import GPUFeatureStore, StoreOptions, StoreStats
 from gpucache_pipes.units import positive_int
 
 
@@ -93,9 +93,9 @@ class GPUCachedPathDataLoader:
         max_length: int | None = None,
         on_error: OnError = "raise",
         max_failures: int | None = None,
-        **store_options: Any,
+        **store_options: Unpack[StoreOptions],
     ) -> None:
-        options = {
+        options: dict[str, Any] = {
             "device": device,
             "max_cache_bytes": max_cache_bytes,
             "max_cache_items": max_cache_items,

@@ -152,9 +152,26 @@ class FeatureBatch(Sequence[Any]):
     def _collate(self, ragged: RaggedOptions) -> Any:
         layout = self._layouts[0]
         if any(other.kind is not layout.kind for other in self._layouts):
+            self._require_keys()
             return to_device(collate_unlike(list(self), ragged), self.device)
         names = leaf_names(layout.tree)
         return self._collate_columns([self._column(at, n, ragged) for at, n in enumerate(names)])
+
+    def _require_keys(self) -> None:
+        """Raise RuntimeError if a feature lacks a key that the first one has."""
+        first = self._layouts[0].tree
+        if not isinstance(first, Branch) or first.keys is None:
+            return
+        for number, layout in enumerate(self._layouts):
+            tree = layout.tree
+            held = tree.keys if isinstance(tree, Branch) and tree.keys is not None else ()
+            for key in first.keys:
+                if key not in held:
+                    raise RuntimeError(
+                        f"cannot collate: the feature of {self.paths[number]!r} lacks the key "
+                        f"{key!r}, which that of {self.paths[0]!r} has; keys= of the store keeps "
+                        "what all have, and a collate_fn may do anything"
+                    )
 
     def _collate_columns(self, columns: Sequence[Any]) -> Any:
         tree = self._layouts[0].tree

@@ -180,7 +180,7 @@ class BatchReader:
             return
         content = b"".join(file.whole[run.start : run.start + run.length] for run in parts.equal)
         form = _native.Form(*form_arguments(parts, file.size, content))
-        self._known = self._known.with_form(form, plan, file.size)
+        self._known = self._known.with_fixed(form, plan, file.size)
 
     def _learn_family(self, name: Any, family: PlanFamily) -> bool:
         """Add the form of a family, or replace the one that had the name before.
@@ -197,7 +197,10 @@ class BatchReader:
                 known = known.without(number)
                 break
         form = _native.Form(*form_arguments(family.parts, family.size, family.content))
-        self._known = known.with_form(form, family, 0 if family.parts.growing else family.size)
+        if family.parts.growing:
+            self._known = known.with_growing(form, family)
+        else:
+            self._known = known.with_fixed(form, family, family.size)
         if len(self._families) >= MOST_GROWING:
             self._families.clear()  # those that are known stay: at worst there are two of a name
         self._families[name] = family

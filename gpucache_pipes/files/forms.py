@@ -36,34 +36,28 @@ class KnownForms(NamedTuple):
             self.growing + bisect_right(self.sizes, size),
         )
 
-    def with_form(self, form: Any, reader: ReadPlan | PlanFamily, size: int) -> "KnownForms":
-        """These and another one, of files of this size; 0 for one with growing parts.
+    def with_growing(self, form: Any, reader: PlanFamily) -> "KnownForms":
+        """These and one with growing parts. Where there are too many, the oldest goes."""
+        known = self if self.growing < MOST_GROWING else self.without(self.growing - 1)
+        return known._replace(
+            forms=(form, *known.forms),
+            readers=(reader, *known.readers),
+            growing=known.growing + 1,
+        )
 
-        The latest of a size comes first, and where there are too many, the oldest goes.
-        """
-        if not size:
-            known = self
-            if self.growing >= MOST_GROWING:
-                known = self.without(self.growing - 1)
-            begin, end, after, growing = 0, known.growing, known.growing, known.growing + 1
-            sizes = known.sizes
-        else:
-            known = self
-            if len(known.sizes) >= MOST_FORMS:
-                known = KnownForms(
-                    self.forms[: self.growing], self.readers[: self.growing], self.growing
-                )
-            begin, after = known.of_size(size)
-            end, growing = min(after, begin + MOST_OF_A_SIZE - 1), known.growing
-            at = begin - growing
-            sizes = (*known.sizes[:at], size, *known.sizes[at : end - growing],
-                     *known.sizes[after - growing :])  # fmt: skip
-        forms, readers = known.forms, known.readers
+    def with_fixed(self, form: Any, reader: ReadPlan | PlanFamily, size: int) -> "KnownForms":
+        """These and one of files of this size. Where the size has too many, its oldest goes."""
+        known, growing = self, self.growing
+        if len(self.sizes) >= MOST_FORMS:
+            known = KnownForms(self.forms[:growing], self.readers[:growing], growing)
+        begin, after = known.of_size(size)
+        end = min(after, begin + MOST_OF_A_SIZE - 1)
+        before, behind = known.sizes[: begin - growing], known.sizes[after - growing :]
         return KnownForms(
-            (*forms[:begin], form, *forms[begin:end], *forms[after:]),
-            (*readers[:begin], reader, *readers[begin:end], *readers[after:]),
+            (*known.forms[:begin], form, *known.forms[begin:end], *known.forms[after:]),
+            (*known.readers[:begin], reader, *known.readers[begin:end], *known.readers[after:]),
             growing,
-            sizes,
+            (*before, *[size] * (1 + end - begin), *behind),
         )
 
     def without(self, number: int) -> "KnownForms":

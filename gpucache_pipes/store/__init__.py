@@ -3,9 +3,10 @@
 from gpucache_pipes.store.pending_batch import PendingBatch
 from gpucache_pipes.store.stats import StoreStats
 from gpucache_pipes.store.store import GPUFeatureStore
+from gpucache_pipes.store.store_options import StoreOptions
 from gpucache_pipes.store.upcoming import Upcoming
 
 Ticket = PendingBatch
 """The former name."""
 
-__all__ = ["GPUFeatureStore", "PendingBatch", "StoreStats", "Ticket", "Upcoming"]
+__all__ = ["GPUFeatureStore", "PendingBatch", "StoreOptions", "StoreStats", "Ticket", "Upcoming"]

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import inspect
 import threading
 import weakref
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from gpucache_pipes import (
     GPUPrefetcher,
     PathLister,
 )
+from gpucache_pipes.store import StoreOptions
 
 Files = Callable[..., list[str]]
 
@@ -232,3 +234,10 @@ def test_options_are_checked_without_touching_anything(make_files: Files) -> Non
             pipe.gpu_prefetch(store).gpu_collate(no_such_option=1)
         with pytest.raises(ValueError, match="ragged='cut'"):
             pipe.gpu_prefetch(store).gpu_collate(ragged="cut")
+
+
+def test_options_of_the_store_are_typed() -> None:
+    """As GPUFeatureStore has them."""
+    parameters = set(inspect.signature(GPUFeatureStore.__init__).parameters)
+    own = {"self", "device", "max_cache_bytes", "max_cache_items"}
+    assert set(StoreOptions.__annotations__) == parameters - own

@@ -164,6 +164,36 @@ def test_files_of_other_formats(
     assert "weights_only" not in str(caught.value)
 
 
+def test_arrays_of_numpy_in_a_pt_file(tmp_path: Path, store: GPUFeatureStore) -> None:
+    """The message has the one step that helps."""
+    path = tmp_path / "x.pt"
+    torch.save({"x": np.arange(3), "y": 1}, path)
+    with pytest.raises(Exception, match="holds arrays of numpy") as caught:
+        store.get(path)
+    assert "default_convert" in str(caught.value)
+
+    def load(path: str) -> Any:
+        return torch.utils.data.default_convert(torch.load(path, weights_only=False))
+
+    with GPUFeatureStore("cpu", load_fn=load) as converting:
+        assert converting.get(path)["x"].tolist() == [0, 1, 2]
+
+
+def test_a_file_that_lacks_a_key(tmp_path: Path, store: GPUFeatureStore) -> None:
+    paths = [str(tmp_path / f"{number}.pt") for number in range(3)]
+    for number, path in enumerate(paths):
+        feature = {"x": torch.ones(3), "label": torch.tensor(number)}
+        torch.save(feature if number != 1 else {"x": feature["x"]}, path)
+    batch = store.get_batch(paths)
+    for ragged in (None, "pad"):
+        with pytest.raises(
+            RuntimeError, match=r"1\.pt' lacks the key 'label', which that of .*0\.pt"
+        ):
+            batch.collate(ragged)
+    assert len(list(batch)) == 3
+    assert store.get_batch(paths[1:]).collate()["x"].shape == (2, 3)  # a key more does no harm
+
+
 # Policies
 
 

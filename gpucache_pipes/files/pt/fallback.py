@@ -91,6 +91,12 @@ def _reason(path: str, weights_only: bool, error: Exception) -> str:
         return "the file is empty"
     text = str(error)
     refused = _GLOBAL.search(text) or _REFUSED.search(text)
+    if weights_only and refused and refused[1].startswith("numpy"):
+        return (
+            "the file holds arrays of numpy, and the cache holds tensors. Save tensors, by "
+            "torch.from_numpy; or, if you trust the files, convert them: load_fn=lambda path: "
+            "torch.utils.data.default_convert(torch.load(path, weights_only=False))"
+        )
     if weights_only and refused:
         return (
             f"weights_only=True refuses {refused[1]}. If you trust the files, allow it by "

@@ -1,0 +1,26 @@
+"""The types of the options of a store, for functions that pass them on."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypedDict
+
+import torch
+
+from gpucache_pipes.cache import Policy
+from gpucache_pipes.files import Key, Source
+
+
+class StoreOptions(TypedDict, total=False):
+    """Arguments of GPUFeatureStore, but for the device and the budgets."""
+
+    policy: str | Policy
+    load_fn: Callable[[str], Any] | None
+    weights_only: bool
+    keys: Key | Iterable[Key] | None
+    dtype: torch.dtype | Mapping[Key, torch.dtype] | None
+    source: Source | None
+    asynchronous: bool
+    reader_threads: int | None
+    page_bytes: int | None
+    staging_bytes: int | str | None
+    revalidate: bool
+    read_timeout: float | None
