@@ -139,7 +139,7 @@ class GPUCachedPathDataLoader:
         # store's memory would be freed by the garbage collector only.
         options = replace(self._prefetch_options, path_fn=self._paths_of)
         features = GPUPrefetcher(self._source, self.store, **vars(options))
-        # Not there, where the batch of the loader is still beside the features.
+        # `_join` calls the transform: what the collator yields still holds the loader's own batch.
         batches = GPUCollator(features, **vars(replace(self._collate_options, transform=None)))
         return Iteration(batches, features, self._progress, self._join)
 

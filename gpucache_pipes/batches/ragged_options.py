@@ -82,11 +82,9 @@ class RaggedOptions:
                 raise ValueError(f"ragged={mode!r} is not known; there are: {', '.join(MODES)}")
 
     @classmethod
-    def of(cls, ragged: "RaggedOptions | str | Mapping[str, str] | None") -> "RaggedOptions":
+    def of(cls, ragged: "RaggedOptions | str | Mapping[str, str]") -> "RaggedOptions":
         """These options, or those of a mode."""
-        if isinstance(ragged, RaggedOptions):
-            return ragged
-        return cls() if ragged is None else cls(ragged)
+        return ragged if isinstance(ragged, RaggedOptions) else cls(ragged)
 
     def hint(self, names: Sequence[str]) -> str:
         """What to add to an error of features that have these leaves, if a mode names no leaf."""

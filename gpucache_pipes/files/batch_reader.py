@@ -28,7 +28,7 @@ from gpucache_pipes.files.chunks import (
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.forms import (
     MOST_FORMS,
-    MOST_GROWING,
+    MOST_GROWING_FORMS,
     KnownForms,
     form_arguments,
     is_small,
@@ -118,25 +118,23 @@ class BatchReader:
             features.append(self._feature(chunk, number, form, size))
         return features
 
-    def _feature(
-        self, chunk: "Chunk", number: int, form: int, size: int
-    ) -> "ScratchFeature | None":
+    def _feature(self, chunk: Chunk, number: int, form: int, size: int) -> ScratchFeature | None:
         if form == LEFT_TO_PYTHON:
             return None
-        plan = chunk.known.readers[form] if form >= 0 else self._parse(chunk, number)
-        if plan is None or isinstance(plan, ReadPlan):
-            if plan is None:
-                return None
-            return ScratchFeature(plan, plan.values, chunk, number, size, form >= 0)
+        reader = chunk.known.readers[form] if form >= 0 else self._parse(chunk, number)
+        if reader is None:
+            return None
+        if isinstance(reader, ReadPlan):
+            return ScratchFeature(reader, reader.values, chunk, number, size, form >= 0)
         data = chunk.data(number)
         try:
-            found = plan.plan(data)
+            plan = reader.plan(data)
             self._of_families += 1
-            return ScratchFeature(found, plan.values(found, data), chunk, number, size, True)
+            return ScratchFeature(plan, reader.values(plan, data), chunk, number, size, True)
         except (Unsupported, ValueError, MemoryError):
             return None  # PlanReader.open says what is wrong with the file
 
-    def _parse(self, chunk: "Chunk", number: int) -> ReadPlan | None:
+    def _parse(self, chunk: Chunk, number: int) -> ReadPlan | None:
         """The read plan of a file in scratch; None if it is Unsupported."""
         version = chunk.version(number)
         plan = self._reader.remembered(version) if version else None
@@ -201,7 +199,7 @@ class BatchReader:
             self._known = known.with_growing(form, family)
         else:
             self._known = known.with_fixed(form, family, family.size)
-        if len(self._families) >= MOST_GROWING:
+        if len(self._families) >= MOST_GROWING_FORMS:
             self._families.clear()  # those that are known stay: at worst there are two of a name
         self._families[name] = family
         return True

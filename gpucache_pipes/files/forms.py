@@ -9,7 +9,7 @@ from gpucache_pipes.files.plans import FormParts, PlanFamily, ReadPlan
 
 MOST_FORMS = 4096
 MOST_OF_A_SIZE = 64
-MOST_GROWING = 128
+MOST_GROWING_FORMS = 128
 _MOST_RUNS = 1 << 16
 """Bytes that a form may compare."""
 
@@ -38,7 +38,7 @@ class KnownForms(NamedTuple):
 
     def with_growing(self, form: Any, reader: PlanFamily) -> "KnownForms":
         """These and one with growing parts. Where there are too many, the oldest goes."""
-        known = self if self.growing < MOST_GROWING else self.without(self.growing - 1)
+        known = self if self.growing < MOST_GROWING_FORMS else self.without(self.growing - 1)
         return known._replace(
             forms=(form, *known.forms),
             readers=(reader, *known.readers),

@@ -59,7 +59,7 @@ class NumberedPath(str):
         return str, (str(self),)
 
     def __copy__(self) -> "NumberedPath":
-        return self  # which nobody changes
+        return self  # immutable, as every str
 
 
 class Paths(Sequence[str]):

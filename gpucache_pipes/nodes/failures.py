@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpucache_pipes.files import (
-    NumberedPath,
     Paths,
     as_plain_data,
     from_plain_data,
@@ -179,4 +178,4 @@ class Failures:
 
 def _copied(element: Any) -> Any:
     """A copy of an element of the source, which still knows its labels."""
-    return element if isinstance(element, (Paths, NumberedPath)) else copy.copy(element)
+    return element if isinstance(element, Paths) else copy.copy(element)

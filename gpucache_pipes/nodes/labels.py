@@ -64,7 +64,7 @@ class Labels:
                 at = find(paths, root, numbered_names(index))
                 return cls(_frame(labels.iloc[at]), len(paths))
             _require_positions(by_position, "a table whose index does not hold names")
-            _require_no_names(index, paths, root)
+            _require_no_names(index, paths)
             _require_length(labels, paths)
             return cls(_frame(labels), len(paths))
         if isinstance(labels, Mapping):
@@ -87,11 +87,8 @@ class Labels:
     def __len__(self) -> int:
         return self._files
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"columns": self._columns, "files": self._files}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Labels, (self._columns, self._files)
 
     def rows(self, positions: NDArray[np.intp], device: torch.device) -> Any:
         """The labels at these positions: tensors [B, ...] on the device, and lists.
@@ -183,17 +180,11 @@ def _column(values: Any) -> Any:
         values = values.to_numpy()
     if isinstance(values, torch.Tensor):
         return values.detach().to("cpu", copy=True)
-    if isinstance(values, np.ndarray) and values.dtype.kind in "biufc":
-        if values.dtype.kind == "u" and values.itemsize > 1:  # torch gathers none of these
-            wide = values.astype(np.int64)
-            values = wide if (wide >= 0).all() else values.tolist()
-        try:
-            native = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
-            return torch.from_numpy(native.copy())
-        except (TypeError, ValueError, AttributeError):
-            values = list(values)
     if isinstance(values, np.ndarray):
-        values = values.tolist() if values.dtype.kind in "OSU" else list(values)
+        array = _tensor_of(values)
+        if array is not None:
+            return array
+        values = values.tolist() if values.dtype.kind in "OSUu" else values
     values = list(values)
     first = values[0] if values else None
     if isinstance(first, Mapping):
@@ -212,6 +203,19 @@ def _column(values: Any) -> Any:
     except (TypeError, ValueError, RuntimeError):
         return values
     return collated if isinstance(collated, torch.Tensor) else values
+
+
+def _tensor_of(values: NDArray[Any]) -> torch.Tensor | None:
+    """A copy of an array of numbers as a tensor that can be gathered; None if there is none."""
+    dtype = values.dtype.newbyteorder("=")
+    if dtype.kind == "u" and dtype.itemsize > 1:  # torch gathers none of these
+        dtype = np.dtype(np.int64)
+        if values.size and values.max() > np.iinfo(dtype).max:
+            return None
+    try:
+        return torch.from_numpy(np.array(values, dtype, order="C"))
+    except (TypeError, ValueError):
+        return None
 
 
 def _frame(table: Any) -> Any:
@@ -248,14 +252,13 @@ def _require_length(labels: Any, paths: Sequence[str]) -> None:
         raise ValueError(f"{len(labels)} labels for {len(paths)} files")
 
 
-def _require_no_names(index: list[Any], paths: Sequence[str], root: str) -> None:
+def _require_no_names(index: list[Any], paths: Sequence[str]) -> None:
     """Raise ValueError if the numbers of an index are the names of the files, in another order."""
     if index != list(range(len(index))) and len(index) == len(paths):
         names = {str(name): n for n, name in enumerate(index)}
         stems = [os.path.splitext(os.path.basename(path))[0] for path in paths]
-        if names.keys() == set(stems) and [names[stem] for stem in stems] != list(
-            range(len(stems))
-        ):
+        in_order = [names.get(stem) for stem in stems] == list(range(len(stems)))
+        if names.keys() == set(stems) and not in_order:
             raise ValueError(
                 "the index of labels= holds numbers by which the files are named, in another "
                 "order: labels.set_index(labels.index.astype(str)) goes by name, "

@@ -126,11 +126,9 @@ class Lookahead:
         pending.paths = paths
         self._files = len(paths)
         # Not NumberedPath: the store would keep the list of files alive, and its labels.
-        asked = (
-            paths
-            if isinstance(paths, Paths)
-            else [str(path) if isinstance(path, NumberedPath) else path for path in paths]
-        )
+        asked = paths
+        if not isinstance(paths, Paths) and len(paths) and isinstance(paths[0], NumberedPath):
+            asked = [str(path) for path in paths]
         pending.batch = self._store.request(asked, owner=self._owner, ahead=self._depth())
 
     def _depth(self) -> int:

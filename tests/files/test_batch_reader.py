@@ -65,7 +65,7 @@ def test_of_many_kinds_of_files_the_latest_are_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forms, "MOST_FORMS", 8)
-    monkeypatch.setattr(forms, "MOST_GROWING", 4)
+    monkeypatch.setattr(forms, "MOST_GROWING_FORMS", 4)
     reader = BatchReader(PtReader())
     for rows in range(1, 30):
         paths = write(tmp_path, 3, rows)

@@ -271,7 +271,7 @@ def test_a_class_that_is_learned_by_several_threads(tmp_path: Path) -> None:
 def test_a_family_that_had_to_go_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forms, "MOST_GROWING", 2)
+    monkeypatch.setattr(forms, "MOST_GROWING_FORMS", 2)
     features = [
         {"x": torch.randn(n, 16), "s": "a" * length}
         for length in (1, 2, 3, 1)

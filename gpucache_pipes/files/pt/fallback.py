@@ -38,9 +38,12 @@ def by_torch_load(
         ValueError: the file is refused, or `torch.load` cannot read it. The text says why.
     """
     size = os.stat(path).st_size
-    if other := _other_format(path):
-        raise ValueError(f"the file is {other}, and not one of torch.save; load_fn= reads others")
-    require_sound(path, pickles=weights_only)
+    try:
+        require_sound(path, pickles=weights_only)
+    except ValueError as error:
+        if other := _other_format(path):
+            raise ValueError(other) from error
+        raise
     try:
         # map_location: a reader thread must not touch the GPU from which a file was saved.
         # torch.device: what a file makes anew, such as a sparse tensor, or whatever its code makes
@@ -66,12 +69,13 @@ _FORMATS = {
 
 
 def _other_format(path: str) -> str | None:
-    """What a file is, if it is certainly something else."""
+    """Says what a file is, if it is certainly something else. Only for files that were refused."""
     with open(path, "rb") as file:  # noqa: PTH123
         start = file.read(8)
+    text = "the file is {}, and not one of torch.save; load_fn= reads others"
     for beginning, name in _FORMATS.items():
         if start.startswith(beginning):
-            return name
+            return text.format(name)
     if start.startswith(b"PK\x03\x04"):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -79,12 +83,14 @@ def _other_format(path: str) -> str | None:
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
             return None  # a damaged one, which the checks below describe
         if names and all(name.endswith(".npy") for name in names):
-            return "an archive of numpy.savez"
+            return text.format("an archive of numpy.savez")
     return None
 
 
 def _reason(path: str, weights_only: bool, error: Exception) -> str:
     """Return why `torch.load` raised `error`, with a way out."""
+    if other := _other_format(path):
+        return other
     with open(path, "rb") as file:  # noqa: PTH123
         start = file.read(4)
     if not start:

@@ -26,7 +26,8 @@ _MOST_CLASSES = 256
 _MOST_FAILURES = 8
 """Files of a class that taught nothing, after which others are not looked at any more."""
 
-_MOST_RECORDS, _MOST_PICKLE_BYTES, _MOST_GROWING = 64, 1 << 12, 16
+_MOST_PARTS = 16
+"""Growing parts of a file that the native reader follows."""
 
 _MOST_ROWS = 64
 """Rows by which a tensor grows in a made-up file, at most."""
@@ -73,10 +74,6 @@ class Families:
 
     def learn(self, template: FileTemplate, file: Bytes) -> tuple[Any, PtFamily] | None:
         """See Parsed. None if the file is the first one of its class, or nothing is learned."""
-        if len(template.records()) > _MOST_RECORDS:
-            return None
-        if len(template.pickle(file)) > _MOST_PICKLE_BYTES:
-            return None
         try:
             sample = Sample(template, file)
         except (Unsupported, ValueError, TypeError, RecursionError):
@@ -115,7 +112,7 @@ class _Comparison:
         sizes = zip(base.records, sample.records, strict=True)
         differing = {n for n, (one, other) in enumerate(sizes) if one.size != other.size}
         self._growing = sorted(known.growing | differing)
-        if len(self._growing) > _MOST_GROWING:
+        if len(self._growing) > _MOST_PARTS:
             raise ValueError("more parts grow than the native reader can follow")
         self._headers = [record.header for record in base.records]
         self._by_name = {record.name: n for n, record in enumerate(base.records)}

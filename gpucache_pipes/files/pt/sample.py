@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import flatten
 from gpucache_pipes.files.planned import Bytes
 from gpucache_pipes.files.plans import Number
@@ -18,6 +19,8 @@ _OPERANDS = {0x80: 1, 0x71: 1, 0x68: 1, 0x72: 4, 0x6A: 4}
 """Bytes that follow PROTO, BINPUT, BINGET, LONG_BINPUT and LONG_BINGET."""
 
 _GLOBAL = 0x63
+
+_MOST_RECORDS, _MOST_PICKLE_BYTES = 64, 1 << 12
 
 MOST_OTHERS = 90
 """Tokens that can have values of their own in a file that is made up: any character of printable
@@ -74,9 +77,12 @@ class Sample:
     """
 
     def __init__(self, template: FileTemplate, file: Bytes) -> None:
+        pickle = template.pickle(file)
         self.template = template
         self.size = file.size
         self.records = template.records()
+        if len(self.records) > _MOST_RECORDS or len(pickle) > _MOST_PICKLE_BYTES:
+            raise Unsupported("the file has too many parts to be compared with others")
         # What lies between the storages: their bytes do not matter, and are not kept.
         self._pieces = []
         end = 0
@@ -85,7 +91,6 @@ class Sample:
                 self._pieces.append(file.read(end, record.start - end))
                 end = record.start + record.size
         self._pieces.append(file.read(end, file.size - end))
-        pickle = template.pickle(file)
         item, _ = read_pickle(pickle)
         self.tree, self.tensors, values = flatten(item, SavedTensor, len(pickle))
         self.values = tuple(values)
