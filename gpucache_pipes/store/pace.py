@@ -35,7 +35,8 @@ less than the first one, fewer. The time that a file takes does not tell: it inc
 the lock."""
 
 _TRYING_SECONDS = 0.008
-"""The same at most, while another number of readers may be better: it is found sooner."""
+"""What a read task should take at most while another number of readers may be better, which is
+found sooner then."""
 
 _WAITING = 0.5
 """Readers that spend less than this share of their time computing wait for the storage."""

@@ -20,7 +20,7 @@ from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.gather import Gatherer
 from gpucache_pipes.store.loader import Loader
 from gpucache_pipes.store.lock import require_stack
-from gpucache_pipes.store.pace import LEAST_AHEAD, requests_ahead
+from gpucache_pipes.store.pace import requests_ahead
 from gpucache_pipes.store.pending_batch import PendingBatch
 from gpucache_pipes.store.shared_cache import OldVersion, SharedCache
 from gpucache_pipes.store.tracing import trace
@@ -124,12 +124,9 @@ class RequestManager:
 
     def requests_ahead(self, files: int) -> int:
         """See GPUFeatureStore."""
-        readers = self._loader.readers
-        if readers < 2:
-            return LEAST_AHEAD
         ledger = self._shared.cache.ledger  # without the lock: an estimate
         mean = ledger.cached_bytes / max(1, ledger.cached_items)
-        return requests_ahead(files, readers, mean, ledger.max_bytes)
+        return requests_ahead(files, self._loader.readers, mean, ledger.max_bytes)
 
     def _find_stale(self, numbers: Numbers) -> list[OldVersion]:
         """The ready entries whose files have changed. Looks at each file, without the lock."""
