@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.adapters.iteration import Iteration, Progress
-from gpucache_pipes.files import Paths
+from gpucache_pipes.files import Paths, as_samples
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
 from gpucache_pipes.nodes.callbacks import call, guarded
 from gpucache_pipes.nodes.options import CollateOptions, OnError, PrefetchOptions
@@ -50,11 +50,12 @@ class GPUCachedPathDataLoader:
             and more where the storage has latency: the `depth` of GPUPrefetcher.
         collate_fn: list of features -> batch, as in GPUCollator.
         path_extractor: batch of the loader -> sequence of its paths, for a batch that is more than
-            its paths. Then (gpu_batch, original_batch) is yielded.
+            its paths; or a dict of columns of paths, where a sample is several files. Then
+            (gpu_batch, original_batch) is yielded.
         transform: gpu_batch -> gpu_batch, as in GPUCollator: before all that follows here.
         build_batch_fn: (gpu_batch, original_batch, paths) -> what to yield instead.
         store: a store to share. Without it, one is made, which `close` closes.
-        ragged, padding_value, pad_to_multiple, max_length: as in GPUCollator.
+        ragged, padding_value, pad_to_multiple, max_length, crop: as in GPUCollator.
         on_error, max_failures: as in GPUPrefetcher; max_failures counts each iteration anew. With
             path_extractor, a batch is skipped as a whole if one of its files fails.
 
@@ -91,6 +92,7 @@ class GPUCachedPathDataLoader:
         padding_value: float = 0.0,
         pad_to_multiple: int = 1,
         max_length: int | None = None,
+        crop: str = "start",
         on_error: OnError = "raise",
         max_failures: int | None = None,
         **store_options: Unpack[StoreOptions],
@@ -114,6 +116,7 @@ class GPUCachedPathDataLoader:
             padding_value=padding_value,
             pad_to_multiple=pad_to_multiple,
             max_length=max_length,
+            crop=crop,
             transform=transform,
         )
         self._prefetch_options = PrefetchOptions(
@@ -155,13 +158,15 @@ class GPUCachedPathDataLoader:
         paths = batch if self._path_extractor is None else self._path_extractor(batch)
         if isinstance(paths, Paths):
             return paths
-        if (
-            isinstance(paths, str)
-            or not isinstance(paths, Sequence)
-            or not all(isinstance(path, (str, os.PathLike)) for path in paths)
-        ):
+        samples = as_samples(paths)
+        if samples is not None:
+            return samples
+        if not _is_column(paths):
             if self._path_extractor is not None:
-                raise TypeError(f"path_extractor must return a list of paths, not {paths!r:.200}")
+                raise TypeError(
+                    "path_extractor must return a list of paths, or a dict of such columns where a "
+                    f"sample is several files, not {paths!r:.200}"
+                )
             raise TypeError(
                 f"the loader must yield batches of paths, not {paths!r:.200}; give it a "
                 "batch_size, or a path_extractor that returns the paths of a batch"
@@ -216,6 +221,14 @@ class GPUCachedPathDataLoader:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _is_column(paths: Any) -> bool:
+    return (
+        isinstance(paths, Sequence)
+        and not isinstance(paths, str)
+        and all(isinstance(path, (str, os.PathLike)) for path in paths)
+    )
 
 
 def _warn_of_ranks_that_read_the_same(loader: Any) -> None:

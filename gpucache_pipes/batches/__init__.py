@@ -2,6 +2,7 @@
 
 from gpucache_pipes.batches.feature_batch import ColumnBatch, FeatureBatch, PageBatch
 from gpucache_pipes.batches.ragged_options import MODES, Padded, RaggedOptions
+from gpucache_pipes.batches.sample_batch import SampleBatch
 from gpucache_pipes.batches.transfer import collate_on_host, first_device, to_device, upload
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Padded",
     "PageBatch",
     "RaggedOptions",
+    "SampleBatch",
     "collate_on_host",
     "first_device",
     "to_device",

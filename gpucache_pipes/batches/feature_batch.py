@@ -155,7 +155,10 @@ class FeatureBatch(Sequence[Any]):
             self._require_keys()
             return to_device(collate_unlike(list(self), ragged), self.device)
         names = leaf_names(layout.tree)
-        return self._collate_columns([self._column(at, n, ragged) for at, n in enumerate(names)])
+        cuts = ragged.fractions(len(self))
+        return self._collate_columns(
+            [self._column(at, name, ragged, cuts) for at, name in enumerate(names)]
+        )
 
     def _require_keys(self) -> None:
         """Raise RuntimeError if a feature lacks a key that the first one has."""
@@ -181,7 +184,7 @@ class FeatureBatch(Sequence[Any]):
         numbers = collate_numbers(values, self.device)
         return _collate_tree(tree, columns, values, numbers, self.device)
 
-    def _column(self, at: int, name: str, ragged: RaggedOptions) -> Any:
+    def _column(self, at: int, name: str, ragged: RaggedOptions, cuts: Numbers | None) -> Any:
         """Leaf `at` of all features, stacked or joined."""
         leaves = [layout.leaves[at] for layout in self._layouts]
         first, shapes = leaves[0], [leaf.shape for leaf in leaves]
@@ -200,7 +203,7 @@ class FeatureBatch(Sequence[Any]):
                     + ragged.hint(leaf_names(self._layouts[0].tree))
                 )
         leaves = leaves * (len(self) if len(leaves) == 1 else 1)
-        return join_ragged(mode, *self._bytes_of(at, leaves), leaves, ragged)
+        return join_ragged(mode, *self._bytes_of(at, leaves), leaves, ragged, cuts)
 
 
 class ColumnBatch(FeatureBatch):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpucache_pipes.batches.ragged_options import Padded, RaggedOptions
+from gpucache_pipes.batches.ragged_options import Padded, RaggedOptions, cut_at
 from gpucache_pipes.batches.transfer import upload
 from gpucache_pipes.device.host_copies import Numbers, clear, move
 from gpucache_pipes.device.results import empty
@@ -28,6 +28,7 @@ def join_ragged(
     starts: Numbers,
     leaves: Sequence[Leaf],
     options: RaggedOptions,
+    fractions: Numbers | None = None,
 ) -> Any:
     """Join one leaf of all features.
 
@@ -36,7 +37,8 @@ def join_ragged(
         block: uint8, holds the leaf of each feature.
         starts: where it begins in the block, in bytes: a multiple of the bytes of a row.
         leaves: of each feature; they differ in their first dimension only.
-        options: padding_value and pad_to_multiple.
+        options: padding_value, pad_to_multiple and max_length.
+        fractions: where each feature is cut that is longer than that, see RaggedOptions.
 
     Returns:
         A Padded, or a torch.nested tensor, in new memory; or for "list" views of the block.
@@ -45,7 +47,14 @@ def join_ragged(
         RuntimeError: for a padding_value that the dtype does not have.
     """
     if options.max_length is not None:
-        leaves = [_cut(leaf, options.max_length) for leaf in leaves]
+        most = options.max_length
+        if fractions is not None:
+            begins = [
+                cut_at(leaf.shape[0], most, fraction)
+                for leaf, fraction in zip(leaves, fractions.tolist(), strict=True)
+            ]
+            starts = starts + _row_bytes(leaves[0]) * np.array(begins)
+        leaves = [_cut(leaf, most) for leaf in leaves]
     if mode == "list":
         return [
             block[start : start + leaf.nbytes].view(leaf.dtype).view(leaf.shape)

@@ -1,15 +1,20 @@
 """How leaves whose first dimension may differ are joined, and what comes out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from gpucache_pipes.device.host_copies import Numbers
 from gpucache_pipes.units import positive_int
 
 MODES = ("error", "pad", "jagged", "list")
 """How a leaf of all features is joined; see GPUCollator."""
+
+CROPS = ("start", "center", "random")
+"""Which part of a sequence is taken that is longer than max_length; see GPUCollator."""
 
 
 class Padded(NamedTuple):
@@ -49,10 +54,12 @@ class RaggedOptions:
             a dict, leaves that it does not name are stacked, or are an error where shapes differ.
         padding_value: fills what lies after the end of a padded sequence.
         pad_to_multiple: the length of a padded batch is rounded up to a multiple of this.
-        max_length: sequences that are longer are cut off there; None cuts none.
+        max_length: of sequences that are longer, so much is taken; None takes all.
+        crop: which part of these: one of CROPS.
 
     Raises:
-        ValueError: an unknown mode, or pad_to_multiple or max_length < 1.
+        ValueError: an unknown mode or crop, pad_to_multiple or max_length < 1, or a crop without a
+            max_length.
 
     >>> RaggedOptions("pad").mode_of("['frames']", differs=False)
     'pad'
@@ -67,11 +74,16 @@ class RaggedOptions:
     padding_value: float = 0.0
     pad_to_multiple: int = 1
     max_length: int | None = None
+    crop: str = "start"
 
     def __post_init__(self) -> None:
         positive_int("pad_to_multiple", self.pad_to_multiple)
         if self.max_length is not None:
             positive_int("max_length", self.max_length)
+        if self.crop not in CROPS:
+            raise ValueError(f"crop={self.crop!r} must be one of {', '.join(CROPS)}")
+        if self.crop != "start" and self.max_length is None:
+            raise ValueError(f"crop={self.crop!r} needs a max_length=, how much to take")
         if not isinstance(self.modes, (str, Mapping)):
             raise ValueError(
                 f"ragged={self.modes!r} must be a mode ({', '.join(MODES)}), or a dict of modes by "
@@ -81,10 +93,42 @@ class RaggedOptions:
             if mode not in MODES:
                 raise ValueError(f"ragged={mode!r} is not known; there are: {', '.join(MODES)}")
 
+    def fractions(self, count: int) -> Numbers | None:
+        """Where in what is left over each of `count` features is cut, from 0 to 1; None at 0.
+
+        Those of crop="random" are drawn from torch's random numbers of the CPU.
+        """
+        if self.crop == "start":
+            return None
+        if self.crop == "center":
+            return np.full(count, 0.5)
+        return torch.rand(count, dtype=torch.float64, device="cpu").numpy()
+
     @classmethod
     def of(cls, ragged: "RaggedOptions | str | Mapping[str, str]") -> "RaggedOptions":
         """These options, or those of a mode."""
         return ragged if isinstance(ragged, RaggedOptions) else cls(ragged)
+
+    def of_part(self, name: Any) -> "RaggedOptions":
+        """Those for one part of samples of several files.
+
+        A dict names all of a part by its name, and a leaf as in a feature or, of this part alone,
+        with the name of the part in front.
+
+        >>> options = RaggedOptions({"video": "pad", "['audio']['frames']": "list"})
+        >>> options.of_part("video").modes
+        'pad'
+        >>> options.of_part("audio").mode_of("['frames']", differs=False)
+        'list'
+        """
+        if isinstance(self.modes, str):
+            return self
+        front = f"[{name!r}]"
+        for whole in (name, front):
+            if whole in self.modes:
+                return replace(self, modes=self.modes[whole])
+        own = {key.removeprefix(front): mode for key, mode in self.modes.items()}
+        return replace(self, modes={**self.modes, **own})
 
     def hint(self, names: Sequence[str]) -> str:
         """What to add to an error of features that have these leaves, if a mode names no leaf."""
@@ -124,3 +168,12 @@ class RaggedOptions:
 def _key_of(name: str) -> str:
     """The key that a leaf has, if its feature is a dict of leaves; else its name."""
     return name[2:-2] if name.startswith("['") and name.count("[") == 1 else name
+
+
+def cut_at(length: int, most: int, fraction: float) -> int:
+    """Where to begin, to take `most` of a longer sequence.
+
+    >>> [cut_at(10, 4, fraction) for fraction in (0, 0.5, 0.999)], cut_at(3, 4, 0.5)
+    ([0, 3, 6], 0)
+    """
+    return int(fraction * (length - most + 1)) if length > most else 0

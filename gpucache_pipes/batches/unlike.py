@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from gpucache_pipes.batches.ragged import fill, jagged_tensor
-from gpucache_pipes.batches.ragged_options import Padded, RaggedOptions
+from gpucache_pipes.batches.ragged_options import Padded, RaggedOptions, cut_at
 from gpucache_pipes.batches.transfer import collate_on_host
+from gpucache_pipes.device.host_copies import Numbers
 
 
 def collate_unlike(features: Sequence[Any], options: RaggedOptions) -> Any:
@@ -25,27 +26,37 @@ def collate_unlike(features: Sequence[Any], options: RaggedOptions) -> Any:
     """
     if options.modes == "error":
         return collate_on_host(list(features))
-    return _collate_samples(list(features), "", options)
+    cuts = options.fractions(len(features))
+    return _collate_samples(list(features), "", options, cuts)
 
 
-def _collate_samples(samples: Sequence[Any], name: str, options: RaggedOptions) -> Any:
+def _collate_samples(
+    samples: Sequence[Any], name: str, options: RaggedOptions, cuts: Numbers | None
+) -> Any:
     first = samples[0]
     kind = type(first)
     if isinstance(first, torch.Tensor):
-        return _join_tensors(samples, name or "the feature", options)
+        return _join_tensors(samples, name or "the feature", options, cuts)
     if isinstance(first, dict):
         return kind(
-            (key, _collate_samples([part[key] for part in samples], f"{name}[{key!r}]", options))
+            (
+                key,
+                _collate_samples(
+                    [part[key] for part in samples], f"{name}[{key!r}]", options, cuts
+                ),
+            )
             for key in first
         )
     if isinstance(first, (list, tuple)):
         columns = enumerate(zip(*samples, strict=True))
-        parts = [_collate_samples(column, f"{name}[{at}]", options) for at, column in columns]
+        parts = [_collate_samples(column, f"{name}[{at}]", options, cuts) for at, column in columns]
         return kind(*parts) if hasattr(kind, "_fields") else parts
     return collate_on_host(samples)
 
 
-def _join_tensors(parts: Sequence[torch.Tensor], name: str, options: RaggedOptions) -> Any:
+def _join_tensors(
+    parts: Sequence[torch.Tensor], name: str, options: RaggedOptions, cuts: Numbers | None
+) -> Any:
     first = parts[0]
     differs = any(part.shape != first.shape for part in parts)
     mode = options.mode_of(name, differs, first.dim())
@@ -54,7 +65,11 @@ def _join_tensors(parts: Sequence[torch.Tensor], name: str, options: RaggedOptio
     if any(not part.dim() or part.shape[1:] != first.shape[1:] for part in parts):
         shapes = ", ".join(str(list(part.shape)) for part in parts[:10])
         raise RuntimeError(f"cannot {mode} {name}: shapes {shapes}")
-    parts = [part[: options.max_length] for part in parts]
+    most = options.max_length
+    if most is not None:
+        where = [0.0] * len(parts) if cuts is None else cuts.tolist()
+        begins = [cut_at(len(part), most, cut) for part, cut in zip(parts, where, strict=True)]
+        parts = [part[at : at + most] for part, at in zip(parts, begins, strict=True)]
     if mode == "list":
         return list(parts)
     dtype = reduce(torch.promote_types, [part.dtype for part in parts])

@@ -17,14 +17,10 @@ from gpucache_pipes.files.layout import (
 )
 from gpucache_pipes.files.local import LocalFiles, file_size
 from gpucache_pipes.files.path_table import PathLike, PathTable
-from gpucache_pipes.files.paths import (
-    NumberedPath,
-    PathList,
-    Paths,
-    as_plain_data,
-    from_plain_data,
-    paths_without,
-)
+from gpucache_pipes.files.paths import NumberedPath, PathList, Paths, paths_without
+from gpucache_pipes.files.plain_paths import as_plain_data, from_plain_data
+from gpucache_pipes.files.rows import RowFiles
+from gpucache_pipes.files.samples import Parts, Samples, as_samples, files_of, joined
 from gpucache_pipes.files.selection import Key, Selection
 from gpucache_pipes.files.source import (
     LoadedFeature,
@@ -45,21 +41,27 @@ __all__ = [
     "LocalFiles",
     "NumberedPath",
     "OpenFeature",
+    "Parts",
     "PathLike",
     "PathList",
     "PathTable",
     "Paths",
     "Progress",
+    "RowFiles",
+    "Samples",
     "Selection",
     "Source",
     "Tree",
     "VersionedFeature",
     "as_plain_data",
+    "as_samples",
     "build",
     "copy_value",
     "file_size",
+    "files_of",
     "flatten",
     "from_plain_data",
+    "joined",
     "leaf_names",
     "load_error",
     "native_problem",

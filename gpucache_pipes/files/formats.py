@@ -5,7 +5,7 @@ from collections.abc import Callable
 from gpucache_pipes.files.batch_reader import BatchReader
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.npy import NpyReader
-from gpucache_pipes.files.planned import PlanReader
+from gpucache_pipes.files.planned import PlannedFeature, PlanReader
 from gpucache_pipes.files.pt.fallback import by_torch_load
 from gpucache_pipes.files.pt.reader import PtReader
 from gpucache_pipes.files.safetensors import SafetensorsReader
@@ -50,6 +50,16 @@ class FileOpener:
         if not path.endswith(self._suffixes):
             return ""
         return next(suffix for suffix in self._suffixes if path.endswith(suffix))
+
+    def open_planned(self, path: str) -> PlannedFeature:
+        """The feature in a file, by its read plan. Raises OSError, or ValueError if there is none.
+
+        That is so for what torch.load would have to read.
+        """
+        try:
+            return self._readers.get(self._suffix(path), self._pt).open(path)
+        except Unsupported as error:
+            raise ValueError(f"only torch.load can read {path!r}: {error}") from error
 
     def probe(self, path: str) -> tuple[OpenFeature, str | None]:
         """The feature, and why `torch.load` read it, or None. Raises as `open` does."""

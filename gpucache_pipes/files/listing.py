@@ -10,6 +10,7 @@ import numpy as np
 
 from gpucache_pipes.files.local import current_directory
 from gpucache_pipes.files.paths import PathList, Paths
+from gpucache_pipes.files.samples import Parts
 
 GLOB_CHARACTERS = frozenset("*?[")
 
@@ -69,13 +70,17 @@ class GivenPaths:
     Once the current directory has changed, relative paths become absolute ones, so that they go on
     meaning what they meant. May be pickled.
 
+    Args:
+        paths: the paths.
+        parts: see `PathList`.
+
     Attributes:
         given: the paths as they were given.
     """
 
-    def __init__(self, paths: list[str]) -> None:
+    def __init__(self, paths: list[str], parts: Parts = ()) -> None:
         self.given = paths
-        self._files = PathList.here(paths)
+        self._files = PathList.here(paths, parts)
 
     def label(self, labels: Any) -> None:
         """Let the list carry these labels."""
@@ -86,9 +91,9 @@ class GivenPaths:
         cwd = self._files.cwd
         if cwd is not None and current_directory() != cwd:
             everything = np.arange(len(self.given))
-            labels = self._files.labels
-            self._files = PathList(Paths(self._files, everything).absolute())
-            self._files.labels = labels
+            before = self._files
+            self._files = PathList(Paths(before, everything).absolute(), None, before.parts)
+            self._files.labels = before.labels
         return self._files
 
     def now(self) -> list[str]:

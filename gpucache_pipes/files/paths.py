@@ -19,22 +19,32 @@ class PathList:
         paths: the paths.
         cwd: the current directory in which relative ones among them are meant; None if all are
             absolute.
-        labels: what belongs to each path, by its position; None if nothing does.
+        parts: where a sample is several files, the names of its parts, see `Samples`; the paths
+            are then part after part. Else empty.
+        labels: what belongs to each sample, by its position; None if nothing does.
     """
 
-    __slots__ = ("__weakref__", "cwd", "labels", "paths")
+    __slots__ = ("__weakref__", "cwd", "labels", "parts", "paths")
 
-    def __init__(self, paths: list[str], cwd: str | None = None) -> None:
+    def __init__(
+        self, paths: list[str], cwd: str | None = None, parts: tuple[Any, ...] = ()
+    ) -> None:
         self.paths = paths
         self.cwd = cwd
+        self.parts = parts
         self.labels: Any = None
 
+    @property
+    def samples(self) -> int:
+        """How many there are: files, unless a sample is several of them."""
+        return len(self.paths) // max(1, len(self.parts))
+
     @classmethod
-    def here(cls, paths: list[str]) -> "PathList":
+    def here(cls, paths: list[str], parts: tuple[Any, ...] = ()) -> "PathList":
         """Paths that are meant in the current directory."""
         # Strings that begin with a slash are neighbours in the order of strings.
         absolute = not paths or (os.path.isabs(min(paths)) and os.path.isabs(max(paths)))
-        return cls(paths, None if absolute else os.getcwd())
+        return cls(paths, None if absolute else os.getcwd(), parts)
 
 
 class NumberedPath(str):
@@ -131,46 +141,11 @@ def paths_without(paths: Sequence[Any], left_out: Collection[int]) -> Sequence[A
     """All of a sequence of paths but those at these positions of it."""
     if not left_out:
         return paths
-    kept = [at for at in range(len(paths)) if at not in left_out]
+    return chosen(paths, [at for at in range(len(paths)) if at not in left_out])
+
+
+def chosen(paths: Sequence[Any], at: Sequence[int]) -> Sequence[Any]:
+    """Those of a sequence of paths that are at these positions of it."""
     if isinstance(paths, Paths):
-        return Paths(paths.files, paths.positions[kept])
-    return [paths[at] for at in kept]
-
-
-_POSITIONS = "label_positions"
-
-
-def as_plain_data(element: Any) -> Any:
-    """Paths for a state: a list, or with labels also their positions. Anything else as it is."""
-    if isinstance(element, NumberedPath):
-        return {_POSITIONS: element.position, "paths": str(element)}
-    if isinstance(element, Paths):
-        paths = [str(path) for path in element]
-        if element.files.labels is None:
-            return paths
-        return {_POSITIONS: element.positions.tolist(), "paths": paths}
-    return element
-
-
-def from_plain_data(data: Any, files: PathList | None, given: Sequence[str]) -> Any:
-    """What `as_plain_data` was given, if these are still the files; else the paths alone.
-
-    Args:
-        data: from a state.
-        files: the list of files, with labels; None if there is none.
-        given: its paths as they were first.
-    """
-    if not isinstance(data, dict) or data.keys() != {_POSITIONS, "paths"}:
-        return data
-    positions, paths = data[_POSITIONS], data["paths"]
-    single = isinstance(positions, int)
-    pairs = [(positions, paths)] if single else list(zip(positions, paths, strict=True))
-    if (
-        files is None
-        or files.labels is None
-        or any(at >= len(given) or path not in (given[at], files.paths[at]) for at, path in pairs)
-    ):
-        return paths
-    if single:
-        return NumberedPath.of(files, positions)
-    return Paths(files, np.array(positions, np.intp))
+        return Paths(paths.files, paths.positions[at])
+    return [paths[n] for n in at]

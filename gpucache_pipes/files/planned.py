@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout
 from gpucache_pipes.files.plans import FormParts, PlanFamily, ReadPlan
-from gpucache_pipes.files.source import OpenFeature
 from gpucache_pipes.files.strided import copy_one
 from gpucache_pipes.files.versions import is_racy, version_of
 
@@ -176,7 +175,7 @@ class PlanReader:
             self._cost = plan.cost
         self._plans[version] = plan
 
-    def open(self, path: str) -> OpenFeature:
+    def open(self, path: str) -> "PlannedFeature":
         """Open the feature in a file. The caller closes it.
 
         Raises:
@@ -231,10 +230,12 @@ class PlannedFeature:
 
     Attributes:
         fd: the descriptor.
+        plan: how to read it; set by `follow`.
         layout: see OpenFeature; set by `follow`.
         values: see OpenFeature; set by `follow`.
     """
 
+    plan: ReadPlan
     layout: Layout
     values: tuple[Any, ...]
 
@@ -250,7 +251,7 @@ class PlannedFeature:
         """Read by `plan`. `data` is the whole file if finding the plan has read it, or empty."""
         self.layout = plan.layout
         self.values = plan.values
-        self._plan = plan
+        self.plan = plan
         self._data = memoryview(data)
 
     @property
@@ -258,17 +259,17 @@ class PlannedFeature:
         """See OpenFeature."""
         if self._data:
             return len(self._data)
-        contiguous = sum(extent.nbytes for extent in self._plan.extents)
-        return contiguous + sum(extent.nbytes for extent in self._plan.strided_extents)
+        contiguous = sum(extent.nbytes for extent in self.plan.extents)
+        return contiguous + sum(extent.nbytes for extent in self.plan.strided_extents)
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """See OpenFeature. Raises OSError if the file ends before an extent does."""
         if self._data:
-            fill(self._plan, self._data, buffers)
+            fill(self.plan, self._data, buffers)
             return
-        for start, offset, nbytes in self._plan.extents:
+        for start, offset, nbytes in self.plan.extents:
             self._read(_cut(buffers, offset, nbytes), start)
-        for extent in self._plan.strided_extents:
+        for extent in self.plan.strided_extents:
             held = bytearray(extent.nbytes)
             self._read([memoryview(held)], extent.start)
             copy_one(held, extent, buffers)

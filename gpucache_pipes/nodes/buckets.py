@@ -4,12 +4,13 @@ import logging
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpucache_pipes.files import file_size
+from gpucache_pipes.files import Samples, file_size
 
 _log = logging.getLogger("gpucache_pipes")
 
@@ -46,14 +47,15 @@ class Buckets:
 
     @classmethod
     def of(
-        cls, paths: Sequence[str], by: str | Callable[[str], float], batch_size: int
+        cls, paths: Sequence[Any], by: str | Callable[[Any], float], batch_size: int
     ) -> "Buckets":
         """Buckets by the sizes of files.
 
         Args:
-            paths: of all files.
-            by: "file_size", or a function path -> number. A file whose size cannot be read counts
-                as empty, which is logged; the request of its batch will raise the error.
+            paths: of all files; or samples of several files.
+            by: "file_size", of a sample that of all its files; or a function path or sample ->
+                number. A file whose size cannot be read counts as empty, which is logged; the
+                request of its batch will raise the error.
             batch_size: files per batch.
 
         Raises:
@@ -61,17 +63,20 @@ class Buckets:
             TypeError: if the function returns something that is not a number.
         """
         if by == "file_size":
+            if isinstance(paths, Samples):
+                sizes = np.array(_file_sizes(paths.paths)).reshape(len(paths.parts), -1)
+                return cls(sizes.sum(0).tolist(), batch_size)
             return cls(_file_sizes(paths), batch_size)
         if not callable(by):
             raise ValueError(f'bucket_by={by!r} must be "file_size" or a function of the path')
-        sizes = []
+        given = []
         for path in paths:
             size = by(path)
             try:
-                sizes.append(float(size))
+                given.append(float(size))
             except (TypeError, ValueError) as error:
                 raise TypeError(f"bucket_by gave {size!r} for {path!r}, not a number") from error
-        return cls(sizes, batch_size)
+        return cls(given, batch_size)
 
     def __str__(self) -> str:
         return f"batch_size={self._batch_size}"

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.batches import FeatureBatch, collate_on_host, first_device, to_device
+from gpucache_pipes.batches import (
+    FeatureBatch,
+    SampleBatch,
+    collate_on_host,
+    first_device,
+    to_device,
+)
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.labels import Labelled
@@ -16,7 +22,8 @@ from gpucache_pipes.nodes.options import CollateOptions
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
 from gpucache_pipes.nodes.upstream import as_node, upstream_nodes
 
-_BATCHES = (FeatureBatch, Labelled)
+_GATHERED = (FeatureBatch, SampleBatch)
+_BATCHES = (*_GATHERED, Labelled)
 
 
 class GPUCollator(BaseNode[Any]):
@@ -25,8 +32,9 @@ class GPUCollator(BaseNode[Any]):
     Without collate_fn, a batch is what `torch.utils.data.default_collate` makes of the features,
     on the device of the store: tensors are stacked to [B, *shape] and contiguous, numbers become
     tensors [B], strings stay lists. In a tuple (FeatureBatch, element), as a GPUPrefetcher with
-    path_fn yields it, the FeatureBatch is collated and the rest stays as it is. Batches are the
-    consumer's: the cache shares no memory with them.
+    path_fn yields it, the FeatureBatch is collated and the rest stays as it is. Of samples of
+    several files each part is collated by itself: {"video": batch, "audio": batch}. Batches are
+    the consumer's: the cache shares no memory with them.
 
     Device operations are issued on the stream that GPUPrefetcher describes.
 
@@ -47,7 +55,10 @@ class GPUCollator(BaseNode[Any]):
             and not from the lengths in it. Needs a GPUPrefetcher directly upstream.
         padding_value: fills padded sequences after their end.
         pad_to_multiple: round the length T of a padded batch up to a multiple of this.
-        max_length: sequences that are longer are cut off there, before they are joined.
+        max_length: of sequences that are longer, so much is taken, before they are joined.
+        crop: which part of these: "start", "center", or "random", drawn for each feature and batch
+            from torch's random numbers, which are not in the state of the node. Sequences of one
+            length in a feature are cut at one place.
         transform: batch -> what to yield, such as augmentation on the device. It is called in the
             thread that calls `next()`, on the same stream, with all that would be yielded without
             it, labels included, and must not return None. Random numbers that it draws are not in
@@ -72,12 +83,13 @@ class GPUCollator(BaseNode[Any]):
         padding_value: float = 0.0,
         pad_to_multiple: int = 1,
         max_length: int | None = None,
+        crop: str = "start",
         transform: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
         options = CollateOptions(
             collate_fn, batch_size, drop_last, ragged, padding_value, pad_to_multiple, max_length,
-            transform,
+            crop, transform,
         )  # fmt: skip
         self.ragged = options.ragged_options()
         self.source = as_node(source)
@@ -140,7 +152,7 @@ class GPUCollator(BaseNode[Any]):
             return source.take(count)
         features: list[Any] = []
         for feature in source:
-            if isinstance(feature, FeatureBatch):
+            if isinstance(feature, _GATHERED):
                 raise TypeError("the source yields batches already: omit batch_size")
             features.append(feature)
             if len(features) == count:
@@ -149,7 +161,7 @@ class GPUCollator(BaseNode[Any]):
 
     def _collate(self, element: Any) -> Any:
         """The batch that an element of the source, or a list of features, becomes."""
-        if isinstance(element, FeatureBatch):
+        if isinstance(element, _GATHERED):
             return element.collate(self.ragged) if self.collate_fn is None else self._call(element)
         if isinstance(element, Labelled):
             return self._collate(element.features), element.labels

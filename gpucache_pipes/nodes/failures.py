@@ -5,12 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpucache_pipes.files import (
-    Paths,
-    as_plain_data,
-    from_plain_data,
-    paths_without,
-)
+from gpucache_pipes.files import Paths, Samples, as_plain_data, from_plain_data
 from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError
@@ -143,7 +138,7 @@ class Failures:
         """Replace or leave out the failed features of an element; whether anything is left."""
         left_out = self._resolve_batch(batch, pending.paths)
         if pending.divisible and left_out:
-            pending.value = paths_without(pending.paths, left_out)
+            pending.value = pending.kept()
             return len(pending.value) > 0
         # Which parts of any other element belong to a path is known to the user only.
         return not left_out
@@ -178,4 +173,4 @@ class Failures:
 
 def _copied(element: Any) -> Any:
     """A copy of an element of the source, which still knows its labels."""
-    return element if isinstance(element, Paths) else copy.copy(element)
+    return element if isinstance(element, (Paths, Samples)) else copy.copy(element)

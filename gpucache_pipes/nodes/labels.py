@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from gpucache_pipes.batches import collate_on_host, upload
-from gpucache_pipes.files import NumberedPath, Paths
+from gpucache_pipes.files import NumberedPath, Paths, Samples
 from gpucache_pipes.nodes.label_names import find, names_any, numbered_names
 
 
@@ -95,6 +95,7 @@ class Labels:
 
         On the current stream. One copy to the device, and one operation for each column.
         """
+        positions = positions % self._files  # of a sample of several files, by any of them
         index = upload(torch.from_numpy(positions.astype(np.int64)), device)
 
         def of(column: Any) -> Any:
@@ -106,7 +107,8 @@ class Labels:
 
     def row(self, position: int, device: torch.device) -> Any:
         """The label at a position: a tensor on the device, or an object."""
-        return _map(lambda column: _own(column[position], device), self._columns_on(device))
+        at = position % self._files
+        return _map(lambda column: _own(column[at], device), self._columns_on(device))
 
     def _columns_on(self, device: torch.device) -> Any:
         columns = self._on.get(device)
@@ -128,11 +130,13 @@ NO_LABELS = object()
 
 
 def labels_of(paths: Sequence[Any], device: torch.device) -> Any:
-    """The labels of a batch of paths, or of single ones, as `Labels.rows` makes them.
+    """The labels of a batch of paths or samples, or of single ones, as `Labels.rows` makes them.
 
     NO_LABELS for paths without labels. Raises TypeError if only some have labels, or if they are of
     several lists.
     """
+    if isinstance(paths, Samples):
+        paths = paths.column(0)
     if isinstance(paths, Paths):
         labels, positions = paths.files.labels, paths.positions
         return NO_LABELS if labels is None else labels.rows(positions, device)

@@ -9,7 +9,7 @@ from typing import Any
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batches import RaggedOptions
-from gpucache_pipes.files import NumberedPath, Paths
+from gpucache_pipes.files import NumberedPath, Paths, Samples, as_samples
 from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.nodes.pending_element import PendingElement
 from gpucache_pipes.store import GPUFeatureStore, PendingBatch
@@ -114,21 +114,23 @@ class Lookahead:
         pending.divisible = paths is value
         # Each time: a stand-in for an element that failed may be of the other kind.
         pending.single = isinstance(paths, (str, os.PathLike))
+        samples = pending.samples = as_samples(paths)
         if pending.single:
             pending.divisible = False
             paths = [paths]
-        elif not isinstance(paths, Sequence) or isinstance(paths, bytes):
+        elif samples is None and (not isinstance(paths, Sequence) or isinstance(paths, bytes)):
             what = "an element" if self._path_fn is None else "what path_fn gave"
             raise TypeError(
                 f"{what} is neither a path nor a sequence of paths: {paths!r:.200}; "
                 "path_fn(element) returns the paths of the files that an element needs"
             )
-        pending.paths = paths
-        self._files = len(paths)
+        files = paths if samples is None else samples.paths
+        pending.paths = files
+        self._files = len(files)
         # Not NumberedPath: the store would keep the list of files alive, and its labels.
-        asked = paths
-        if not isinstance(paths, Paths) and len(paths) and isinstance(paths[0], NumberedPath):
-            asked = [str(path) for path in paths]
+        if not isinstance(files, Paths) and len(files) and isinstance(files[0], NumberedPath):
+            files = [str(path) for path in files]
+        asked = files if samples is None else Samples(samples.parts, files)
         pending.batch = self._store.request(asked, owner=self._owner, ahead=self._depth())
 
     def _depth(self) -> int:

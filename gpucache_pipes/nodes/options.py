@@ -74,6 +74,7 @@ class CollateOptions:
     padding_value: float = 0.0
     pad_to_multiple: int = 1
     max_length: int | None = None
+    crop: str = "start"
     transform: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
@@ -93,7 +94,9 @@ class CollateOptions:
 
     def ragged_options(self) -> RaggedOptions:
         """Those of them that say how to join sequences of different lengths."""
-        return RaggedOptions(self.ragged, self.padding_value, self.pad_to_multiple, self.max_length)
+        return RaggedOptions(
+            self.ragged, self.padding_value, self.pad_to_multiple, self.max_length, self.crop
+        )
 
 
 def require_store(store: object) -> None:
@@ -127,3 +130,9 @@ def require_consistent(
         raise ValueError("bucket_by and a sampler both set the order; give one of them")
     if if_files_changed not in ("raise", "continue"):
         raise ValueError(f'if_files_changed={if_files_changed!r} must be "raise" or "continue"')
+
+
+def require_batches(batch_size: int | None) -> None:
+    """Raise ValueError if samples of several files do not come in batches."""
+    if batch_size is None:
+        raise ValueError("samples of several files come in batches: give a batch_size")

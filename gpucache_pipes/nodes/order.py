@@ -1,6 +1,6 @@
 """The order of an epoch: drawn from a seed, or by a sampler of the user's."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -8,8 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpucache_pipes.files import PathList, Paths, Samples, files_of
 from gpucache_pipes.nodes.buckets import Buckets
+from gpucache_pipes.nodes.options import require_batches
 from gpucache_pipes.nodes.sharding import Shards
+
+Order = NDArray[np.intp] | list[Any]
+"""Positions in the list of files; a list of positions or of batches where a sampler yields them."""
 
 
 class DrawnOrder:
@@ -128,6 +133,53 @@ def flatten(sampled: list[Any], files: int) -> NDArray[np.intp]:
         sampled = list(chain.from_iterable(sampled))
     flat = np.array(sampled, np.intp)
     return flat[(flat >= -files) & (flat < files)] % files
+
+
+def picked(order: Order, files: PathList, batch_size: int | None) -> Sequence[Any]:
+    """The paths or samples at these positions; a list of batches, if the order is one.
+
+    Raises:
+        ValueError: batches together with a batch_size, or samples of several files without.
+        IndexError: a position beyond the files.
+    """
+    pick = Samples.pick if files.parts else Paths
+    if isinstance(order, np.ndarray):
+        # A copy, so that a batch does not keep the order of its epoch.
+        return pick(files, order.copy())
+    if order and not isinstance(order[0], int):
+        if batch_size is not None:
+            raise ValueError("the sampler yields batches already: omit batch_size")
+        return [picked(batch, files, len(batch)) for batch in order]
+    if order and files.parts:
+        require_batches(batch_size)
+    positions, count = np.array(order, np.intp), files.samples
+    if order and not -count <= positions.min() <= positions.max() < count:
+        raise IndexError(f"the sampler yields positions beyond the {count} files")
+    return pick(files, positions % count)
+
+
+def requested(order: Order, files: PathList, batch_size: int | None) -> NDArray[np.intp]:
+    """The positions of files in the order in which their batches are requested.
+
+    Args:
+        order: positions of samples, or lists of them that are batches.
+        files: the list.
+        batch_size: samples in a batch, where `order` has no batches.
+
+    >>> files = PathList(["v0", "v1", "v2", "a0", "a1", "a2"], parts=("video", "audio"))
+    >>> requested(np.array([2, 0, 1]), files, batch_size=2)
+    array([2, 0, 5, 3, 1, 4])
+    """
+    samples = files.samples
+    if not files.parts:
+        return order if isinstance(order, np.ndarray) else flatten(order, samples)
+    if isinstance(order, list) and order and not isinstance(order[0], int):
+        batches = [flatten(batch, samples) for batch in order]
+    else:
+        flat = order if isinstance(order, np.ndarray) else flatten(order, samples)
+        size = batch_size or 1
+        batches = np.split(flat, range(size, len(flat), size))
+    return np.concatenate([files_of(batch, files) for batch in batches]).astype(np.intp)
 
 
 def _generator(seed: int) -> torch.Generator:

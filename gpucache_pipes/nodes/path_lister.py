@@ -9,20 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.files import Paths, from_plain_data
-from gpucache_pipes.files.listing import GivenPaths, directory_prefix, find_files
+from gpucache_pipes.files import PathList, Paths, Samples, files_of, from_plain_data
+from gpucache_pipes.files.listing import GivenPaths
+from gpucache_pipes.files.sample_listing import list_samples
 from gpucache_pipes.nodes.buckets import Buckets
 from gpucache_pipes.nodes.labels import Labels
-from gpucache_pipes.nodes.options import require_consistent
-from gpucache_pipes.nodes.order import DrawnOrder, SampledOrder, flatten
+from gpucache_pipes.nodes.options import require_batches, require_consistent
+from gpucache_pipes.nodes.order import DrawnOrder, Order, SampledOrder, picked, requested
 from gpucache_pipes.nodes.resuming import fingerprint, resumed_position
 from gpucache_pipes.nodes.sharding import Shards, find_rank
 from gpucache_pipes.nodes.upstream import as_node, is_list
 from gpucache_pipes.store import Upcoming
 
 Source = str | os.PathLike[str] | Iterable[Any]
-Order = NDArray[np.intp] | list[Any]
-"""Positions in the list of files; a list of positions or of batches where a sampler yields them."""
 
 
 class PathLister(BaseNode[Any]):
@@ -36,8 +35,10 @@ class PathLister(BaseNode[Any]):
 
     Args:
         source: a directory, a glob such as "data/**/*.pt", or a sequence of paths: a list of
-            files, made once, in the constructor. Or a stream: any other iterable, IterDataPipe or
-            node that yields paths, iterated once per epoch in its own order.
+            files, made once, in the constructor. Where a sample is several files, a dict of these,
+            {"video": ..., "audio": ...}, or a sequence of dicts or tuples of paths; the files of
+            directories and globs go together by name, whatever its ending. Or a stream: any other
+            iterable, IterDataPipe or node of paths, iterated once per epoch in its own order.
         pattern: which names in a directory are features.
         recursive: look into subdirectories as well.
         batch_size: yield batches of this many paths, at least 1; None yields single paths.
@@ -63,7 +64,8 @@ class PathLister(BaseNode[Any]):
             as it is listed, that below the directory, or the file's own, with or without its
             ending. Numbers become tensors as default_collate makes them, other objects lists.
         bucket_by: put files of similar size into a batch, so that padding them costs little: by
-            "file_size", or by a function path -> number. Batches are still shuffled.
+            "file_size", or by a function path -> number; of samples of several files, sample ->
+            number. Batches are still shuffled.
         if_files_changed: how to resume a state over other files: "raise", or "continue" at the
             same position of the same epoch, where some files are then read twice or not at all.
 
@@ -104,14 +106,18 @@ class PathLister(BaseNode[Any]):
         self.seed = seed
         self.sampler = sampler
         self.if_files_changed = if_files_changed
-        self._names_from = directory_prefix(source)
         self._stream: BaseNode[Any] | None = None
         self._given: GivenPaths | None = None
         if is_list(source):
-            self._given = GivenPaths(find_files(source, pattern, recursive))
+            found = list_samples(source, pattern, recursive)
+            self._given = GivenPaths(found.paths, found.parts)
+            self._names_from = "" if found.parts else found.root
+            files = self._files
+            if files.parts and sampler is None:
+                require_batches(batch_size)
             if labels is not None:
-                by_position = not isinstance(source, (str, os.PathLike))
-                self._given.label(Labels.of(labels, self._paths, self._names_from, by_position))
+                named = files.paths[: files.samples]
+                self._given.label(Labels.of(labels, named, found.root, found.given))
         elif shuffle or sampler is not None or bucket_by is not None or labels is not None:
             raise ValueError(
                 "an order and labels are for a known list of files: give a directory, a glob or a "
@@ -121,7 +127,7 @@ class PathLister(BaseNode[Any]):
             self._stream = as_node(source)  # type: ignore[arg-type]
         self._buckets = None
         if bucket_by is not None and batch_size is not None:
-            self._buckets = Buckets.of(self._paths, bucket_by, batch_size)
+            self._buckets = Buckets.of(self._all(), bucket_by, batch_size)
         # The rank may become known only after the lister was made.
         self._rank_unknown = num_shards is None and sampler is None and self._stream is None
         self._shard = shard
@@ -138,7 +144,7 @@ class PathLister(BaseNode[Any]):
 
     def _choose_shards(self, num_shards: int | None, shard_index: int | None, shard: str) -> Shards:
         if self.sampler is None and self._stream is None:
-            return Shards.of(len(self._paths), num_shards, shard_index, shard, self.drop_last)
+            return Shards.of(self._files.samples, num_shards, shard_index, shard, self.drop_last)
         if num_shards is not None or shard_index is not None:
             raise ValueError(
                 "a sampler or a stream of paths counts as sharded already: omit num_shards, and "
@@ -151,8 +157,8 @@ class PathLister(BaseNode[Any]):
         if self.sampler is not None:
             self._drawing = SampledOrder(self.sampler, self.seed)
         else:
-            files = len(self._paths)
-            self._drawing = DrawnOrder(files, self.shuffle, self.seed, self.shards, self._buckets)
+            count = self._files.samples
+            self._drawing = DrawnOrder(count, self.shuffle, self.seed, self.shards, self._buckets)
         self._order_name = str(self._drawing)
 
     def _find_rank_again(self) -> None:
@@ -162,19 +168,24 @@ class PathLister(BaseNode[Any]):
             self._make_order()
 
     @property
-    def _paths(self) -> Sequence[str]:
-        return () if self._given is None else self._given.now()
+    def _files(self) -> PathList:
+        return _NONE if self._given is None else self._given.files()
+
+    def _all(self) -> Sequence[Any]:
+        """All files, or all samples."""
+        files = self._files
+        return Samples(files.parts, files.paths) if files.parts else files.paths
 
     @property
-    def paths(self) -> Sequence[str]:
-        """All files, as given; those of a directory or a glob sorted.
+    def paths(self) -> Sequence[Any]:
+        """All files, as given; those of a directory or a glob sorted. Or samples of several files.
 
         Relative paths become absolute when the current directory changes, so that they go on
         naming the same files. Raises TypeError if the source is a stream.
         """
         if self._stream is not None:
             raise TypeError("the paths of a stream are not known in advance")
-        return self._paths
+        return self._all()
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next reset begin this epoch; the first is 0. Else each reset begins the next one.
@@ -225,43 +236,30 @@ class PathLister(BaseNode[Any]):
             batch = [_path(item) for item in islice(self._stream, count)]
         else:
             assert self._order is not None
-            batch = self._pick(self._order[self._position : self._position + count])
+            end = self._position + count
+            batch = picked(self._order[self._position : end], self._files, self.batch_size)
         self._position += len(batch)
         if not batch or (self.drop_last and len(batch) < count):
             raise StopIteration
         return batch[0] if self.batch_size is None else batch
 
-    def _pick(self, order: Order) -> Sequence[Any]:
-        """The paths at these positions, or the batches of them, where a sampler yields batches."""
-        assert self._given is not None
-        files = self._given.files()
-        if isinstance(order, np.ndarray):
-            # A copy, so that a batch does not keep the order of its epoch.
-            return Paths(files, order.copy())
-        if order and not isinstance(order[0], int):
-            if self.batch_size is not None:
-                raise ValueError("the sampler yields batches already: omit batch_size")
-            return [self._pick(batch) for batch in order]
-        positions, count = np.array(order, np.intp), len(files.paths)
-        if order and not -count <= positions.min() <= positions.max() < count:
-            raise IndexError(f"the sampler yields positions beyond the {count} files")
-        return Paths(files, positions % count)
-
     def own_paths(self) -> list[str]:
         """The files that the epochs of this shard are made of: all of them, unless it is static."""
+        if self._stream is not None:
+            raise TypeError("the paths of a stream are not known in advance")
         self._find_rank_again()
-        paths = self.paths
-        return [paths[at] for at in self.shards.pool(len(paths)).tolist()]
+        files = self._files
+        return list(Paths(files, files_of(self.shards.pool(files.samples), files)))
 
     @property
     def labelled(self) -> bool:
         """Whether its files have labels."""
-        return self._given is not None and self._given.files().labels is not None
+        return self._files.labels is not None
 
     def numbered(self, element: Any) -> Any:
         """What `next` has yielded, of what a state holds of it: see `files.as_plain_data`."""
-        given = self._given or GivenPaths([])
-        return from_plain_data(element, given.files(), given.given)
+        given = () if self._given is None else self._given.given
+        return from_plain_data(element, self._files, given)
 
     def __bool__(self) -> bool:
         return True  # also for a stream, which has no length
@@ -303,15 +301,14 @@ class PathLister(BaseNode[Any]):
 
         # A sampler is for this thread only.
         order = both_epochs if isinstance(drawing, DrawnOrder) else both_epochs()
-        return Upcoming(self._given.files(), order, len(rest))
+        return Upcoming(self._files, order, len(rest))
 
     def _flat(self, order: Order, start: int = 0) -> NDArray[np.intp]:
-        """The positions of files from element `start` on, without those that drop_last omits."""
+        """The positions of files from sample `start` on, without those that drop_last omits."""
         end = len(order)
         if self.drop_last and self.batch_size is not None:
             end -= end % self.batch_size
-        rest = order[start:end]
-        return rest if isinstance(rest, np.ndarray) else flatten(rest, len(self._paths))
+        return requested(order[start:end], self._files, self.batch_size)
 
     def __len__(self) -> int:
         """Elements that an epoch yields. Raises TypeError if the source is a stream."""
@@ -327,7 +324,7 @@ class PathLister(BaseNode[Any]):
         """Where an epoch ends for a rank, as a position, with this number of shards."""
         if self.sampler is not None:
             return len(self._drawing)
-        size = Shards(shards, 0, self.shards.static, self.drop_last).size(len(self._paths))
+        size = Shards(shards, 0, self.shards.static, self.drop_last).size(self._files.samples)
         return size - size % self.batch_size if self.drop_last and self.batch_size else size
 
     def _identity(self) -> dict[str, Any]:
@@ -339,9 +336,12 @@ class PathLister(BaseNode[Any]):
         return {
             "order": self._order_name,
             "shards": self.shards.count,
-            "files": len(self._paths),
+            "files": self._files.samples,
             "fingerprint": self._fingerprint,
         }
+
+
+_NONE = PathList([])
 
 
 def _path(item: Any) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from gpucache_pipes.files import Samples, paths_without
 from gpucache_pipes.store import PendingBatch
 
 
@@ -14,6 +15,7 @@ class PendingElement:
     Attributes:
         value: what the source yielded; with on_error, what is left of it, or what replaces it.
         paths: the files that it needs.
+        samples: the same, where each sample is several files; else None.
         single: whether it is one path, so that it becomes a feature and not a FeatureBatch.
         divisible: whether it is a sequence of paths and nothing else, so that some of them may be
             left out.
@@ -31,6 +33,7 @@ class PendingElement:
         "error",
         "paths",
         "resolved",
+        "samples",
         "single",
         "state",
         "value",
@@ -39,6 +42,7 @@ class PendingElement:
     def __init__(self, value: Any) -> None:
         self.value = value
         self.paths: Sequence[Any] = ()
+        self.samples: Samples | None = None
         self.single = False
         self.divisible = False
         self.batch: PendingBatch | None = None
@@ -46,7 +50,9 @@ class PendingElement:
         self.error: Exception | None = None
         self.state: dict[str, Any] | None = None
 
-    @property
-    def left_out(self) -> set[int]:
-        """The positions among its paths of the features that were left out."""
-        return set() if self.batch is None else self.batch.left_out
+    def kept(self) -> Sequence[Any]:
+        """Its paths, or its samples, without those that were left out."""
+        left_out = set() if self.batch is None else self.batch.left_out
+        if self.samples is not None:
+            return self.samples.without(left_out)
+        return paths_without(self.paths, left_out)

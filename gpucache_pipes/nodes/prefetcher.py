@@ -7,7 +7,6 @@ from weakref import WeakValueDictionary
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.batches import RaggedOptions
-from gpucache_pipes.files import paths_without
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.failures import Failures
@@ -39,6 +38,8 @@ class GPUPrefetcher(BaseNode[Any]):
 
     - a path: the feature in that file;
     - a sequence of paths: a FeatureBatch, a sequence of features gathered at once;
+    - samples of several files, as a PathLister over columns yields them, or a dict of columns of
+      paths, or a list of dicts of paths: a SampleBatch, a sequence of dicts or tuples of features;
     - any other element, with `path_fn`: `join_fn(features, element)`, where `features` is one of
       the above for `path_fn(element)`. Without `join_fn` the tuple (features, element).
 
@@ -298,7 +299,7 @@ class GPUPrefetcher(BaseNode[Any]):
         TypeError where labels were lost; the elements are then consumed.
         """
         try:
-            paths = [paths_without(head.paths, head.left_out) for head in heads if not head.error]
+            paths = [head.kept() for head in heads if not head.error]
             if as_one:
                 found = [labels_of([path for [path] in paths], self.store.device)]
             elif heads[0].single:

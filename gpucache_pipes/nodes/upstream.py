@@ -27,23 +27,20 @@ def as_node(source: BaseNode[Any] | Iterable[Any]) -> BaseNode[Any]:
 def is_list(source: Any) -> bool:
     """Whether a source holds paths that can be listed at once: a list, or what is like one.
 
-    Arrays of numpy, Series of pandas and columns of data sets are; nodes and DataPipes are not.
+    Arrays of numpy, Series of pandas and columns of data sets are, and dicts of columns; nodes and
+    DataPipes are not.
 
     Raises:
-        TypeError: for a dict, and for bytes.
+        TypeError: for a table, and for bytes.
     """
-    if isinstance(source, Mapping):
-        raise TypeError(
-            "the source is a dict: give its keys as the paths, list(...), and the dict as labels="
-        )
     if hasattr(source, "columns") and hasattr(source, "iloc"):
         raise TypeError(
             "the source is a table: give its column of paths, as in PathLister(df['path'], "
-            "labels=df)"
+            "labels=df), or a dict of several: {'video': df['video'], 'audio': df['audio']}"
         )
     if isinstance(source, bytes):
         raise TypeError(f"paths are str, not {source!r:.80}: os.fsdecode(path) makes it one")
-    if isinstance(source, (str, os.PathLike, Sequence)):
+    if isinstance(source, (str, os.PathLike, Sequence, Mapping)):
         return True
     has_items = hasattr(source, "__len__") and hasattr(source, "__getitem__")
     return has_items and not isinstance(source, (BaseNode, Dataset))

@@ -13,11 +13,15 @@ from gpucache_pipes.batches import (
     FeatureBatch,
     PageBatch,
     RaggedOptions,
+    SampleBatch,
     to_device,
 )
 from gpucache_pipes.cache import LAYOUT_SHIFT, Cache, Numbers, first_pages, runs_of
 from gpucache_pipes.device import Backend
-from gpucache_pipes.files import ALIGNMENT, Layout, LoadedFeature, PathLike
+from gpucache_pipes.files import ALIGNMENT, Layout, LoadedFeature, Parts, PathLike, joined
+
+_REMEMBERED = 64
+"""Layouts whose byte ranges are remembered."""
 
 
 class Taken(NamedTuple):
@@ -35,6 +39,18 @@ class Taken(NamedTuple):
     places: NDArray[np.int64]
     substitutes: Mapping[int, LoadedFeature]
 
+    def part(self, number: int, of: int) -> "Taken":
+        """One of the parts of equal length that follow each other."""
+        count = len(self.numbers) // of
+        start = number * count
+        within = slice(start, start + count)
+        substitutes = {
+            at - start: feature
+            for at, feature in self.substitutes.items()
+            if start <= at < start + count
+        }
+        return Taken(self.numbers[within], self.paths[within], self.places[within], substitutes)
+
 
 class Gatherer:
     """Gathers READY entries, in the thread that calls and on its current stream.
@@ -47,8 +63,9 @@ class Gatherer:
     def __init__(self, cache: Cache, backend: Backend) -> None:
         self._cache = cache
         self._backend = backend
-        # The layout of the latest batch, and the byte ranges of its leaves. Replaced as a whole.
-        self._extents_of: tuple[Layout | None, list[tuple[int, int]]] = (None, [])
+        # By the number of a layout, which may be used again: the layout, and the byte ranges of its
+        # leaves. Only added to, and replaced.
+        self._extents_of: dict[int, tuple[Layout, list[tuple[int, int]]]] = {}
 
     def gather(self, taken: Taken) -> FeatureBatch:
         """The batch. Takes a few device operations, whatever is in it."""
@@ -85,6 +102,14 @@ class Gatherer:
             self._backend.device, taken.paths, layouts, self._values(taken), memory, starts
         )
         return in_place.collate(ragged)
+
+    def join(self, taken: Taken, parts: Parts, ragged: RaggedOptions | None) -> Any:
+        """A batch of samples of several files, gathered part by part; with `ragged` collated."""
+        each = [taken.part(number, len(parts)) for number in range(len(parts))]
+        if ragged is None:
+            return SampleBatch(parts, [self.gather(part) for part in each])
+        options = [ragged.of_part(name) for name in parts]
+        return joined(parts, list(map(self.collate, each, options)))
 
     def _one_layout(self, taken: Taken) -> int | None:
         """The number of the layout of all features, if they have one and lie in runs of pages."""
@@ -123,10 +148,12 @@ class Gatherer:
         layout: Layout = self._cache.layouts.layouts[number]
         pages = taken.places - (number << LAYOUT_SHIFT) if number else taken.places
         count = len(pages)
-        known, extents = self._extents_of
+        known, extents = self._extents_of.get(number, (None, []))
         if known is not layout:
             extents = [(leaf.offset, leaf.nbytes) for leaf in layout.leaves if leaf.nbytes]
-            self._extents_of = layout, extents
+            if len(self._extents_of) >= _REMEMBERED:
+                self._extents_of = {}
+            self._extents_of[number] = layout, extents
         gathered = iter(backend.gather(pages, extents) if extents else ())
         columns = []
         for dtype, shape, _, nbytes in layout.leaves:

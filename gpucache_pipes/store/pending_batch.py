@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gpucache_pipes.batches import FeatureBatch
 from gpucache_pipes.cache import Numbers
 from gpucache_pipes.device import DeviceMemoryError, is_device_error, is_out_of_memory
-from gpucache_pipes.files import LoadedFeature, PathLike, Paths, load_error
+from gpucache_pipes.files import LoadedFeature, Parts, PathLike, Paths, load_error
 
 if TYPE_CHECKING:
     from gpucache_pipes.store.requests import RequestManager
@@ -25,6 +25,8 @@ class PendingBatch:
     Attributes:
         numbers: of the entries, in order; repeats are allowed.
         paths: of their files, as they were requested, absolute or `Paths`.
+        parts: where a sample is several files, the names of its parts; the entries are then part
+            after part. Else empty.
         places: theirs in the cache, if all were ready at the request.
         missing: those that are still being loaded, each once.
         errors: for the number of each entry that failed, its path and the exception.
@@ -43,9 +45,11 @@ class PendingBatch:
         paths: Sequence[PathLike],
         places: NDArray[np.int64] | None,
         keep_alive: object,
+        parts: Parts = (),
     ) -> None:
         self.numbers = numbers
         self.paths = paths
+        self.parts = parts
         self.places = places
         self.missing: Numbers = _NONE
         self.errors: dict[int, tuple[str, BaseException]] = {}
@@ -77,7 +81,8 @@ class PendingBatch:
     def replace(self, position: int, feature: Any = None) -> None:
         """Use `feature` in place of the one at `position`, which failed to load.
 
-        With None that position is left out, and the result is shorter. Raises IndexError for a
+        With None that position is left out, and the result is shorter; with it the whole sample,
+        where a sample is several files. Raises IndexError for a
         position beyond the batch, ValueError for a feature that has not failed, TypeError for one
         that cannot be cached.
         """
@@ -96,8 +101,14 @@ class PendingBatch:
 
     @property
     def left_out(self) -> set[int]:
-        """The positions that `replace` has left out."""
-        return {at for at, feature in self.substitutes.items() if feature is None}
+        """The positions that `replace` has left out, with the other files of their samples."""
+        left_out = {at for at, feature in self.substitutes.items() if feature is None}
+        if self.parts and left_out:
+            count = len(self.numbers) // len(self.parts)
+            left_out = {
+                at % count + part * count for at in left_out for part in range(len(self.parts))
+            }
+        return left_out
 
     # For the store and the pipelines
 
@@ -177,6 +188,6 @@ def concatenate(
         paths += compress(named, keep.tolist())
         position = np.cumsum(keep) - 1 + start
         for at, feature in batch.substitutes.items():
-            if feature is not None:
+            if feature is not None and keep[at]:
                 substitutes[int(position[at])] = feature
     return np.concatenate(numbers), paths, substitutes

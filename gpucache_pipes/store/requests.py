@@ -11,9 +11,11 @@ from gpucache_pipes.cache import AccessPlan, Numbers
 from gpucache_pipes.device import ends_the_device
 from gpucache_pipes.files import (
     LoadedFeature,
+    Parts,
     PathLike,
     Paths,
     PathTable,
+    Samples,
     Source,
 )
 from gpucache_pipes.store.announcement import Announcement
@@ -63,6 +65,8 @@ class RequestManager:
 
     def _resolve(self, paths: Iterable[PathLike]) -> tuple[Numbers, Sequence[PathLike]]:
         """The numbers of the entries of `paths`, and the paths, absolute."""
+        if isinstance(paths, Samples):
+            paths = paths.paths
         if self._shared.refusal.reason is not None:
             self._shared.refusal.check()
         numbers, absolute = self._paths.resolve(paths)
@@ -113,6 +117,7 @@ class RequestManager:
                 issuer=self,
                 keep_alive=keep_alive,
                 ahead=ahead,
+                parts=paths.parts if isinstance(paths, Samples) else (),
             )
             if loading:
                 self._loader.submit(loading)
@@ -146,8 +151,11 @@ class RequestManager:
         use, uses = object(), self._shared.lock.uses
         try:
             self._require_own(batches)
+            parts = self._parts_of(batches)
             taken = self._shared.take(batches, held, use)
             with trace("gpucache::gather"):
+                if parts:
+                    return self._gatherer.join(taken, parts, ragged)
                 if ragged is None:
                     return self._gatherer.gather(taken)
                 return self._gatherer.collate(taken, ragged)
@@ -177,6 +185,13 @@ class RequestManager:
     def abandon(self, number: int) -> None:
         """See PendingBatch."""
         self._shared.abandon(number)
+
+    def _parts_of(self, batches: Sequence[PendingBatch]) -> Parts:
+        """Of samples of several files, the names of their parts; () for single files."""
+        parts = batches[0].parts if len(batches) == 1 else ()
+        if len(batches) > 1 and any(batch.parts for batch in batches):
+            raise ValueError("batches of samples of several files are collected one by one")
+        return parts
 
     def _require_own(self, batches: Iterable[PendingBatch]) -> None:
         """The number of a batch of another store may be that of another batch here."""

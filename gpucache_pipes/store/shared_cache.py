@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from gpucache_pipes.cache import READY, Cache, Ledger, Numbers, Policy, check_cache, distinct
 from gpucache_pipes.device import Backend
-from gpucache_pipes.files import LoadedFeature, PathLike
+from gpucache_pipes.files import LoadedFeature, Parts, PathLike
 from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.gather import Taken
 from gpucache_pipes.store.load_tracker import LoadTracker
@@ -80,6 +80,7 @@ class SharedCache:
         issuer: "RequestManager",
         keep_alive: object,
         ahead: int = 0,
+        parts: Parts = (),
     ) -> PendingBatch:
         """Open a batch of these entries, and mark the ABSENT ones as LOADING.
 
@@ -93,6 +94,7 @@ class SharedCache:
             issuer: see PendingBatch.
             keep_alive: see PendingBatch.
             ahead: how many more such batches the caller will have pending.
+            parts: see PendingBatch.
         """
         count = len(numbers)
         with self.lock:
@@ -105,7 +107,7 @@ class SharedCache:
             ready = cache.entries.are_ready(numbers)
             number = cache.open_batch(numbers, owner, report=not warmup)
             places = cache.entries.place[numbers] if ready else None
-            batch = PendingBatch(issuer, number, numbers, paths, places, keep_alive)
+            batch = PendingBatch(issuer, number, numbers, paths, places, keep_alive, parts)
             cache.pins.hold(number, batch)
             if not ready:
                 loading += cache.start_loading(numbers, evict=not warmup)

@@ -302,7 +302,7 @@ class AtOnce:
             paths = paths[len(opened) :]
 
 
-def _read_many(opened: list[OpenFeature], spare: int) -> Iterator[Any]:
+def _read_many(opened: Sequence[OpenFeature], spare: int) -> Iterator[Any]:
     """The features, of which those that can be are read in one go."""
     sizes = [feature.layout.span + spare for feature in opened]
     ends = list(itertools.accumulate(sizes))

@@ -162,6 +162,58 @@ def test_lists(parts: list[torch.Tensor], page_bytes: int | None) -> None:
         assert_equal(one, other)
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    st.data(),
+    sequences(),
+    st.sampled_from(["pad", "jagged", "list"]),
+    st.sampled_from(["start", "center", "random"]),
+    st.integers(1, 5),
+    st.sampled_from([None, 16, 48]),
+    st.booleans(),
+)
+def test_crops_equal_slices(
+    data: st.DataObject,
+    parts: list[torch.Tensor],
+    mode: str,
+    crop: str,
+    most: int,
+    page_bytes: int | None,
+    alike: bool,
+) -> None:
+    """Sequences of one length in a feature are cut at one place, and never beyond their end."""
+    features = [{"x": part, "y": torch.arange(len(part))} for part in parts]
+    if not alike:  # another order of keys, which takes another way
+        features[-1] = dict(reversed(features[-1].items()))
+    seed = data.draw(st.integers(0, 1000))
+    torch.manual_seed(seed)
+    batch = collated(features, page_bytes, ragged=mode, max_length=most, crop=crop)
+    torch.manual_seed(seed)
+    cuts = torch.rand(len(parts), dtype=torch.float64).tolist()
+    for number, part in enumerate(parts):
+        left = max(0, len(part) - most)
+        at = {"start": 0, "center": (left + 1) // 2, "random": int(cuts[number] * (left + 1))}[crop]
+        found = {}
+        for key in ("x", "y"):
+            value = batch[key]
+            if mode == "pad":
+                found[key] = value.values[number][: int(value.lengths[number])]
+            elif mode == "list":
+                found[key] = value[number]
+            else:
+                begin, end = value.offsets()[number : number + 2].tolist()
+                found[key] = value.values()[begin:end]
+        assert_equal(found["x"], part[at : at + most])
+        assert found["y"].tolist() == list(range(len(part)))[at : at + most]
+
+
+def test_a_crop_needs_a_length() -> None:
+    with pytest.raises(ValueError, match="needs a max_length="):
+        GPUCollator([], ragged="pad", crop="random")
+    with pytest.raises(ValueError, match=r"crop='end' must be one of start, center, random"):
+        GPUCollator([], ragged="pad", crop="end", max_length=3)
+
+
 # By torch's own attention, on the CPU.
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_attention_takes_it() -> None:

@@ -1,0 +1,141 @@
+"""Which files the source of a PathLister means, where a sample may be several of them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+from gpucache_pipes.files.listing import GLOB_CHARACTERS, directory_prefix, find_files
+from gpucache_pipes.files.samples import Parts, columns_of
+
+_PATHS = (str, os.PathLike)
+
+
+class Listing(NamedTuple):
+    """The files of a source.
+
+    Attributes:
+        paths: all of them, part after part.
+        parts: see `PathList`; empty if each sample is a file.
+        root: the directory below which the files are, or those of the first part, with a separator
+            at its end; "" if unknown.
+        given: whether the user has given the paths one by one.
+    """
+
+    paths: list[str]
+    parts: Parts
+    root: str
+    given: bool
+
+
+def list_samples(source: Any, pattern: str, recursive: bool) -> Listing:
+    """List the files of a directory or a glob, or take the paths of a sequence, as `find_files`.
+
+    Each sample has several files if the source is a dict of such sources, or a sequence of dicts,
+    tuples or lists of paths. Files of directories and globs belong together if they have one
+    name below these, whatever its ending.
+
+    Raises:
+        FileNotFoundError, TypeError, OSError: as `find_files`.
+        ValueError: parts that do not fit together; names a file that lacks a partner.
+    """
+    if isinstance(source, Mapping):
+        return _of_columns(source, pattern, recursive)
+    if isinstance(source, _PATHS):
+        paths = find_files(source, pattern, recursive)
+        return Listing(paths, (), directory_prefix(source), False)
+    first = source[0] if len(source) else None
+    if not isinstance(first, _PATHS) and _is_row(first):
+        columns = columns_of(source)
+        _require_paths(columns, first)
+        return _of_columns(columns, pattern, recursive)
+    return Listing(find_files(source, pattern, recursive), (), "", True)
+
+
+def _is_row(item: Any) -> bool:
+    return isinstance(item, (tuple, list, Mapping)) or getattr(item, "ndim", 0) == 1
+
+
+def _require_paths(columns: Mapping[Any, Sequence[Any]], first: Any) -> None:
+    """Raise TypeError if the rows of a source hold more than paths."""
+    for name, column in columns.items():
+        wrong = next((item for item in column if not isinstance(item, _PATHS)), None)
+        if wrong is None and any(_may_be_path(item) for item in column):
+            continue
+        what = "labels={...}" if isinstance(first, Mapping) else "labels=[...]"
+        shown = column[0] if wrong is None else wrong
+        raise TypeError(
+            f"a path is a str or an os.PathLike of one, not {shown!r:.80}, which is {name!r} of a "
+            f"sample: give the paths alone, and what belongs to them as {what}"
+        )
+
+
+def _may_be_path(item: Any) -> bool:
+    """Whether a str may be meant as the path of a file, and not as the name of a class."""
+    return not isinstance(item, str) or "." in item or "/" in item
+
+
+def _of_columns(source: Mapping[Any, Any], pattern: str, recursive: bool) -> Listing:
+    parts = tuple(source)
+    for name, column in source.items():
+        if not isinstance(column, _PATHS) and (
+            isinstance(column, bytes) or not hasattr(column, "__len__")
+        ):
+            raise TypeError(
+                f"the source is a dict, which has for each part of a sample a directory, a glob or "
+                f"a column of paths, but {name!r} is {column!r:.80}. For one file a sample give "
+                "the keys as the paths, list(...), and the dict as labels="
+            )
+    if not parts:
+        raise FileNotFoundError("the source is an empty dict")
+    named = [name for name, column in source.items() if isinstance(column, _PATHS)]
+    if named and len(named) < len(parts):
+        other = next(name for name in parts if name not in named)
+        raise ValueError(
+            f"{named[0]!r} is listed, and {other!r} is a column of paths: give columns for all "
+            "parts, or a directory or a glob for each"
+        )
+    columns = [find_files(source[name], pattern, recursive) for name in parts]
+    if not named:
+        lengths = {name: len(column) for name, column in zip(parts, columns, strict=True)}
+        if len(set(lengths.values())) > 1:
+            counts = ", ".join(f"{count} of {name!r}" for name, count in lengths.items())
+            raise ValueError(f"each sample has a file of every part, but there are {counts}")
+        return Listing(list(chain.from_iterable(columns)), parts, "", True)
+    roots = [_root(source[name]) for name in parts]
+    return Listing(_by_name(parts, columns, roots), parts, roots[0], False)
+
+
+def _root(where: Any) -> str:
+    """The directory below which a directory or a glob names files, with a separator at its end."""
+    if os.path.isdir(where):
+        return directory_prefix(where)
+    fixed = os.fspath(where)
+    at = next((at for at, letter in enumerate(fixed) if letter in GLOB_CHARACTERS), len(fixed))
+    return str(fixed[: fixed.rfind(os.sep, 0, at) + 1])
+
+
+def _by_name(parts: Parts, columns: Sequence[list[str]], roots: Sequence[str]) -> list[str]:
+    """The files of all parts, in the order of those of the first part."""
+    tables: list[dict[str, str]] = []
+    for name, column, root in zip(parts, columns, roots, strict=True):
+        table: dict[str, str] = {}
+        for path in column:
+            stem = os.path.splitext(path.removeprefix(root))[0]
+            if stem in table:
+                raise ValueError(
+                    f"{table[stem]!r} and {path!r} of {name!r} have one name, by which files of "
+                    "parts are matched: give a narrower glob, or columns of paths"
+                )
+            table[stem] = path
+        tables.append(table)
+    for name, table in zip(parts, tables, strict=True):
+        for other, others in zip(parts, tables, strict=True):
+            lacking = [path for stem, path in table.items() if stem not in others]
+            if lacking:
+                raise ValueError(
+                    f"{len(lacking)} of {len(table)} files of {name!r} have no file of that name "
+                    f"in {other!r}, the first one {lacking[0]!r}; to leave them out, give columns "
+                    "of paths"
+                )
+    return [table[stem] for table in tables for stem in tables[0]]

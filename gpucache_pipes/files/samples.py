@@ -1,0 +1,147 @@
+"""Samples of several files: for each sample a file of every part, such as video and audio."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from gpucache_pipes.files.paths import PathList, Paths, chosen
+
+Parts = tuple[Any, ...]
+"""Names of parts: the keys of samples that are dicts, 0, 1, ... for samples that are tuples."""
+
+
+class Samples(Sequence[Any]):
+    """Some samples of several files: what a PathLister over columns of paths yields as a batch.
+
+    Equals, slices and pickles like the list of dicts or tuples of paths that it stands for.
+
+        >>> Samples(("video", "audio"), ["v1.pt", "v2.pt", "a1.pt", "a2.pt"])[1]
+        {'video': 'v2.pt', 'audio': 'a2.pt'}
+
+    Args:
+        parts: their names.
+        paths: the files of all samples, part after part.
+    """
+
+    __slots__ = ("parts", "paths")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, parts: Parts, paths: Sequence[Any]) -> None:
+        self.parts = parts
+        self.paths = paths
+
+    @classmethod
+    def of(cls, given: Any) -> "Samples":
+        """The samples that a dict of columns, or a sequence of dicts or tuples, stands for.
+
+        Raises:
+            ValueError: columns, or rows, that do not fit together.
+        """
+        columns = given if isinstance(given, Mapping) else columns_of(given)
+        lengths = {name: len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) > 1:
+            counts = ", ".join(f"{name!r}: {count}" for name, count in lengths.items())
+            raise ValueError(f"each sample has a file of every part, but there are {counts}")
+        return cls(tuple(columns), [path for column in columns.values() for path in column])
+
+    @classmethod
+    def pick(cls, files: PathList, positions: Any) -> "Samples":
+        """The samples at these positions of a list of files."""
+        return cls(files.parts, Paths(files, files_of(positions, files)))
+
+    def column(self, part: int) -> Sequence[Any]:
+        """The files of a part, by its position among the parts."""
+        count = len(self)
+        return self.paths[part * count : (part + 1) * count]
+
+    def without(self, left_out: set[int]) -> "Samples":
+        """All samples but those to which the files at these positions of `paths` belong."""
+        count = len(self)
+        lost = {at % count for at in left_out}
+        return self._chosen([at for at in range(count) if at not in lost])
+
+    def _chosen(self, rows: Sequence[int]) -> "Samples":
+        count = len(self)
+        at = [row + part * count for part in range(len(self.parts)) for row in rows]
+        return Samples(self.parts, chosen(self.paths, at))
+
+    def __len__(self) -> int:
+        return len(self.paths) // len(self.parts)
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = zip(*(self.column(at) for at in range(len(self.parts))), strict=True)
+        return (joined(self.parts, row) for row in rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Any: ...
+    @overload
+    def __getitem__(self, at: slice) -> "Samples": ...
+    def __getitem__(self, at: int | slice) -> Any:
+        count = len(self)
+        if isinstance(at, slice):
+            return self._chosen(range(count)[at])
+        rows = range(range(count)[at], len(self.paths), count)
+        return joined(self.parts, [self.paths[row] for row in rows])
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, (list, Samples)) else NotImplemented
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
+def as_samples(given: Any) -> Samples | None:
+    """The samples that a dict of columns of paths, or a list of dicts, stands for.
+
+    None for anything else. Raises ValueError as `Samples.of`.
+    """
+    if isinstance(given, Samples):
+        return given
+    if isinstance(given, Mapping):
+        columns = given.values()
+        sequences = all(
+            isinstance(c, Sequence) and not isinstance(c, (str, bytes)) for c in columns
+        )
+        return Samples.of(given) if given and sequences else None
+    rows = isinstance(given, list) and given and isinstance(given[0], Mapping)
+    return Samples.of(given) if rows else None
+
+
+def joined(parts: Parts, items: Sequence[Any]) -> Any:
+    """An item of each part as what a sample is: a dict, or a tuple.
+
+    >>> joined(("video", "audio"), [1, 2]), joined((0, 1), [1, 2])
+    ({'video': 1, 'audio': 2}, (1, 2))
+    """
+    if parts == tuple(range(len(parts))):
+        return tuple(items)
+    return dict(zip(parts, items, strict=True))
+
+
+def files_of(positions: Any, files: PathList) -> Any:
+    """The positions of the files of the samples at `positions`, part after part."""
+    if not files.parts:
+        return positions
+    starts = files.samples * np.arange(len(files.parts))
+    return (starts[:, None] + positions).reshape(-1)
+
+
+def columns_of(rows: Sequence[Any]) -> dict[Any, list[Any]]:
+    """The columns of rows that are all dicts, or all tuples, lists or arrays.
+
+    Raises:
+        ValueError: a row that lacks what the first one has, or has more; it is shown.
+    """
+    first = rows[0]
+    if not isinstance(first, Mapping):
+        rows = [dict(enumerate(row)) for row in rows]
+    keys = list(rows[0])
+    for row in rows:
+        if not isinstance(row, Mapping) or row.keys() != rows[0].keys():
+            what = row if isinstance(first, Mapping) else tuple(row.values())
+            raise ValueError(f"the sample {what!r:.200} does not have the files of {first!r:.200}")
+    return {key: [row[key] for row in rows] for key in keys}
