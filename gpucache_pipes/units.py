@@ -115,3 +115,12 @@ def format_bytes(count: int) -> str:
             return f"{size:.4g} {unit}"
         size /= 1024
     return f"{size:.4g} TiB"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, for people.
+
+    >>> counted(1, "file"), counted(4000, "file")
+    ('1 file', '4,000 files')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -134,7 +134,7 @@ class RaggedOptions:
         """What to add to an error of features that have these leaves, if a mode names no leaf."""
         if isinstance(self.modes, str):
             return ""
-        keys = [_key_of(name) for name in names]
+        keys = [key_of(name) for name in names]
         unknown = [name for name in self.modes if name not in keys and name not in names]
         if not unknown:
             return ""
@@ -158,14 +158,14 @@ class RaggedOptions:
         """
         if not isinstance(self.modes, str):
             # A leaf of a plain dict may be named by its key.
-            mode = self.modes.get(name) or self.modes.get(_key_of(name))
+            mode = self.modes.get(name) or self.modes.get(key_of(name))
             return mode if mode is not None else "error" if differs else None
         if self.modes == "error" or not dimensions:
             return self.modes if differs else None
         return self.modes
 
 
-def _key_of(name: str) -> str:
+def key_of(name: str) -> str:
     """The key that a leaf has, if its feature is a dict of leaves; else its name."""
     return name[2:-2] if name.startswith("['") and name.count("[") == 1 else name
 

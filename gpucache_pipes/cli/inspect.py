@@ -7,12 +7,21 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from gpucache_pipes.files import FileOpener, Layout, file_size, leaf_names, native_problem
+from gpucache_pipes.batches import key_of
+from gpucache_pipes.files import (
+    FileOpener,
+    Layout,
+    OpenFeature,
+    file_size,
+    leaf_names,
+    native_problem,
+    value_names,
+)
 from gpucache_pipes.store.page_size import choose_page_bytes
-from gpucache_pipes.units import format_bytes
+from gpucache_pipes.units import counted, format_bytes
 
 _SHOWN = 5
-"""Layouts in a report, and failures in its text."""
+"""Kinds in a report, and failures in its text."""
 
 
 def inspect_file(path: str, weights_only: bool = True) -> dict[str, Any]:
@@ -38,7 +47,7 @@ def inspect_file(path: str, weights_only: bool = True) -> dict[str, Any]:
         "fast": reason is None,
         "reason": reason,
         "leaves": _leaves(feature.layout),
-        "values": [type(value).__name__ for value in feature.values],
+        "values": _values(feature),
     }
 
 
@@ -53,11 +62,13 @@ def inspect_files(
         progress: show a progress bar on stderr.
 
     Returns:
-        A report that `json.dumps` accepts: sizes, the most frequent layouts, the files that cannot
-        be opened with their errors, and the recommended page size and budget.
+        A report that `json.dumps` accepts: sizes, the most frequent kinds of features with the
+        ranges of their shapes, the files that cannot be opened with their errors, and the
+        recommended page size and budget.
     """
     opener = FileOpener(weights_only)
     layouts: Counter[Layout] = Counter()
+    values: dict[Layout, list[dict[str, str]]] = {}
     reasons: Counter[str] = Counter()
     failures: list[dict[str, str]] = []
     file_bytes = 0
@@ -71,6 +82,7 @@ def inspect_files(
             failures.append({"path": path, "error": f"{type(error).__name__}: {error}"})
             continue
         layouts[feature.layout] += 1
+        values.setdefault(feature.layout, _values(feature))
         spans.append(feature.layout.span)
         if reason is not None:
             reasons[reason] += 1
@@ -84,10 +96,7 @@ def inspect_files(
         "fast": len(spans) - reasons.total(),
         "reasons": dict(reasons.most_common()),
         "failures": failures,
-        "layouts": [
-            {"files": count, "leaves": _leaves(layout)}
-            for layout, count in layouts.most_common(_SHOWN)
-        ],
+        "kinds": _kinds(layouts, values),
         "number_of_layouts": len(layouts),
         "recommended": {
             "page_bytes": page,
@@ -108,6 +117,45 @@ def _leaves(layout: Layout) -> list[dict[str, Any]]:
     ]
 
 
+def _values(feature: OpenFeature) -> list[dict[str, str]]:
+    names = value_names(feature.layout.tree)
+    return [
+        {"name": name, "type": type(value).__name__}
+        for name, value in zip(names, feature.values, strict=True)
+    ]
+
+
+def _kinds(
+    layouts: Counter[Layout], values: dict[Layout, list[dict[str, str]]]
+) -> list[dict[str, Any]]:
+    """Layouts that differ in nothing but shapes together, the most frequent ones first."""
+    groups: dict[Any, Counter[Layout]] = {}
+    for layout, count in layouts.items():
+        dimensions = tuple(len(leaf.shape) for leaf in layout.leaves)
+        groups.setdefault((layout.kind, dimensions), Counter())[layout] = count
+    most = sorted(groups.values(), key=Counter.total, reverse=True)[:_SHOWN]
+    return [
+        {
+            "files": group.total(),
+            "layouts": len(group),
+            "leaves": _ranges([_leaves(layout) for layout in group]),
+            "values": values[next(iter(group))],
+        }
+        for group in most
+    ]
+
+
+def _ranges(alike: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Each leaf with the least and the largest of each dimension, where these differ."""
+    merged = []
+    for leaves in zip(*alike, strict=True):
+        sizes = zip(*(leaf["shape"] for leaf in leaves), strict=True)
+        shape = [min(size) if len(set(size)) == 1 else [min(size), max(size)] for size in sizes]
+        largest = max(leaf["bytes"] for leaf in leaves)
+        merged.append({**leaves[0], "shape": shape, "bytes": largest})
+    return merged
+
+
 def _distribution(sizes: Sequence[int]) -> dict[str, float]:
     """Quantiles of sorted `sizes`; empty if there are none."""
     if not sizes:
@@ -123,30 +171,27 @@ def _distribution(sizes: Sequence[int]) -> dict[str, float]:
 def file_as_text(report: dict[str, Any]) -> str:
     """A report of `inspect_file` as text."""
     how = "read by its bytes" if report["fast"] else f"read by torch.load: {report['reason']}"
-    lines = [
-        f"{report['path']}: {format_bytes(report['file_bytes'])}, {how}",
-        *_leaf_lines(report["leaves"]),
-    ]
-    if report["values"]:
-        lines.append(f"  plain values: {', '.join(report['values'])}")
-    return "\n".join(lines)
+    return "\n".join(
+        [f"{report['path']}: {format_bytes(report['file_bytes'])}, {how}", *_part_lines(report)]
+    )
 
 
 def files_as_text(report: dict[str, Any]) -> str:
     """A report of `inspect_files` as text."""
     total, tensors = format_bytes(report["file_bytes"]), format_bytes(report["feature_bytes"])
-    lines = [f"{report['files']} files, {total}; {tensors} of tensors"]
+    lines = [f"{counted(report['files'], 'file')}, {total}; {tensors} of tensors"]
     if report["sizes"]:
         spread = ", ".join(f"{name} {format_bytes(n)}" for name, n in report["sizes"].items())
         lines.append(f"a feature: {spread}")
-    lines.append(f"{report['fast']} are read by their bytes, {reader_as_text()}")
-    lines += [f"{n} by torch.load: {why}" for why, n in report["reasons"].items()]
-    lines.append(f"{report['number_of_layouts']} layouts")
-    for layout in report["layouts"]:
-        lines += [f"  {layout['files']} files:", *_leaf_lines(layout["leaves"], "    ")]
+    lines.append(f"read by their bytes: {report['fast']:,}, {reader_as_text()}")
+    lines += [f"read by torch.load: {n:,}: {why}" for why, n in report["reasons"].items()]
+    for kind in report["kinds"]:
+        shapes = f" of {kind['layouts']:,} different shapes" if kind["layouts"] > 1 else ""
+        lines += [f"{counted(kind['files'], 'file')}{shapes}:", *_part_lines(kind)]
+        lines += _hint(kind["leaves"])
     failures = report["failures"]
     if failures:
-        lines.append(f"{len(failures)} cannot be loaded:")
+        lines.append(f"cannot be loaded: {counted(len(failures), 'file')}")
         lines += [f"  {item['path']}: {item['error']}" for item in failures[:_SHOWN]]
     best = report["recommended"]
     if best["page_bytes"]:
@@ -164,8 +209,23 @@ def reader_as_text() -> str:
     return f"in Python: the native reader is not in use ({native_problem})"
 
 
-def _leaf_lines(leaves: Sequence[dict[str, Any]], indent: str = "  ") -> list[str]:
-    return [
-        f"{indent}{leaf['name']}: {leaf['dtype']} {leaf['shape']}, {format_bytes(leaf['bytes'])}"
-        for leaf in leaves
-    ]
+def _part_lines(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for leaf in report["leaves"]:
+        sizes = [n if isinstance(n, int) else f"{n[0]}..{n[1]}" for n in leaf["shape"]]
+        varies = any(not isinstance(n, int) for n in leaf["shape"])
+        shape = ", ".join(map(str, sizes))
+        size = f"{'up to ' if varies else ''}{format_bytes(leaf['bytes'])}"
+        lines.append(f"  {leaf['name']}: {leaf['dtype']} [{shape}], {size}")
+    return lines + [f"  {value['name']}: {value['type']}" for value in report["values"]]
+
+
+def _hint(leaves: Sequence[dict[str, Any]]) -> list[str]:
+    """What to do about leaves whose shapes differ from file to file."""
+    differ = [leaf for leaf in leaves if any(not isinstance(n, int) for n in leaf["shape"])]
+    if not differ:
+        return []
+    if any(not isinstance(n, int) for leaf in differ for n in leaf["shape"][1:]):
+        return ["  these differ in more than their first dimension: collate_fn= joins them"]
+    keys = ", ".join(f'{key_of(leaf["name"])!r}: "pad"' for leaf in differ)
+    return [f'  sequences of different lengths: ragged={{{keys}}}, or "jagged", or "list"']

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -108,14 +109,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        print(f"{args.path}: {error}", file=sys.stderr)
+        text = _as_flags(str(error))
+        print(text if repr(args.path) in text else f"{args.path}: {text}", file=sys.stderr)
         return 1
     return status
 
 
 def whole_numbers(text: str) -> list[int]:
-    """The numbers of a list such as "8,32". Raises ValueError for anything else."""
-    return [int(part) for part in text.split(",")]
+    """The numbers of a list such as "8,32". Raises ArgumentTypeError for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of whole numbers, such as 8,32,256"
+        ) from None
+
+
+def _as_flags(text: str) -> str:
+    """An error of the package in the words of the command line.
+
+    >>> _as_flags("epochs=1: too few (recursive=True looks deeper)")
+    '--epochs 1: too few (--recursive looks deeper)'
+    """
+    for name in ("device", "epochs", "pattern", "recursive", "seed"):
+        text = text.replace(f"{name}=True", f"--{name}")
+        text = re.sub(rf"(?<![\w-]){name}=", f"--{name} ", text)
+    return text.replace("weights_only=False", "--unsafe (weights_only=False)")
 
 
 def _bench(args: argparse.Namespace) -> int:

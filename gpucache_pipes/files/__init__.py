@@ -13,9 +13,9 @@ from gpucache_pipes.files.layout import (
     build,
     copy_value,
     flatten,
-    leaf_names,
 )
 from gpucache_pipes.files.local import LocalFiles, file_size
+from gpucache_pipes.files.part_names import leaf_names, value_names
 from gpucache_pipes.files.path_table import PathLike, PathTable
 from gpucache_pipes.files.paths import NumberedPath, PathList, Paths, paths_without
 from gpucache_pipes.files.plain_paths import as_plain_data, from_plain_data
@@ -67,4 +67,5 @@ __all__ = [
     "native_problem",
     "paths_without",
     "read_many",
+    "value_names",
 ]

@@ -326,24 +326,3 @@ def build(tree: Tree, leaf: Callable[[int], Any], value: Callable[[int], Any]) -
     if kind is list:
         return parts
     return tuple(parts) if kind is tuple else kind(*parts)
-
-
-def leaf_names(tree: Tree) -> list[str]:
-    """Return the name of each leaf for options and messages, in the order of the tree.
-
-    >>> leaf_names(flatten({"x": torch.zeros(2), "y": [3, torch.ones(1)]})[0])
-    ["['x']", "['y'][1]"]
-    """
-    names: list[str] = []
-
-    def visit(node: Tree, name: str) -> None:
-        if isinstance(node, int):
-            if node >= 0:
-                names.append(name or "the feature")
-        else:
-            labels = node.keys if node.keys is not None else range(len(node.children))
-            for label, child in zip(labels, node.children, strict=True):
-                visit(child, f"{name}[{label!r}]")
-
-    visit(tree, "")
-    return names

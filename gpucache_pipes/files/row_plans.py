@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from gpucache_pipes.files.layout import Branch, Layout, Leaf, Tree, leaf_names
+from gpucache_pipes.files.layout import Branch, Layout, Leaf, Tree
+from gpucache_pipes.files.part_names import leaf_names
 from gpucache_pipes.files.plans import Extent, ReadPlan, StridedExtent
 from gpucache_pipes.files.selection import Selection
 from gpucache_pipes.files.strided import is_contiguous

@@ -18,7 +18,8 @@ def test_a_file(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", path]) == 0
     said = capsys.readouterr().out
     assert "['x']: float32 [2, 3], 24 B" in said
-    assert "read by its bytes" in said and "plain values: int, str" in said
+    assert "read by its bytes" in said
+    assert "['n']: int" in said and "['s']: str" in said
     assert main(["inspect", path, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == {
@@ -28,7 +29,7 @@ def test_a_file(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
         "fast": True,
         "reason": None,
         "leaves": [{"name": "['x']", "dtype": "float32", "shape": [2, 3], "bytes": 24}],
-        "values": ["int", "str"],
+        "values": [{"name": "['n']", "type": "int"}, {"name": "['s']", "type": "str"}],
     }
 
 
@@ -50,8 +51,10 @@ def test_a_directory(make_files: Files, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["inspect", directory]) == 1  # one of them cannot be loaded
     captured = capsys.readouterr()
     assert "inspecting" in captured.err
-    for part in ("20 files", "18 are read by their bytes", "1 by torch.load", "3 layouts",
-                 "1 cannot be loaded", "0007.pt", "max_cache_bytes="):  # fmt: skip
+    for part in ("20 files", "read by their bytes: 18", "read by torch.load: 1: ",
+                 "18 files of 2 different shapes:", "  ['x']: float32 [4..5], up to 20 B",
+                 """ragged={'x': "pad"}, or "jagged", or "list\"""", "\n1 file:",
+                 "cannot be loaded: 1 file", "0007.pt", "max_cache_bytes="):  # fmt: skip
         assert part in captured.out, captured.out
     assert main(["inspect", directory, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
@@ -59,10 +62,25 @@ def test_a_directory(make_files: Files, capsys: pytest.CaptureFixture[str]) -> N
     assert [item["path"] for item in report["failures"]] == [paths[7]]
     assert sum(report["reasons"].values()) == 1 and report["number_of_layouts"] == 3
     # Ten features of 4 floats, eight of 5 (two of those files were replaced), and one of 2.
-    assert sorted(layout["files"] for layout in report["layouts"]) == [1, 8, 10]
+    assert [kind["files"] for kind in report["kinds"]] == [18, 1]
+    assert report["kinds"][0]["leaves"] == [
+        {"name": "['x']", "dtype": "float32", "shape": [[4, 5]], "bytes": 20}
+    ]
     assert report["feature_bytes"] == 10 * 16 + 8 * 20 + 2 * 4
     assert report["sizes"]["largest"] == 20 and report["sizes"]["least"] == 8
     assert report["recommended"]["max_cache_bytes"] >= report["feature_bytes"]
+
+
+def test_kinds_of_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(6):
+        image = torch.zeros(number + 1, 2 * number + 1)
+        feature = {"image": image, "name": f"n{number}", "at": (number, 0.5)}
+        torch.save(feature, tmp_path / f"{number}.pt")
+    assert main(["inspect", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "6 files of 6 different shapes:\n  ['image']: float32 [1..6, 1..11], up to 264 B" in said
+    assert "  ['name']: str\n  ['at'][0]: int\n  ['at'][1]: float" in said
+    assert "differ in more than their first dimension: collate_fn= joins them" in said
 
 
 def test_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpucache_pipes import __version__
 from gpucache_pipes.cli.main import main
@@ -54,3 +55,31 @@ def test_as_a_module_and_as_a_script() -> None:
     assert project["scripts"] == {"gpucache-pipes": "gpucache_pipes.cli.main:main"}
     for script in entry_points(group="console_scripts", name="gpucache-pipes"):
         assert script.load() is main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "{files}", "--epochs", "1"], "--epochs 1: at least 2"),
+        (["inspect", "{files}", "--pattern", "*.x"], "--recursive looks into subdirectories"),
+        (["bench", "{files}", "--device", "tpux"], "--device 'tpux'"),
+        (["bench", "{files}", "--rounds", "0"], "--rounds=0"),
+        (["bench", "{files}", "--bytes", "much"], "--bytes='much'"),
+        (["bench", "{files}", "--only", "nosuch"], "--only: 'nosuch' is none of"),
+        (["plan", "{files}", "--gpu-memory", "much"], "--gpu-memory='much'"),
+    ],
+)
+def test_errors_speak_of_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    for number in range(3):
+        torch.save(torch.zeros(2), tmp_path / f"{number}.pt")
+    assert main([part.format(files=tmp_path) for part in arguments]) == 1
+    error = capsys.readouterr().err
+    assert said in error and "recursive=True" not in error and "Traceback" not in error
+
+
+def test_lists_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "x", "--batch-size", "8,many"])
+    assert "'8,many' is no list of whole numbers, such as 8,32,256" in capsys.readouterr().err

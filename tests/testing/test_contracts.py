@@ -423,7 +423,7 @@ class PlansByPath(Numbers):
     def open(self, path: str) -> OpenFeature:
         feature = super().open(path)
         assert isinstance(feature, PlannedFeature)
-        feature.follow(self.by_path.setdefault(path, feature._plan), b"")
+        feature.follow(self.by_path.setdefault(path, feature.plan), b"")
         return feature
 
 

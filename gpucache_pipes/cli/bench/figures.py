@@ -64,7 +64,7 @@ def choose(names: Sequence[str] | None) -> list[Contender]:
     for name in names:
         if not any(contender.name.startswith(name) for contender in CONTENDERS):
             known = ", ".join(contender.name for contender in CONTENDERS)
-            raise ValueError(f"{name!r} is none of the contenders: {known}")
+            raise ValueError(f"--only: {name!r} is none of the contenders: {known}")
     return [c for c in CONTENDERS if c.name.startswith(tuple(names)) or c in (OURS, BASELINE)]
 
 
