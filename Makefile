@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types tests tests-python-reader coverage speed bench soak attack stress gpu-check clean
+.PHONY: demo test lint types tests tests-python-reader coverage docs speed bench soak attack stress \
+	gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
@@ -27,6 +28,10 @@ tests-python-reader: $(INSTALLED)
 
 coverage: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --cov --cov-report=term
+
+# The documentation as a site, in site/. Warnings are errors.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Not part of `make test`: it measures, and needs a machine that does nothing else. Compares ratios
 # within one run with those that were committed.
@@ -75,4 +80,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt gpucache_pipes/files/_nati
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

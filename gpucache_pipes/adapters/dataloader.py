@@ -17,7 +17,7 @@ from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
 from gpucache_pipes.nodes.callbacks import call, guarded
 from gpucache_pipes.nodes.options import CollateOptions, OnError, PrefetchOptions
 from gpucache_pipes.nodes.sharding import find_rank
-from gpucache_pipes.nodes.upstream import as_node
+from gpucache_pipes.nodes.upstream import as_node, shown
 from gpucache_pipes.store import GPUFeatureStore, StoreOptions, StoreStats
 from gpucache_pipes.units import positive_int
 
@@ -179,6 +179,9 @@ class GPUCachedPathDataLoader:
     def __bool__(self) -> bool:
         """True, also for a loader without a length and for one of length 0."""
         return True
+
+    def __repr__(self) -> str:
+        return f"GPUCachedPathDataLoader({shown(self._loader)}, {self.store!r})"
 
     @property
     def sampler(self) -> Any:

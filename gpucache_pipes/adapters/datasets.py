@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from gpucache_pipes.files import FileOpener, OpenFeature, build, copy_value, load_error
 from gpucache_pipes.files.listing import GivenPaths, find_files
+from gpucache_pipes.units import counted
 
 
 class _Listed:
@@ -24,6 +25,9 @@ class _Listed:
     @paths.setter
     def paths(self, paths: Sequence[str]) -> None:
         self._given = GivenPaths(list(paths))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({counted(len(self), 'file')})"
 
     def __len__(self) -> int:
         return len(self.paths)

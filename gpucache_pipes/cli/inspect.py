@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from gpucache_pipes.batches import key_of
 from gpucache_pipes.files import (
     FileOpener,
@@ -18,6 +16,7 @@ from gpucache_pipes.files import (
     value_names,
 )
 from gpucache_pipes.store.page_size import choose_page_bytes
+from gpucache_pipes.store.progress import progress_bar
 from gpucache_pipes.units import counted, format_bytes
 
 _SHOWN = 5
@@ -73,7 +72,7 @@ def inspect_files(
     failures: list[dict[str, str]] = []
     file_bytes = 0
     spans: list[int] = []
-    for path in tqdm(paths, desc="inspecting", unit="file", disable=not progress):
+    for path in progress_bar(paths, desc="inspecting", unit="file", shown=progress):
         try:
             feature, reason = opener.probe(path)
             feature.close()

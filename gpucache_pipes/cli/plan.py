@@ -5,10 +5,9 @@ import statistics
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from gpucache_pipes.cache import Trace, simulate
 from gpucache_pipes.files import FileOpener, file_size
+from gpucache_pipes.store.progress import progress_bar
 from gpucache_pipes.units import format_bytes
 
 POLICIES = ("clairvoyant", "keep", "w-tinylfu", "sieve", "s3fifo", "lfu", "fifo", "lru")
@@ -69,8 +68,8 @@ def plan(
     memory = total // 2 if memory is None else memory
     capacities = sorted({int(total * f) for f in _FRACTIONS} | {min(memory, total)})
     rows = []
-    with tqdm(
-        total=len(capacities) * len(POLICIES), desc="simulating", disable=not progress
+    with progress_bar(
+        total=len(capacities) * len(POLICIES), desc="simulating", shown=progress
     ) as bar:
         for capacity in capacities:
             row: dict[str, Any] = {"cache_bytes": capacity, "policies": {}}

@@ -20,7 +20,7 @@ from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.labels import Labelled
 from gpucache_pipes.nodes.options import CollateOptions
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
-from gpucache_pipes.nodes.upstream import as_node, upstream_nodes
+from gpucache_pipes.nodes.upstream import as_node, shown, upstream_nodes
 
 _GATHERED = (FeatureBatch, SampleBatch)
 _BATCHES = (*_GATHERED, Labelled)
@@ -139,6 +139,12 @@ class GPUCollator(BaseNode[Any]):
     def __bool__(self) -> bool:
         """True, also for a source without a length."""
         return True
+
+    def __repr__(self) -> str:
+        options = "" if self.batch_size is None else f", batch_size={self.batch_size}"
+        if self.ragged.modes != "error":
+            options += f", ragged={self.ragged.modes!r}"
+        return f"GPUCollator({shown(self.source)}{options})"
 
     def shutdown(self) -> None:
         """Shut down the GPUPrefetchers upstream. The node can be reset and used again."""

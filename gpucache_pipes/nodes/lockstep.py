@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.errors import RankError
-from gpucache_pipes.nodes.upstream import as_node
+from gpucache_pipes.nodes.upstream import as_node, shown
 
 _ELEMENT, _END, _ERROR = 0, 1, 2
 
@@ -47,6 +47,9 @@ class Lockstep(BaseNode[Any]):
         """Reset the source. This is no collective operation."""
         super().reset(initial_state)
         self.source.reset(None if initial_state is None else initial_state["source"])
+
+    def __repr__(self) -> str:
+        return f"Lockstep({shown(self.source)})"
 
     def get_state(self) -> dict[str, Any]:
         """{"source": the state of the source}, which is that of this rank."""

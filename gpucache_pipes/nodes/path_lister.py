@@ -9,17 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.files import PathList, Paths, Samples, files_of, from_plain_data
-from gpucache_pipes.files.listing import GivenPaths
-from gpucache_pipes.files.sample_listing import list_samples
+from gpucache_pipes.files import PathList
 from gpucache_pipes.nodes.buckets import Buckets
-from gpucache_pipes.nodes.labels import Labels
+from gpucache_pipes.nodes.listed_files import ListedFiles
 from gpucache_pipes.nodes.options import require_batches, require_consistent
 from gpucache_pipes.nodes.order import DrawnOrder, Order, SampledOrder, picked, requested
-from gpucache_pipes.nodes.resuming import fingerprint, resumed_position
+from gpucache_pipes.nodes.resuming import resumed_position
 from gpucache_pipes.nodes.sharding import Shards, find_rank
 from gpucache_pipes.nodes.upstream import as_node, is_list
 from gpucache_pipes.store import Upcoming
+from gpucache_pipes.units import counted
 
 Source = str | os.PathLike[str] | Iterable[Any]
 
@@ -107,17 +106,11 @@ class PathLister(BaseNode[Any]):
         self.sampler = sampler
         self.if_files_changed = if_files_changed
         self._stream: BaseNode[Any] | None = None
-        self._given: GivenPaths | None = None
+        self._listed: ListedFiles | None = None
         if is_list(source):
-            found = list_samples(source, pattern, recursive)
-            self._given = GivenPaths(found.paths, found.parts)
-            self._names_from = "" if found.parts else found.root
-            files = self._files
-            if files.parts and sampler is None:
+            self._listed = ListedFiles(source, pattern, recursive, labels)
+            if self._files.parts and sampler is None:
                 require_batches(batch_size)
-            if labels is not None:
-                named = files.paths[: files.samples]
-                self._given.label(Labels.of(labels, named, found.root, found.given))
         elif shuffle or sampler is not None or bucket_by is not None or labels is not None:
             raise ValueError(
                 "an order and labels are for a known list of files: give a directory, a glob or a "
@@ -127,13 +120,12 @@ class PathLister(BaseNode[Any]):
             self._stream = as_node(source)  # type: ignore[arg-type]
         self._buckets = None
         if bucket_by is not None and batch_size is not None:
-            self._buckets = Buckets.of(self._all(), bucket_by, batch_size)
+            self._buckets = Buckets.of(self.paths, bucket_by, batch_size)
         # The rank may become known only after the lister was made.
         self._rank_unknown = num_shards is None and sampler is None and self._stream is None
         self._shard = shard
         self.shards = self._choose_shards(num_shards, shard_index, shard)
         self._make_order()
-        self._fingerprint: int | None = None
         # The current epoch, the one that set_epoch has named for the next reset, how many paths
         # of the current one were yielded (for a sampler of batches, how many batches), and its
         # order, None before the first reset.
@@ -169,12 +161,12 @@ class PathLister(BaseNode[Any]):
 
     @property
     def _files(self) -> PathList:
-        return _NONE if self._given is None else self._given.files()
+        return _NONE if self._listed is None else self._listed.files
 
-    def _all(self) -> Sequence[Any]:
-        """All files, or all samples."""
-        files = self._files
-        return Samples(files.parts, files.paths) if files.parts else files.paths
+    def _require_list(self) -> ListedFiles:
+        if self._listed is None:
+            raise TypeError("the paths of a stream are not known in advance")
+        return self._listed
 
     @property
     def paths(self) -> Sequence[Any]:
@@ -183,9 +175,7 @@ class PathLister(BaseNode[Any]):
         Relative paths become absolute when the current directory changes, so that they go on
         naming the same files. Raises TypeError if the source is a stream.
         """
-        if self._stream is not None:
-            raise TypeError("the paths of a stream are not known in advance")
-        return self._all()
+        return self._require_list().everything()
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next reset begin this epoch; the first is 0. Else each reset begins the next one.
@@ -245,11 +235,9 @@ class PathLister(BaseNode[Any]):
 
     def own_paths(self) -> list[str]:
         """The files that the epochs of this shard are made of: all of them, unless it is static."""
-        if self._stream is not None:
-            raise TypeError("the paths of a stream are not known in advance")
+        listed = self._require_list()
         self._find_rank_again()
-        files = self._files
-        return list(Paths(files, files_of(self.shards.pool(files.samples), files)))
+        return listed.own(self.shards)
 
     @property
     def labelled(self) -> bool:
@@ -258,11 +246,23 @@ class PathLister(BaseNode[Any]):
 
     def numbered(self, element: Any) -> Any:
         """What `next` has yielded, of what a state holds of it: see `files.as_plain_data`."""
-        given = () if self._given is None else self._given.given
-        return from_plain_data(element, self._files, given)
+        return element if self._listed is None else self._listed.numbered(element)
 
     def __bool__(self) -> bool:
         return True  # also for a stream, which has no length
+
+    def __repr__(self) -> str:
+        if self._stream is not None:
+            return f"PathLister(a stream, batch_size={self.batch_size})"
+        files = self._files
+        told = counted(files.samples, "sample" if files.parts else "file")
+        if files.parts:
+            told += f" of {', '.join(map(str, files.parts))}"
+        if files.labels is not None:
+            told += " with labels"
+        if self.shards.count > 1:
+            told += f", shard {self.shards.index} of {self.shards.count}"
+        return f"PathLister({told}, batch_size={self.batch_size}, {self._order_name})"
 
     def get_state(self) -> dict[str, Any]:
         """Epoch, position, and what identifies the list: a few numbers, for any number of files.
@@ -283,7 +283,7 @@ class PathLister(BaseNode[Any]):
         not known. Takes next to nothing: the next epoch is drawn when it is needed, except by a
         sampler.
         """
-        if self._given is None:
+        if self._listed is None:
             return Upcoming((), (), 0)
         following = self._next_epoch
         if following is None:
@@ -329,15 +329,12 @@ class PathLister(BaseNode[Any]):
 
     def _identity(self) -> dict[str, Any]:
         """The part of a state by which a lister recognises its own order and files."""
-        if self._fingerprint is None:
-            sizes = 0 if self._buckets is None else self._buckets.checksum
-            given = () if self._given is None else self._given.given
-            self._fingerprint = fingerprint(given, self._names_from, sizes)
+        sizes = 0 if self._buckets is None else self._buckets.checksum
         return {
             "order": self._order_name,
             "shards": self.shards.count,
             "files": self._files.samples,
-            "fingerprint": self._fingerprint,
+            "fingerprint": self._require_list().fingerprint(sizes),
         }
 
 

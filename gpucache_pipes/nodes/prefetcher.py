@@ -16,7 +16,7 @@ from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError, PrefetchOptions, require_store
 from gpucache_pipes.nodes.pending_element import PendingElement
 from gpucache_pipes.nodes.sharding import find_rank
-from gpucache_pipes.nodes.upstream import as_node, find_upstream
+from gpucache_pipes.nodes.upstream import as_node, find_upstream, shown
 from gpucache_pipes.store import GPUFeatureStore
 
 _Key = tuple[PipelineIdentity, PipelineIdentity]
@@ -236,6 +236,10 @@ class GPUPrefetcher(BaseNode[Any]):
     def __bool__(self) -> bool:
         """True, also for a source without a length."""
         return True
+
+    def __repr__(self) -> str:
+        depth = "" if self.depth is None else f", depth={self.depth}"
+        return f"GPUPrefetcher({shown(self.source)}, {self.store!r}{depth})"
 
     def get_state(self) -> dict[str, Any]:
         """The state after the last element that was consumed; see the class."""

@@ -66,6 +66,12 @@ class _OnePass(IterableWrapper[Any]):
         return super().next()
 
 
+def shown(node: Any) -> str:
+    """A node in the repr of another one: its own repr, or its class, where it has none."""
+    text = repr(node)
+    return type(node).__name__.lstrip("_") if " object at 0x" in text else text
+
+
 def upstream_nodes(node: Any, beyond: Callable[[Any], bool] = lambda node: True) -> Iterator[Any]:
     """`node` and all nodes upstream of it, nearest first, each once even where they form a cycle.
 

@@ -11,6 +11,7 @@ from gpucache_pipes.batches import FeatureBatch
 from gpucache_pipes.cache import Numbers
 from gpucache_pipes.device import DeviceMemoryError, is_device_error, is_out_of_memory
 from gpucache_pipes.files import LoadedFeature, Parts, PathLike, Paths, load_error
+from gpucache_pipes.units import counted
 
 if TYPE_CHECKING:
     from gpucache_pipes.store.requests import RequestManager
@@ -109,6 +110,10 @@ class PendingBatch:
                 at % count + part * count for at in left_out for part in range(len(self.parts))
             }
         return left_out
+
+    def __repr__(self) -> str:
+        state = "used" if self.used else f"{len(self.missing)} still loading"
+        return f"PendingBatch({counted(len(self.numbers), 'file')}, {state})"
 
     # For the store and the pipelines
 

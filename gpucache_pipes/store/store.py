@@ -1,5 +1,6 @@
 """GPUFeatureStore: give it paths, get tensors on the device."""
 
+import html
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -110,8 +111,7 @@ class GPUFeatureStore:
     def get(self, path: PathLike) -> Any:
         """One feature as it was saved, with its tensors on the device.
 
-        Raises FeatureLoadError (FileNotFoundError, MemoryError) if it cannot be loaded; the next
-        request tries again.
+        Raises FeatureLoadError (FileNotFoundError, MemoryError); the next request tries again.
         """
         return self.request([path]).result()[0]
 
@@ -293,9 +293,7 @@ class GPUFeatureStore:
     # Inspection
 
     def __contains__(self, path: object) -> bool:
-        if not isinstance(path, (str, os.PathLike)):
-            return False
-        return self._requests.cached([path]) == 1
+        return isinstance(path, (str, os.PathLike)) and self._requests.cached([path]) == 1
 
     def __bool__(self) -> bool:
         """True, even while nothing is cached: `store or other` must not drop a store."""
@@ -308,8 +306,7 @@ class GPUFeatureStore:
     def stats(self) -> StoreStats:
         """Counters and sizes, all of one moment.
 
-        In a signal handler or a finalizer that has interrupted a call of this store, some may be
-        from before a change and some from after it.
+        In a signal handler or a finalizer that has interrupted a call of this store, not quite.
         """
         return self._shared.stats(self._loader.readers)
 
@@ -320,6 +317,9 @@ class GPUFeatureStore:
     def __repr__(self) -> str:
         # Without the lock: handlers of logs have locks of their own, and format their arguments.
         return f"GPUFeatureStore({self.device}, {self._shared.describe()})"
+
+    def _repr_html_(self) -> str:
+        return f"<b>{html.escape(repr(self))}</b>{self.stats()._repr_html_()}"
 
     # The end
 

@@ -5,12 +5,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from gpucache_pipes.cache import distinct
 from gpucache_pipes.files import PathLike
 from gpucache_pipes.files.listing import find_files
 from gpucache_pipes.store.pending_batch import PendingBatch
+from gpucache_pipes.store.progress import progress_bar
 from gpucache_pipes.store.requests import RequestManager
 from gpucache_pipes.store.shared_cache import SharedCache
 
@@ -29,9 +28,7 @@ def warm_up(
     shared.memory.expect_files(warm_up, len(paths))
     parts: deque[PendingBatch] = deque()
     full = False
-    # None: on terminals only.
-    hidden = None if progress else True
-    with tqdm(total=len(paths), desc="warming", unit="file", disable=hidden) as bar:
+    with progress_bar(total=len(paths), desc="warming", unit="file", shown=progress) as bar:
         try:
             for start in range(0, len(paths), _FILES):
                 if full or not shared.cache.ledger.fits(1, 1):

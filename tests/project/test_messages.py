@@ -8,14 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from gpucache_pipes import (
+    FeaturePathDataset,
     GPUCachedPathDataLoader,
     GPUCollator,
     GPUFeatureStore,
     GPUPrefetcher,
+    Lockstep,
     PathLister,
+    Trace,
 )
+from gpucache_pipes.store import progress
 from gpucache_pipes.units import parse_bytes
 
 Files = Callable[[int], list[str]]
@@ -225,6 +230,11 @@ def test_bars_are_for_terminals(
 ) -> None:
     store.warm(make_files(3))
     assert capsys.readouterr().err == ""
+    store.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "_in_notebook", lambda: True)
+        store.warm(make_files(3))
+    assert "warming" in capsys.readouterr().err
 
 
 def test_lengths(make_files: Files, store: GPUFeatureStore) -> None:
@@ -308,3 +318,38 @@ def test_padded_moves_as_a_whole(make_files: Files, store: GPUFeatureStore) -> N
     padded = store.get_batch(make_files(2)).collate("pad")["feature"].to(torch.float64)
     assert padded.values.dtype is torch.float64
     assert padded.lengths.dtype is torch.int64 and padded.mask.dtype is torch.bool
+
+
+def test_every_public_object_says_what_it_is(make_files: Files) -> None:
+    paths = make_files(7)
+    with GPUFeatureStore("cpu", max_cache_bytes="1g") as store:
+        lister = PathLister(paths, batch_size=2, labels=list(range(7)), shuffle=True)
+        shown = "PathLister(7 files with labels, batch_size=2, shuffle=True, seed=0)"
+        assert repr(lister) == shown
+        features = GPUPrefetcher(lister, store, depth=3)
+        held = repr(store)
+        assert repr(features) == f"GPUPrefetcher({shown}, {held}, depth=3)"
+        batches = GPUCollator(features, ragged="pad")
+        assert repr(batches) == f"GPUCollator({features!r}, ragged='pad')"
+        loader = GPUCachedPathDataLoader(lister, store=store)
+        assert repr(loader) == f"GPUCachedPathDataLoader({shown}, {held})"
+        over_torch = GPUCachedPathDataLoader(DataLoader(paths), store=store)  # type: ignore[arg-type]
+        assert repr(over_torch) == f"GPUCachedPathDataLoader(DataLoader, {held})"
+        assert repr(Lockstep(paths)) == "Lockstep(IterableWrapper)"
+        sharded = PathLister(paths, num_shards=2, shard_index=1)
+        assert repr(sharded) == (
+            "PathLister(7 files, shard 1 of 2, batch_size=None, shuffle=False, seed=0)"
+        )
+        pairs = PathLister({"a": paths, "b": paths}, batch_size=2)
+        assert repr(pairs).startswith("PathLister(7 samples of a, b, batch_size=2")
+        assert repr(PathLister(iter(paths))) == "PathLister(a stream, batch_size=None)"
+        assert repr(FeaturePathDataset(paths)) == "FeaturePathDataset(7 files)"
+        assert repr(Trace.epochs([paths])) == "Trace(7 requests of 7 files)"
+        pending = store.request(paths)
+        pending.wait()
+        assert repr(pending) == "PendingBatch(7 files, 0 still loading)"
+        assert repr(pending.result()) == "FeatureBatch(7 features on cpu)"
+        assert repr(pending) == "PendingBatch(7 files, used)"
+    for made in (store, loader):
+        assert "object at 0x" not in repr(made)
+    assert store._repr_html_().startswith("<b>GPUFeatureStore(cpu, ")

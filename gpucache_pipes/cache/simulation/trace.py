@@ -4,6 +4,8 @@ from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from gpucache_pipes.units import counted
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -105,6 +107,9 @@ class Trace:
         found = array("i", [numbers.setdefault(name, len(numbers)) for name in requests])
         self.names.extend(list(numbers)[len(self.names) :])
         return found
+
+    def __repr__(self) -> str:
+        return f"Trace({counted(len(self), 'request')} of {counted(len(self.names), 'file')})"
 
     def __len__(self) -> int:
         """The number of requests."""

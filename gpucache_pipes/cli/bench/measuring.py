@@ -9,13 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from gpucache_pipes.cli.bench.beside import Step, busy_processes, measure_overlap
 from gpucache_pipes.cli.bench.collation import checksum
 from gpucache_pipes.cli.bench.contender import Contender, NotApplicableError, Run
 from gpucache_pipes.cli.bench.loaders import BASELINE
 from gpucache_pipes.cli.bench.work import Work
+from gpucache_pipes.store.progress import progress_bar
 
 CASES = ("first", "later", "partial", "overlap", "busy")
 """What is measured; see `Series`."""
@@ -109,7 +108,7 @@ def measure(
         # Other loaders warn about more workers than cores, and about future changes.
         with (
             warnings.catch_warnings(action="ignore"),
-            tqdm(total=(rounds + 1) * len(contenders), disable=not progress, unit="run") as bar,
+            progress_bar(total=(rounds + 1) * len(contenders), shown=progress, unit="run") as bar,
         ):
             for contender in contenders:
                 bar.set_description(f"comparing: {contender.name}")
