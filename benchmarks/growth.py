@@ -21,7 +21,7 @@ import torch
 from _common import interleaved, parser_for, save, temporary_directory, write_files
 
 from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, PathLister
-from gpucache_pipes.cli.charts import require_matplotlib
+from gpucache_pipes.cli.charts import line_style, require_matplotlib
 
 Point = Callable[[], Iterator[Any]]
 Curve = dict[int, float]
@@ -140,15 +140,26 @@ def by_threads(rounds: int) -> dict[str, Curve]:
     return curves
 
 
+AXES = {
+    "files": "files of the store",
+    "batch size": "features in a batch",
+    "leaves of a feature": "tensors in a feature",
+    "depth": "batches that are requested ahead",
+    "reader threads": "reader threads",
+}
+"""What is measured, and what the axis says."""
+
+
 def draw(figures: dict[str, dict[str, Curve]], path: str) -> None:
     plt = require_matplotlib()
     plt.rcParams["svg.hashsalt"] = "growth"
-    figure, panels = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
-    for axes, (title, curves) in zip(panels.flat, figures.items(), strict=False):
-        for name, curve in curves.items():
-            axes.plot(list(curve), list(curve.values()), marker="o", label=name)
+    figure, panels = plt.subplots(2, 3, figsize=(12, 7.5), layout="constrained")
+    for axes, (what, curves) in zip(panels.flat, figures.items(), strict=False):
+        for at, (name, curve) in enumerate(curves.items()):
+            axes.plot(list(curve), list(curve.values()), label=name, **line_style(at))
         values = [us for curve in curves.values() for us in curve.values()]
-        axes.set(xscale="log", xlabel=title, ylabel="us for a feature")
+        axes.set(xscale="log", xlabel=AXES[what], ylabel="microseconds for each feature")
+        axes.set_title(what, loc="left", fontsize=10, fontweight="bold")
         if max(values) > 10 * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -157,7 +168,9 @@ def draw(figures: dict[str, dict[str, Curve]], path: str) -> None:
         axes.set_xticks(list(curve), [f"{x:,}" for x in curve])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        # Beside the title, off the data.
+        columns = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+        axes.legend(fontsize=8, frameon=False, **columns)
     for axes in panels.flat[len(figures) :]:
         axes.set_axis_off()
     figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)

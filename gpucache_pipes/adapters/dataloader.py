@@ -160,7 +160,8 @@ class GPUCachedPathDataLoader:
             return paths
         samples = as_samples(paths)
         if samples is not None:
-            return samples
+            # The batch itself, so that one of its samples may be left out.
+            return paths if self._path_extractor is None else samples
         if not _is_column(paths):
             if self._path_extractor is not None:
                 raise TypeError(

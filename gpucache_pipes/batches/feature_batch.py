@@ -194,6 +194,8 @@ class FeatureBatch(Sequence[Any]):
             return self._stack(at, leaves)
         rest = first.shape[1:]
         for number, shape in enumerate(shapes):
+            if differs and not first.shape and shape == first.shape:  # show one that differs
+                continue
             if not shape or shape[1:] != rest or (mode == "error" and shape != first.shape):
                 raise RuntimeError(
                     f"cannot {'stack' if mode == 'error' else mode} {name}: shape "

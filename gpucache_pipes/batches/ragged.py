@@ -16,7 +16,7 @@ from gpucache_pipes.batches.ragged_options import Padded, RaggedOptions, cut_at
 from gpucache_pipes.batches.transfer import upload
 from gpucache_pipes.device.host_copies import Numbers, clear, move
 from gpucache_pipes.device.results import empty
-from gpucache_pipes.files import Leaf
+from gpucache_pipes.files import ALIGNMENT, Leaf
 
 _UNITS = (torch.complex128, torch.int64, torch.int32, torch.int16, torch.uint8)
 """Dtypes by which bytes are moved, the widest first."""
@@ -145,7 +145,8 @@ def _pad_on_host(
 ) -> torch.Tensor:
     room, sizes = shape[1] * _row_bytes(leaf), lengths * _row_bytes(leaf)
     zeros = _is_zero(padding_value)
-    if zeros and room and (sizes == room).all():
+    # Not where sequences are cut: there they begin at any row.
+    if zeros and room and (sizes == room).all() and not (starts % ALIGNMENT).any():
         return stack_scattered(block, starts, leaf)
     values = empty(shape, leaf.dtype)
     targets = values.data_ptr() + room * np.arange(len(starts))

@@ -1,7 +1,7 @@
 """How leaves whose first dimension may differ are joined, and what comes out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +56,7 @@ class RaggedOptions:
         pad_to_multiple: the length of a padded batch is rounded up to a multiple of this.
         max_length: of sequences that are longer, so much is taken; None takes all.
         crop: which part of these: one of CROPS.
+        cuts: see `fractions`, where that was called already.
 
     Raises:
         ValueError: an unknown mode or crop, pad_to_multiple or max_length < 1, or a crop without a
@@ -75,6 +76,7 @@ class RaggedOptions:
     pad_to_multiple: int = 1
     max_length: int | None = None
     crop: str = "start"
+    cuts: Numbers | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         positive_int("pad_to_multiple", self.pad_to_multiple)
@@ -98,8 +100,8 @@ class RaggedOptions:
 
         Those of crop="random" are drawn from torch's random numbers of the CPU.
         """
-        if self.crop == "start":
-            return None
+        if self.cuts is not None or self.crop == "start":
+            return self.cuts
         if self.crop == "center":
             return np.full(count, 0.5)
         return torch.rand(count, dtype=torch.float64, device="cpu").numpy()
@@ -109,16 +111,20 @@ class RaggedOptions:
         """These options, or those of a mode."""
         return ragged if isinstance(ragged, RaggedOptions) else cls(ragged)
 
-    def of_part(self, name: Any) -> "RaggedOptions":
+    def drawn(self, count: int) -> "RaggedOptions":
+        """These, with one draw of where features are cut, for several parts of samples."""
+        return replace(self, cuts=self.fractions(count))
+
+    def of_part(self, name: Any, parts: Sequence[Any]) -> "RaggedOptions":
         """Those for one part of samples of several files.
 
         A dict names all of a part by its name, and a leaf as in a feature or, of this part alone,
         with the name of the part in front.
 
         >>> options = RaggedOptions({"video": "pad", "['audio']['frames']": "list"})
-        >>> options.of_part("video").modes
+        >>> options.of_part("video", ["video", "audio"]).modes
         'pad'
-        >>> options.of_part("audio").mode_of("['frames']", differs=False)
+        >>> options.of_part("audio", ["video", "audio"]).mode_of("['frames']", differs=False)
         'list'
         """
         if isinstance(self.modes, str):
@@ -127,8 +133,13 @@ class RaggedOptions:
         for whole in (name, front):
             if whole in self.modes:
                 return replace(self, modes=self.modes[whole])
-        own = {key.removeprefix(front): mode for key, mode in self.modes.items()}
-        return replace(self, modes={**self.modes, **own})
+        others = tuple(f"[{other!r}]" for other in parts if other != name)
+        modes = {
+            key.removeprefix(front): mode
+            for key, mode in self.modes.items()
+            if isinstance(key, str) and key not in parts and not key.startswith(others)
+        }
+        return replace(self, modes=modes)
 
     def hint(self, names: Sequence[str]) -> str:
         """What to add to an error of features that have these leaves, if a mode names no leaf."""

@@ -1,6 +1,6 @@
 """A batch of samples of several files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -61,10 +61,23 @@ class SampleBatch(Sequence[Any]):
         `ragged` as in GPUCollator. Raises as `FeatureBatch.collate`.
         """
         options = RaggedOptions.of("error" if ragged is None else ragged)
-        return joined(
-            self.parts,
-            [
-                batch.collate(options.of_part(name))
-                for name, batch in zip(self.parts, self.batches, strict=True)
-            ],
-        )
+        collate = [batch.collate for batch in self.batches]
+        return collate_parts(self.parts, collate, options.drawn(len(self)))
+
+
+def collate_parts(
+    parts: Parts, collate: Sequence[Callable[[RaggedOptions], Any]], options: RaggedOptions
+) -> Any:
+    """What each function makes of the options for its part, as a dict or a tuple.
+
+    Raises what they raise; messages name the part.
+    """
+    made = []
+    for name, function in zip(parts, collate, strict=True):
+        try:
+            made.append(function(options.of_part(name, parts)))
+        except (RuntimeError, TypeError) as error:
+            if type(error) not in (RuntimeError, TypeError):  # such as a failure of the device
+                raise
+            raise type(error)(f"part {name!r} of samples: {error}") from error
+    return joined(parts, made)

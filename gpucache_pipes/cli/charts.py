@@ -89,6 +89,25 @@ def require_plot(path: str) -> None:
         raise FileNotFoundError(f"--plot {path!r}: there is no such directory")
 
 
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
+"""Those of Okabe and Ito (2008), which people with any colour vision can tell apart."""
+
+_LINES = ("-", "--", "-.", ":")
+_MARKERS = "os^Dv<>P"
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Colour, dashes and marker of a line, for `Axes.plot`. Eight differ in colour and marker."""
+    at = number % len(COLORS)
+    return {
+        "color": COLORS[at],
+        "linestyle": _LINES[at % len(_LINES)],
+        "marker": _MARKERS[at],
+        "markersize": 4,
+        "linewidth": 1.2,
+    }
+
+
 def draw_plan(report: dict[str, Any], path: str) -> None:
     """Draw hit rates and bytes read over cache size.
 
@@ -104,12 +123,14 @@ def draw_plan(report: dict[str, Any], path: str) -> None:
     one = parse_bytes("unit", f"1 {unit}")
     sizes = [row["cache_bytes"] / one for row in report["rows"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in report["rows"][0]["policies"]:
+    total = report["feature_bytes"] / one
+    for at, name in enumerate(report["rows"][0]["policies"]):
         served = [row["policies"][name] for row in report["rows"]]
-        width = 2.5 if name == "clairvoyant" else 1.2
-        left.plot(sizes, [100 * s["hit_rate"] for s in served], label=name, linewidth=width)
-        total = report["feature_bytes"] / one
-        right.plot(sizes, [s["read_fraction"] * total for s in served], label=name, linewidth=width)
+        style: dict[str, Any] = {"label": name, **line_style(at)}
+        if name == "clairvoyant":  # the default: on top of those that are level with it
+            style |= {"linewidth": 2.5, "zorder": 3}
+        left.plot(sizes, [100 * s["hit_rate"] for s in served], **style)
+        right.plot(sizes, [s["read_fraction"] * total for s in served], **style)
     left.set(xlabel=f"cache, {unit}", ylabel="hit rate after the first epoch, %", ylim=(0, 100))
     right.set(
         xlabel=f"cache, {unit}", ylabel=f"read from files in an epoch, {unit}", ylim=(0, None)
@@ -118,6 +139,6 @@ def draw_plan(report: dict[str, Any], path: str) -> None:
         if report["memory"] <= report["feature_bytes"]:
             axes.axvline(report["memory"] / one, color="grey", linestyle=":")
         axes.grid(alpha=0.3)
-    right.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -59,7 +59,10 @@ class FileOpener:
         try:
             return self._readers.get(self._suffix(path), self._pt).open(path)
         except Unsupported as error:
-            raise ValueError(f"only torch.load can read {path!r}: {error}") from error
+            raise ValueError(
+                f"{path!r} cannot be read by its bytes: {error}; if torch.load can read it, save "
+                "it again"
+            ) from error
 
     def probe(self, path: str) -> tuple[OpenFeature, str | None]:
         """The feature, and why `torch.load` read it, or None. Raises as `open` does."""

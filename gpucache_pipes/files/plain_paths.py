@@ -9,7 +9,7 @@ from gpucache_pipes.files.paths import NumberedPath, PathList, Paths
 from gpucache_pipes.files.samples import Samples
 
 _POSITIONS = "label_positions"
-_PARTS = "parts"
+_PARTS = "sample_parts"
 
 
 def as_plain_data(element: Any) -> Any:

@@ -18,6 +18,7 @@ _MAX_COST = 256 << 20
 """Host bytes for what is remembered of files."""
 
 _SAMPLED = 64
+_DIGITS = 18
 
 
 class RowFiles:
@@ -91,7 +92,8 @@ class RowFiles:
         file, number = _split(key)
         if number is None:
             raise ValueError(
-                f"{path!r} names no sample: RowFiles reads '{path}#17', where 17 is its position"
+                f"{path!r} names no sample: RowFiles takes the path of a file, '#' and a position, "
+                "as in 'file.pt#17'"
             )
         try:
             feature, plans = self._open(file)
@@ -108,13 +110,20 @@ class RowFiles:
 
     def _open(self, file: str) -> tuple[PlannedFeature, RowPlans]:
         """A file, and the plans of its samples."""
+        known = self._known.get(file)
+        if known is not None:
+            feature = PlannedFeature(file)
+            try:
+                if version_of(os.fstat(feature.fd)) == known[0]:
+                    return feature, known[1]
+            except BaseException:
+                feature.close()
+                raise
+            feature.close()
         feature = self._opener.open_planned(file)
         try:
             status = os.fstat(feature.fd)
             version = version_of(status)
-            known = self._known.get(file)
-            if known is not None and known[0] == version:
-                return feature, known[1]
             try:
                 plans = RowPlans(feature.plan, self._selection)
             except ValueError as error:
@@ -166,6 +175,6 @@ def _split(path: str) -> tuple[str, int | None]:
     (('a#b.pt', 17), ('a#b.pt', None))
     """
     file, mark, number = path.rpartition("#")
-    if not mark or not (number.isascii() and number.isdigit()):
+    if not mark or not (number.isascii() and number.isdigit()) or len(number) > _DIGITS:
         return path, None
     return file, int(number)

@@ -1,11 +1,13 @@
 """Which files the source of a PathLister means, where a sample may be several of them."""
 
+import glob
 import os
+import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from gpucache_pipes.files.listing import GLOB_CHARACTERS, directory_prefix, find_files
+from gpucache_pipes.files.listing import directory_prefix, find_files
 from gpucache_pipes.files.samples import Parts, columns_of
 
 _PATHS = (str, os.PathLike)
@@ -44,7 +46,9 @@ def list_samples(source: Any, pattern: str, recursive: bool) -> Listing:
     if isinstance(source, _PATHS):
         paths = find_files(source, pattern, recursive)
         return Listing(paths, (), directory_prefix(source), False)
-    first = source[0] if len(source) else None
+    if getattr(source, "ndim", 1) == 0:  # an array that is one str
+        return list_samples(source.item(), pattern, recursive)
+    first = next(iter(source), None)
     if not isinstance(first, _PATHS) and _is_row(first):
         columns = columns_of(source)
         _require_paths(columns, first)
@@ -58,28 +62,34 @@ def _is_row(item: Any) -> bool:
 
 def _require_paths(columns: Mapping[Any, Sequence[Any]], first: Any) -> None:
     """Raise TypeError if the rows of a source hold more than paths."""
+    if not columns:
+        raise FileNotFoundError("the samples have no files")
+    what = "labels={...}" if isinstance(first, Mapping) else "labels=[...]"
+    likely = {name: any(map(_looks_like_path, column)) for name, column in columns.items()}
     for name, column in columns.items():
         wrong = next((item for item in column if not isinstance(item, _PATHS)), None)
-        if wrong is None and any(_may_be_path(item) for item in column):
-            continue
-        what = "labels={...}" if isinstance(first, Mapping) else "labels=[...]"
-        shown = column[0] if wrong is None else wrong
-        raise TypeError(
-            f"a path is a str or an os.PathLike of one, not {shown!r:.80}, which is {name!r} of a "
-            f"sample: give the paths alone, and what belongs to them as {what}"
-        )
+        if wrong is not None:
+            raise TypeError(
+                f"a path is a str or an os.PathLike of one, not {wrong!r:.80}, which is {name!r} "
+                f"of a sample: give the paths alone, and what belongs to them as {what}"
+            )
+        if not likely[name] and any(likely.values()):  # else they are names for a load_fn
+            raise TypeError(
+                f"{column[0]!r:.80}, which is {name!r} of a sample, does not look like a path: "
+                f"give the paths alone, and what belongs to them as {what}"
+            )
 
 
-def _may_be_path(item: Any) -> bool:
-    """Whether a str may be meant as the path of a file, and not as the name of a class."""
-    return not isinstance(item, str) or "." in item or "/" in item
+def _looks_like_path(item: Any) -> bool:
+    """Whether it is meant as the path of a file, and not as the name of a class."""
+    return isinstance(item, os.PathLike) or (isinstance(item, str) and ("." in item or "/" in item))
 
 
 def _of_columns(source: Mapping[Any, Any], pattern: str, recursive: bool) -> Listing:
     parts = tuple(source)
     for name, column in source.items():
         if not isinstance(column, _PATHS) and (
-            isinstance(column, bytes) or not hasattr(column, "__len__")
+            isinstance(column, (bytes, Mapping)) or not hasattr(column, "__len__")
         ):
             raise TypeError(
                 f"the source is a dict, which has for each part of a sample a directory, a glob or "
@@ -110,9 +120,28 @@ def _root(where: Any) -> str:
     """The directory below which a directory or a glob names files, with a separator at its end."""
     if os.path.isdir(where):
         return directory_prefix(where)
-    fixed = os.fspath(where)
-    at = next((at for at, letter in enumerate(fixed) if letter in GLOB_CHARACTERS), len(fixed))
-    return str(fixed[: fixed.rfind(os.sep, 0, at) + 1])
+    path = os.fspath(where)
+    if os.path.isfile(path):
+        return str(path[: path.rfind(os.sep) + 1])
+    fixed = []
+    for part in path.split(os.sep)[:-1]:
+        literal = _ESCAPED.sub(r"\1", part)
+        if glob.escape(literal) != part and glob.has_magic(part):
+            break
+        fixed.append(literal)
+    return "".join(f"{part}{os.sep}" for part in fixed)
+
+
+_ESCAPED = re.compile(r"\[([*?[])\]")
+"""What `glob.escape` makes of a character that has a meaning in globs."""
+
+
+def _name(path: str, root: str) -> str:
+    """The name of a file below the root, without its ending, by which parts are matched."""
+    below = os.path.normpath(path)
+    if root:
+        below = below.removeprefix(os.path.join(os.path.normpath(root), ""))
+    return os.path.splitext(below)[0]
 
 
 def _by_name(parts: Parts, columns: Sequence[list[str]], roots: Sequence[str]) -> list[str]:
@@ -121,7 +150,7 @@ def _by_name(parts: Parts, columns: Sequence[list[str]], roots: Sequence[str]) -
     for name, column, root in zip(parts, columns, roots, strict=True):
         table: dict[str, str] = {}
         for path in column:
-            stem = os.path.splitext(path.removeprefix(root))[0]
+            stem = _name(path, root)
             if stem in table:
                 raise ValueError(
                     f"{table[stem]!r} and {path!r} of {name!r} have one name, by which files of "

@@ -95,20 +95,23 @@ class Samples(Sequence[Any]):
 
 
 def as_samples(given: Any) -> Samples | None:
-    """The samples that a dict of columns of paths, or a list of dicts, stands for.
+    """The samples that a dict of columns of paths, or a list of dicts or tuples, stands for.
 
     None for anything else. Raises ValueError as `Samples.of`.
     """
     if isinstance(given, Samples):
         return given
     if isinstance(given, Mapping):
-        columns = given.values()
-        sequences = all(
-            isinstance(c, Sequence) and not isinstance(c, (str, bytes)) for c in columns
-        )
-        return Samples.of(given) if given and sequences else None
-    rows = isinstance(given, list) and given and isinstance(given[0], Mapping)
-    return Samples.of(given) if rows else None
+        return Samples.of(given) if given and all(map(_is_column, given.values())) else None
+    if isinstance(given, list) and given and isinstance(given[0], (Mapping, tuple)):
+        return Samples.of(given) if given[0] else None
+    return None
+
+
+def _is_column(column: Any) -> bool:
+    if isinstance(column, (str, bytes, Mapping)):
+        return False
+    return isinstance(column, Sequence) or getattr(column, "ndim", 0) == 1
 
 
 def joined(parts: Parts, items: Sequence[Any]) -> Any:
@@ -123,11 +126,14 @@ def joined(parts: Parts, items: Sequence[Any]) -> Any:
 
 
 def files_of(positions: Any, files: PathList) -> Any:
-    """The positions of the files of the samples at `positions`, part after part."""
+    """The positions of the files of the samples at `positions`, part after part.
+
+    Of positions [batches, 1, samples] as [batches, parts, samples].
+    """
     if not files.parts:
         return positions
-    starts = files.samples * np.arange(len(files.parts))
-    return (starts[:, None] + positions).reshape(-1)
+    found = files.samples * np.arange(len(files.parts))[:, None] + positions
+    return found if found.ndim > 2 else found.reshape(-1)
 
 
 def columns_of(rows: Sequence[Any]) -> dict[Any, list[Any]]:
@@ -136,12 +142,17 @@ def columns_of(rows: Sequence[Any]) -> dict[Any, list[Any]]:
     Raises:
         ValueError: a row that lacks what the first one has, or has more; it is shown.
     """
+    rows = list(rows)
     first = rows[0]
-    if not isinstance(first, Mapping):
-        rows = [dict(enumerate(row)) for row in rows]
-    keys = list(rows[0])
+    columns: dict[Any, list[Any]] = {key: [] for key in _keys(first)}
     for row in rows:
-        if not isinstance(row, Mapping) or row.keys() != rows[0].keys():
-            what = row if isinstance(first, Mapping) else tuple(row.values())
-            raise ValueError(f"the sample {what!r:.200} does not have the files of {first!r:.200}")
-    return {key: [row[key] for row in rows] for key in keys}
+        if type(row) is not type(first) or _keys(row) != columns.keys():
+            raise ValueError(f"the sample {row!r:.200} does not have the files of {first!r:.200}")
+        for key, column in columns.items():
+            column.append(row[key])
+    return columns
+
+
+def _keys(row: Any) -> Any:
+    """The keys of a dict, or the positions in a sequence."""
+    return row.keys() if isinstance(row, Mapping) else dict.fromkeys(range(len(row))).keys()

@@ -25,12 +25,13 @@ class ListedFiles:
     def __init__(self, source: Any, pattern: str, recursive: bool, labels: Any) -> None:
         found = list_samples(source, pattern, recursive)
         self._given = GivenPaths(found.paths, found.parts)
-        # Only below one directory do names identify files wherever it is.
-        self._root = "" if found.parts else found.root
+        # What a state knows the list by. Files of parts that were listed have the names of those of
+        # the first part.
+        first = found.paths[: self.files.samples]
+        self._named = found.paths if found.given else first, found.root
         self._fingerprint: int | None = None
         if labels is not None:
-            named = found.paths[: self.files.samples]
-            self._given.label(Labels.of(labels, named, found.root, found.given))
+            self._given.label(Labels.of(labels, first, found.root, found.given))
 
     @property
     def files(self) -> PathList:
@@ -54,5 +55,5 @@ class ListedFiles:
     def fingerprint(self, sizes: int) -> int:
         """By what a state recognises the list, and a checksum of the sizes of its files."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self._given.given, self._root, sizes)
+            self._fingerprint = fingerprint(*self._named, sizes)
         return self._fingerprint

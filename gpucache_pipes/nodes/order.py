@@ -174,12 +174,13 @@ def requested(order: Order, files: PathList, batch_size: int | None) -> NDArray[
     if not files.parts:
         return order if isinstance(order, np.ndarray) else flatten(order, samples)
     if isinstance(order, list) and order and not isinstance(order[0], int):
-        batches = [flatten(batch, samples) for batch in order]
-    else:
-        flat = order if isinstance(order, np.ndarray) else flatten(order, samples)
-        size = batch_size or 1
-        batches = np.split(flat, range(size, len(flat), size))
-    return np.concatenate([files_of(batch, files) for batch in batches]).astype(np.intp)
+        batches = [files_of(flatten(batch, samples), files) for batch in order]
+        return np.concatenate(batches).astype(np.intp)
+    flat = order if isinstance(order, np.ndarray) else flatten(order, samples)
+    size = batch_size or 1
+    whole = len(flat) - len(flat) % size
+    alike = files_of(flat[:whole].reshape(-1, 1, size), files)
+    return np.append(alike.reshape(-1), files_of(flat[whole:], files)).astype(np.intp)
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -255,7 +255,8 @@ class GPUPrefetcher(BaseNode[Any]):
 
     def __del__(self) -> None:
         # Requests are given up when they are collected; but the announcement stays in the policy.
-        if hasattr(self, "_key"):  # else __init__ has failed
+        # Without a key, __init__ has failed; without a table, the interpreter ends.
+        if hasattr(self, "_key") and _latest is not None:
             self._retract()
 
     def _retract(self) -> None:

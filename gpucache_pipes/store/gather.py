@@ -1,6 +1,7 @@
 """From pinned pages to a batch."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -14,11 +15,12 @@ from gpucache_pipes.batches import (
     PageBatch,
     RaggedOptions,
     SampleBatch,
+    collate_parts,
     to_device,
 )
 from gpucache_pipes.cache import LAYOUT_SHIFT, Cache, Numbers, first_pages, runs_of
 from gpucache_pipes.device import Backend
-from gpucache_pipes.files import ALIGNMENT, Layout, LoadedFeature, Parts, PathLike, joined
+from gpucache_pipes.files import ALIGNMENT, Layout, LoadedFeature, Parts, PathLike
 
 _REMEMBERED = 64
 """Layouts whose byte ranges are remembered."""
@@ -108,8 +110,8 @@ class Gatherer:
         each = [taken.part(number, len(parts)) for number in range(len(parts))]
         if ragged is None:
             return SampleBatch(parts, [self.gather(part) for part in each])
-        options = [ragged.of_part(name) for name in parts]
-        return joined(parts, list(map(self.collate, each, options)))
+        collate = [partial(self.collate, part) for part in each]
+        return collate_parts(parts, collate, ragged.drawn(len(each[0].numbers)))
 
     def _one_layout(self, taken: Taken) -> int | None:
         """The number of the layout of all features, if they have one and lie in runs of pages."""

@@ -15,8 +15,8 @@ from gpucache_pipes.files import (
     PathLike,
     Paths,
     PathTable,
-    Samples,
     Source,
+    as_samples,
 )
 from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.gather import Gatherer
@@ -65,8 +65,9 @@ class RequestManager:
 
     def _resolve(self, paths: Iterable[PathLike]) -> tuple[Numbers, Sequence[PathLike]]:
         """The numbers of the entries of `paths`, and the paths, absolute."""
-        if isinstance(paths, Samples):
-            paths = paths.paths
+        samples = as_samples(paths)
+        if samples is not None:
+            paths = samples.paths
         if self._shared.refusal.reason is not None:
             self._shared.refusal.check()
         numbers, absolute = self._paths.resolve(paths)
@@ -102,7 +103,8 @@ class RequestManager:
 
         A `warmup` does not count as a request, and evicts nothing.
         """
-        numbers, absolute = self._resolve(paths)
+        samples = as_samples(paths)
+        numbers, absolute = self._resolve(paths if samples is None else samples)
         require_stack()
         loading: list[int] = []
         stale = self._find_stale(numbers)
@@ -117,7 +119,7 @@ class RequestManager:
                 issuer=self,
                 keep_alive=keep_alive,
                 ahead=ahead,
-                parts=paths.parts if isinstance(paths, Samples) else (),
+                parts=() if samples is None else samples.parts,
             )
             if loading:
                 self._loader.submit(loading)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpucache_pipes.cache import distinct
-from gpucache_pipes.files import PathLike
+from gpucache_pipes.files import PathLike, as_samples
 from gpucache_pipes.files.listing import find_files
 from gpucache_pipes.store.pending_batch import PendingBatch
 from gpucache_pipes.store.progress import progress_bar
@@ -24,6 +24,9 @@ def warm_up(
     if isinstance(paths, (str, os.PathLike)):
         paths = find_files(paths, "*.pt", recursive=False)
     own_paths = getattr(paths, "own_paths", None)
+    samples = as_samples(paths)
+    if samples is not None:
+        paths = samples.paths
     paths = list(paths if own_paths is None else own_paths())
     shared.memory.expect_files(warm_up, len(paths))
     parts: deque[PendingBatch] = deque()

@@ -565,7 +565,7 @@ def test_the_command_draws_a_picture(
         (["--files", "1"], "--files=1 must be a whole number of at least 2"),
         (["--bytes", "many"], "--bytes='many' is not a size in bytes"),
         (["--only", "grian"], "'grian' is none of the contenders: gpucache_pipes, GPUCollator"),
-        (["--device", "nothing"], "device='nothing' is not a device"),
+        (["--device", "nothing"], "--device 'nothing' is not a device"),
         pytest.param(["--plot", "no/such/place.png"], "no such directory", marks=needs_matplotlib),
         pytest.param(
             ["--plot", "picture.zzz"], "the name must end in one of", marks=needs_matplotlib

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from gpucache_pipes import GPUCachedPathDataLoader, GPUFeatureStore, PathLister
 from gpucache_pipes.files import RowFiles, Source
+from gpucache_pipes.files.pt.reader import PtReader
 from gpucache_pipes.testing import SourceContract, assert_same, features
 
 
@@ -212,9 +213,10 @@ def test_what_is_no_sample(tmp_path: Path) -> None:
             ("differ.pt#0", r"\['x'\] has 3, \['y'\] has 4|\['y'\] has 4, \['x'\] has 3"),
             ("none.pt#0", "no tensor that has rows"),
             ("x.pt#3", "has 3 samples: there is no #3"),
-            ("x.pt", r"names no sample: RowFiles reads '.*x\.pt#17'"),
+            ("x.pt", r"names no sample: .* as in 'file\.pt#17'"),
             ("x.pt#-1", "names no sample"),
-            ("old.pt#0", "only torch.load can read"),
+            ("x.pt#" + "9" * 5000, "names no sample|File name too long"),
+            ("old.pt#0", "cannot be read by its bytes"),
             ("missing.pt#0", "No such file"),
         ]:
             with pytest.raises(Exception, match=message):
@@ -232,3 +234,23 @@ def test_a_mark_in_an_ordinary_path(tmp_path: Path) -> None:
     torch.save(torch.ones(2), file)
     with GPUFeatureStore("cpu") as store:
         assert store.get(file).tolist() == [1, 1]
+
+
+def test_a_large_list_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plan is too large to be remembered by the reader of the format."""
+    file = str(tmp_path / "list.pt")
+    torch.save([{"x": torch.full((2,), float(n)), "n": n} for n in range(400)], file)
+    os.utime(file, (0, 0))
+    source = RowFiles()
+    parsed = []
+    plan = PtReader.plan
+
+    def counting(self: PtReader, file: Any) -> Any:
+        parsed.append(1)
+        return plan(self, file)
+
+    monkeypatch.setattr(PtReader, "plan", counting)
+    with GPUFeatureStore("cpu", source=source, asynchronous=False) as store:
+        batch = store.get_batch(source.paths(file)).collate()
+        assert batch["x"][:, 0].tolist() == batch["n"].tolist() == list(range(400))
+    assert len(parsed) == 1

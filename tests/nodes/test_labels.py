@@ -492,7 +492,7 @@ def _rest(node: Any) -> Any:
 
 def test_the_store_does_not_keep_labels(paths: list[str], store: GPUFeatureStore) -> None:
     lister = PathLister(paths, labels=labelled)
-    labels = weakref.ref(lister._given.files().labels)  # type: ignore[union-attr]
+    labels = weakref.ref(lister._files.labels)
     node = GPUPrefetcher(lister, store)
     list(node)
     del lister, node

@@ -1,5 +1,6 @@
 """Samples of several files: each part is gathered by itself, and they stay together."""
 
+import glob
 import json
 import os
 import pickle
@@ -22,8 +23,10 @@ from gpucache_pipes import (
     GPUPrefetcher,
     PathLister,
 )
+from gpucache_pipes.batches import RaggedOptions
 from gpucache_pipes.device import AcceleratorBackend
 from gpucache_pipes.files import PathList, Paths, Samples
+from gpucache_pipes.nodes import prefetcher
 from gpucache_pipes.testing import SimulatedRuntime, assert_same
 
 FILES = 11
@@ -336,7 +339,10 @@ def test_what_does_not_fit_together(root: Path, store: GPUFeatureStore) -> None:
         PathLister([{"video": "a.pt", "audio": "b.pt"}, {"video": "a.pt"}], batch_size=2)
     with pytest.raises(ValueError, match="does not have the files of"):
         PathLister([("a.pt", "b.pt"), ("a.pt",)], batch_size=2)
-    with pytest.raises(TypeError, match=r"'cat', which is 1 of a sample.*labels=\[\.\.\.\]"):
+    with pytest.raises(
+        TypeError,
+        match=r"'cat', which is 1 of a sample, does not look like a path.*labels=\[\.\.\.\]",
+    ):
         PathLister([("a.pt", "cat"), ("b.pt", "dog")], batch_size=2)
     with pytest.raises(FileNotFoundError, match="empty"):
         PathLister({}, batch_size=2)
@@ -348,6 +354,130 @@ def test_what_does_not_fit_together(root: Path, store: GPUFeatureStore) -> None:
     batches = [store.request(Samples.of(known)[:2]) for _ in range(2)]
     with pytest.raises(ValueError, match="one by one"):
         store.collect(batches)
+
+
+def test_what_is_no_sample(root: Path, store: GPUFeatureStore) -> None:
+    for source in ([{}], [()]):
+        with pytest.raises(FileNotFoundError, match="the samples have no files"):
+            PathLister(source, batch_size=2)
+    for other in (None, "c.pt", {"a": "b.pt"}, 3):
+        with pytest.raises(ValueError, match="does not have the files of"):
+            PathLister([("a.pt", "b.pt"), other], batch_size=2)
+    with pytest.raises(TypeError, match=r"but 'video' is \{'a.pt': 1\}"):
+        PathLister({"video": {"a.pt": 1}, "audio": {"a.pt": 1}}, batch_size=2)
+    # Names that no file has, for a load_fn.
+    assert len(PathLister([{"v": "clip1", "a": "clip1"}], batch_size=2)) == 1
+    short = {part: paths[:4] for part, paths in columns(root).items()}
+    batches = GPUCachedPathDataLoader(
+        PathLister(short, batch_size=4), store=store, ragged={"audio": "pad"}
+    )
+    with pytest.raises(RuntimeError, match=r"part 'video' of samples: cannot stack \['frames'\]"):
+        next(iter(batches))
+
+
+def test_modes_of_parts_that_are_numbered(root: Path, store: GPUFeatureStore) -> None:
+    rows = list(zip(*columns(root).values(), strict=True))
+    lister = PathLister(rows, batch_size=4)
+    for ragged in ({0: "pad"}, {"[0]": "pad"}, {"[0]['frames']": "pad"}):
+        batches = GPUCollator(GPUPrefetcher(lister, store), ragged=ragged)  # type: ignore[arg-type]
+        video, audio = next(iter(batches))
+        assert video["frames"].values.shape[0] == 4 and audio.shape == (4, 6)
+
+
+def test_a_mode_is_for_its_part(tmp_path: Path, store: GPUFeatureStore) -> None:
+    """A part may have the name of a leaf of another part."""
+    for name in ("x", "y"):
+        torch.save({"x": torch.ones(2, 3)}, tmp_path / f"{name}.pt")
+    lister = PathLister({name: [tmp_path / f"{name}.pt"] for name in ("x", "y")}, batch_size=1)
+    batch = next(iter(GPUCollator(GPUPrefetcher(lister, store), ragged={"x": "pad"})))
+    assert batch["y"]["x"].shape == (1, 2, 3) and batch["x"]["x"].values.shape == (1, 2, 3)
+
+
+def test_parts_are_cropped_at_one_place(tmp_path: Path, store: GPUFeatureStore) -> None:
+    for part in ("video", "audio"):
+        (tmp_path / part).mkdir()
+        for number in range(8):
+            torch.save(torch.arange(20 + number), tmp_path / part / f"{number}.pt")
+    source = {part: tmp_path / part for part in ("video", "audio")}
+    for nodes in (
+        GPUCachedPathDataLoader(
+            PathLister(source, batch_size=8), store=store, ragged="pad", max_length=5, crop="random"
+        ),
+        [
+            features.collate(RaggedOptions("pad", max_length=5, crop="random"))
+            for features in GPUPrefetcher(PathLister(source, batch_size=8), store)
+        ],
+    ):
+        [batch] = nodes
+        assert batch["video"].values.tolist() == batch["audio"].values.tolist()
+        assert len(set(batch["video"].values[:, 0].tolist())) > 1
+
+
+def test_calls_of_the_store_take_samples(root: Path, store: GPUFeatureStore) -> None:
+    lister = PathLister(columns(root), batch_size=4)
+    assert store.warm(lister.paths) == 2 * FILES
+    rows = list(lister.paths[:3])
+    for asked in (lister.paths[:3], rows, {part: [r[part] for r in rows] for part in rows[0]}):
+        assert [row["video"]["fps"] for row in store.get_batch(asked)] == [25, 26, 27]
+    store.prefetch(lister.paths)
+    store.release(lister.paths)
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("name", ["plain", "b[1]", "two words"])
+def test_globs_that_name_one_directory(tmp_path: Path, store: GPUFeatureStore, name: str) -> None:
+    """Escaped characters, double separators and files are no part of the names that match."""
+    home = tmp_path / name
+    for part in ("v", "a"):
+        (home / part).mkdir(parents=True)
+        for number in range(2):
+            torch.save(torch.tensor(number), home / part / f"{number}.pt")
+    escaped = glob.escape(str(home))
+    for form in ("{}/{}/*.pt", "{}//{}/*.pt", "{}/{}/./[0-9].pt"):
+        source = {part: form.format(escaped, part) for part in ("v", "a")}
+        assert len(PathLister(source, batch_size=2).paths) == 2
+    one = {part: f"{home}/{part}/0.pt" for part in ("v", "a")}
+    assert list(PathLister(one, batch_size=2).paths) == [one]
+
+
+def test_states_know_samples_wherever_they_are(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    first = PathLister({"video": "video", "audio": "audio"}, batch_size=3)
+    first.reset()
+    next(first)
+    state = first.state_dict()
+    second = PathLister({part: root / part for part in ("video", "audio")}, batch_size=3)
+    second.reset(state)
+    assert len(list(second)) == 3
+
+
+def test_dicts_that_look_like_states(root: Path, store: GPUFeatureStore) -> None:
+    """A source of the user's may have columns of any names."""
+    known = columns(root)
+    elements = [{"parts": known["video"][:2], "paths": known["audio"][:2]}]
+    elements.append({"parts": ["missing1.pt"], "paths": ["missing2.pt"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefetcher, "find_rank", lambda: (2, 0))
+        node = GPUPrefetcher(elements, store, on_error="skip")
+        node.reset()
+        expected = list(next(node))
+        state = json.loads(json.dumps(node.state_dict()))
+        resumed = GPUPrefetcher(elements, store, on_error="skip")
+        resumed.reset(state)
+        assert_same(list(next(resumed)), expected)
+
+
+def test_loaders_of_rows_leave_one_sample_out(root: Path, store: GPUFeatureStore) -> None:
+    known = columns(root)
+    Path(known["audio"][1]).write_bytes(b"broken")
+    rows = [dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True)]
+    loaded = GPUCachedPathDataLoader(
+        DataLoader(rows, batch_size=4),  # type: ignore[arg-type]
+        store=store,
+        on_error="skip",
+        ragged={"frames": "list"},
+    )
+    assert [n for batch in loaded for n in ids(batch)] == [n for n in range(FILES) if n != 1]
 
 
 def test_parts_of_other_formats(root: Path, store: GPUFeatureStore) -> None:

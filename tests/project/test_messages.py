@@ -80,6 +80,8 @@ def test_every_list_is_a_list(make_files: Files, tmp_path: Path) -> None:
         assert len(lister) == 3
     pandas = pytest.importorskip("pandas")
     assert list(PathLister(pandas.Series(paths)).paths) == paths
+    assert list(PathLister(pandas.Series(paths, index=range(5, 10))).paths) == paths
+    assert list(PathLister(np.array(paths[0])).paths) == paths[:1]
 
 
 # Sizes

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from gpucache_pipes.cli.bench.contender import KINDS
 from gpucache_pipes.cli.bench.figures import Report, spread
 from gpucache_pipes.cli.bench.loaders import BASELINE, OURS
-from gpucache_pipes.cli.charts import require_matplotlib
+from gpucache_pipes.cli.charts import COLORS, require_matplotlib
 from gpucache_pipes.units import format_bytes
 
 _FEW = 4
@@ -165,7 +165,7 @@ def draw(report: Report, path: str) -> None:
     """
     plt = require_matplotlib()
     cases = headings(report)
-    colors = {"ours": "tab:blue", "peer": "tab:gray", "format": "tab:olive"}
+    colors = {"ours": COLORS[0], "peer": COLORS[7], "format": COLORS[5]}
     shown = {n: e for n, e in report["contenders"].items() if e["kind"] in colors}
     shown = {n: e for n, e in shown.items() if not e["problem"]}
     names = list(reversed(shown))
@@ -179,18 +179,21 @@ def draw(report: Report, path: str) -> None:
             if values is None:
                 continue
             middle, least, most = values
-            axes.barh(row, middle, color=colors[shown[name]["kind"]],
+            # From the baseline on, to the left where it is faster.
+            axes.barh(row, middle - 1, left=1, color=colors[shown[name]["kind"]],
                       xerr=[[middle - least], [most - middle]])  # fmt: skip
-            axes.annotate(f" {middle:.3g}", (most, row), va="center", fontsize=8)
+            # In a column of their own, away from bars and limit.
+            axes.annotate(f"{middle:.3g}", (1.01, row), xycoords=("axes fraction", "data"),
+                          va="center", fontsize=8)  # fmt: skip
+        axes.axvline(1, color="black", linewidth=0.8)
         limit = _limit(report, case)
         if limit is not None:
-            axes.axvline(limit, color="tab:red", linestyle="--", zorder=0)
-            title += f"\n(red: the limit, {limit:.3g})"
+            axes.axvline(limit, color=COLORS[1], linestyle="--")
+            title += f"\n(dashed: the limit, {limit:.3g})"
         axes.set(xscale="log", yticks=range(len(names)), yticklabels=names)
         axes.set_title(title, fontsize=10)
         axes.minorticks_off()
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlim(right=axes.get_xlim()[1] * 2)
         axes.grid(axis="x", alpha=0.3)
     figure.supxlabel(f"times as fast as {BASELINE.name} (logarithmic)", fontsize=9)
     figure.savefig(path, dpi=150)
