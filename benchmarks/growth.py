@@ -159,7 +159,8 @@ def draw(figures: dict[str, dict[str, Curve]], path: str) -> None:
             axes.plot(list(curve), list(curve.values()), label=name, **line_style(at))
         values = [us for curve in curves.values() for us in curve.values()]
         axes.set(xscale="log", xlabel=AXES[what], ylabel="microseconds for each feature")
-        axes.set_title(what, loc="left", fontsize=10, fontweight="bold")
+        alone = next(iter(curves)) if len(curves) == 1 else ""
+        axes.set_title(f"{what}: {alone}" if alone else what, loc="left", fontsize=10)
         if max(values) > 10 * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
@@ -168,9 +169,9 @@ def draw(figures: dict[str, dict[str, Curve]], path: str) -> None:
         axes.set_xticks(list(curve), [f"{x:,}" for x in curve])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        # Beside the title, off the data.
-        columns = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
-        axes.legend(fontsize=8, frameon=False, **columns)
+        if not alone:  # beside the title, off the data
+            corner = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+            axes.legend(fontsize=8, frameon=False, **corner)
     for axes in panels.flat[len(figures) :]:
         axes.set_axis_off()
     figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)

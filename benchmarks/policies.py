@@ -24,6 +24,7 @@ from _workloads import FILES, Epochs, Workload, belady, shuffled, workloads
 from gpucache_pipes import GPUFeatureStore, GPUPrefetcher, PathLister, Trace, simulate
 from gpucache_pipes.cache import AccessPlan
 from gpucache_pipes.cache.policies import make_policy
+from gpucache_pipes.cli.charts import line_style
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 OTHERS = ("lru", "sieve", "s3fifo", "w-tinylfu", "keep", "lfu", "fifo")
@@ -224,12 +225,12 @@ def draw(rates: dict[str, dict[str, float]], path: str) -> None:
     lines = {"known": "clairvoyant, order known", "unknown": "clairvoyant, order unknown"}
     lines |= {name: name for name in ("w-tinylfu", "sieve", "s3fifo", "keep", "lru")}
     for panel, name in zip(panels.flat, names, strict=True):
-        for contender, label in lines.items():
+        for at, (contender, label) in enumerate(lines.items()):
             served = [100 * rates[f"{name}, {share:.0%}"][contender] for share in SHARES]
-            style = {"known": "-", "unknown": "--"}.get(contender, ":")
-            width = 2.5 if label != contender else 1.3
-            shares = [100 * share for share in SHARES]
-            panel.plot(shares, served, style, label=label, linewidth=width)
+            style = line_style(at)
+            if label != contender:  # the default: on top of those that are level with it
+                style |= {"linewidth": 2.5, "zorder": 5 - at}
+            panel.plot([100 * share for share in SHARES], served, label=label, **style)
         panel.set(title=name, ylim=(-3, 103))
         panel.grid(alpha=0.3)
     for panel in panels[1]:

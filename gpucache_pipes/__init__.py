@@ -2,8 +2,7 @@
 
 store = GPUFeatureStore("cuda", max_cache_bytes="8GiB")
 paths = PathLister("features/", batch_size=256, shuffle=True, seed=0)
-batches = GPUCollator(GPUPrefetcher(paths, store))
-for batch in torchdata.nodes.Loader(batches):
+for batch in NodeLoader(GPUCollator(GPUPrefetcher(paths, store))):
     ...
 """
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
         FeatureFileDataset,
         FeaturePathDataset,
         GPUCachedPathDataLoader,
+        NodeLoader,
     )
     from gpucache_pipes.batches import FeatureBatch, Padded
     from gpucache_pipes.cache import Trace, simulate
@@ -36,6 +36,7 @@ __all__ = [
     "GPUFeatureStore",
     "GPUPrefetcher",
     "Lockstep",
+    "NodeLoader",
     "Padded",
     "PathLister",
     "PendingBatch",
@@ -56,6 +57,7 @@ _MODULES = {
     "GPUFeatureStore": "store",
     "GPUPrefetcher": "nodes",
     "Lockstep": "nodes",
+    "NodeLoader": "adapters",
     "Padded": "batches",
     "PathLister": "nodes",
     "RankError": "errors",

@@ -20,7 +20,7 @@ from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.labels import Labelled
 from gpucache_pipes.nodes.options import CollateOptions
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
-from gpucache_pipes.nodes.upstream import as_node, shown, upstream_nodes
+from gpucache_pipes.nodes.upstream import as_node, length_of, shown, upstream_nodes
 
 _GATHERED = (FeatureBatch, SampleBatch)
 _BATCHES = (*_GATHERED, Labelled)
@@ -131,7 +131,7 @@ class GPUCollator(BaseNode[Any]):
 
     def __len__(self) -> int:
         """Batches of an epoch. Raises TypeError if the source has no length."""
-        count = len(self.source)  # type: ignore[arg-type]
+        count = length_of(self.source)
         if self.batch_size is None:
             return count
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)

@@ -16,7 +16,7 @@ from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError, PrefetchOptions, require_store
 from gpucache_pipes.nodes.pending_element import PendingElement
 from gpucache_pipes.nodes.sharding import find_rank
-from gpucache_pipes.nodes.upstream import as_node, find_upstream, shown
+from gpucache_pipes.nodes.upstream import as_node, find_upstream, length_of, shown
 from gpucache_pipes.store import GPUFeatureStore
 
 _Key = tuple[PipelineIdentity, PipelineIdentity]
@@ -231,7 +231,7 @@ class GPUPrefetcher(BaseNode[Any]):
 
     def __len__(self) -> int:
         """Elements of an epoch: those of the source. Raises TypeError if that has no length."""
-        return len(self.source)  # type: ignore[arg-type]
+        return length_of(self.source)
 
     def __bool__(self) -> bool:
         """True, also for a source without a length."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
-from torchdata.nodes import BaseNode, IterableWrapper
+from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, PinMemory, Prefetcher
 
 
 def as_node(source: BaseNode[Any] | Iterable[Any]) -> BaseNode[Any]:
@@ -102,6 +102,24 @@ def single_upstream(node: Any) -> Iterator[Any]:
     not known, and so the order of one source says nothing about the order of its elements.
     """
     return upstream_nodes(node, beyond=lambda found: not hasattr(found, "source_nodes"))
+
+
+def length_of(node: Any) -> int:
+    """How many elements a node yields in an epoch.
+
+    Raises TypeError where that is not known: behind a stream, or a node that may yield more or
+    fewer elements than it gets.
+    """
+    for found in single_upstream(node):
+        if hasattr(found, "__len__"):
+            return len(found)
+        if not isinstance(found, _ONE_TO_ONE):
+            break
+    raise TypeError(f"how many elements {shown(node)} yields is not known in advance")
+
+
+_ONE_TO_ONE = (ParallelMapper, PinMemory, Prefetcher)
+"""Nodes that yield one element for each of their source, and have no length themselves."""
 
 
 def find_upstream(node: Any, name: str) -> Any:

@@ -100,6 +100,12 @@ def test_train_with_gpu_cache(tmp_path: Path) -> None:
     assert "epoch 1" in run_example(script, tmp_path / "new", *options, *half)
 
 
+def test_iter_datapipes(tmp_path: Path) -> None:
+    said = run_example("examples/iter_datapipes.py", "--epochs", 2)
+    assert "epoch 0: 1000 samples" in said and "epoch 1: 1000 samples" in said
+    assert "100% from memory" in said.splitlines()[1]
+
+
 def test_profile_pipeline(tmp_path: Path) -> None:
     for number in range(50):
         feature = {"feature": torch.randn(64), "label": torch.tensor(number)}

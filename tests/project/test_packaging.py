@@ -1,5 +1,7 @@
 """What the package asks pip for."""
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -29,3 +31,15 @@ def test_no_range_admits_a_malicious_upload(name: str) -> None:
         assert requirement.specifier, requirement
         for version in MALICIOUS[name]:
             assert not requirement.specifier.contains(version, prereleases=True), requirement
+
+
+def test_a_release_says_one_thing_everywhere() -> None:
+    """The check of the release workflow; here nothing fits."""
+    run = subprocess.run(
+        [sys.executable, ROOT / ".github" / "check_release.py", "v99.0.0"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "and the tag is v99.0.0" in run.stderr
+    assert "the newest section of CHANGELOG.md is Unreleased, not 99.0.0" in run.stderr

@@ -183,13 +183,13 @@ def draw(report: Report, path: str) -> None:
             axes.barh(row, middle - 1, left=1, color=colors[shown[name]["kind"]],
                       xerr=[[middle - least], [most - middle]])  # fmt: skip
             # In a column of their own, away from bars and limit.
-            axes.annotate(f"{middle:.3g}", (1.01, row), xycoords=("axes fraction", "data"),
+            axes.annotate(three_digits(middle), (1.01, row), xycoords=("axes fraction", "data"),
                           va="center", fontsize=8)  # fmt: skip
         axes.axvline(1, color="black", linewidth=0.8)
         limit = _limit(report, case)
         if limit is not None:
             axes.axvline(limit, color=COLORS[1], linestyle="--")
-            title += f"\n(dashed: the limit, {limit:.3g})"
+            title += f"\n(dashed: the limit, {three_digits(limit)})"
         axes.set(xscale="log", yticks=range(len(names)), yticklabels=names)
         axes.set_title(title, fontsize=10)
         axes.minorticks_off()
