@@ -2,6 +2,7 @@
 
 import operator
 import re
+from collections.abc import Callable
 
 _UNITS = {
     "": 1,
@@ -22,14 +23,17 @@ _UNITS = {
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
-def parse_bytes(name: str, value: int | float | str) -> int:
+def parse_bytes(
+    name: str, value: int | float | str, whole: Callable[[], int | None] | None = None
+) -> int:
     """Convert a size to a number of bytes.
 
     Args:
         name: of the parameter, for the error text.
         value: a number of bytes, or a text of a number and a unit: B, KB, MB, GB, TB (powers of
             1000) or KiB, MiB, GiB, TiB or their first letters (powers of 1024), in upper or lower
-            case.
+            case; or "50%" where there is a whole.
+        whole: returns the bytes of which a percentage is a part; None if these are unknown.
 
     Raises:
         ValueError: `value` is not a size, or less than one byte. The text names the parameter.
@@ -47,6 +51,8 @@ def parse_bytes(name: str, value: int | float | str) -> int:
         ...
     ValueError: limit='much' is not a size in bytes: write 8589934592 or "8GiB"
     """
+    if isinstance(value, str) and value.strip().endswith("%") and whole is not None:
+        return _percentage(name, value, whole())
     if isinstance(value, str):
         match = _SIZE.fullmatch(value)
         unit = _UNITS.get(match[2].upper()) if match else None
@@ -59,6 +65,18 @@ def parse_bytes(name: str, value: int | float | str) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return positive_int(name, value)
+
+
+def _percentage(name: str, value: str, whole: int | None) -> int:
+    try:
+        share = float(value.strip().removesuffix("%")) / 100
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError(f"{name}={value!r} must be above 0% and at most 100%")
+    if whole is None:
+        raise ValueError(f"{name}={value!r}: how much memory there is is not known; give a number")
+    return max(1, int(share * whole))
 
 
 def positive_int(name: str, value: float, least: int = 1) -> int:

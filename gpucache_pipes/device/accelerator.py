@@ -242,6 +242,11 @@ class AcceleratorBackend(Backend):
         self._pages.batches += 1
         return results
 
+    def total_bytes(self) -> int | None:
+        """See Backend."""
+        memory = self._runtime.memory()
+        return None if memory is None else memory.total
+
     def memory(self) -> torch.Tensor | None:
         """See Backend."""
         return None

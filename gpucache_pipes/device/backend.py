@@ -64,6 +64,10 @@ class Backend(Protocol):
     def reserved_bytes(self) -> int:
         """Bytes of all pages."""
 
+    def total_bytes(self) -> int | None:
+        """Bytes of memory that this process may use at most; None if unknown."""
+        return None
+
     def configure(self, page_bytes: int) -> None:
         """Set the page size. Called while there are no pages, with the store's lock held."""
 

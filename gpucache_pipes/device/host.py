@@ -16,7 +16,7 @@ from gpucache_pipes.device import results
 from gpucache_pipes.device.arena import Arena
 from gpucache_pipes.device.backend import Backend, Column, Pages
 from gpucache_pipes.device.host_copies import move, select_rows
-from gpucache_pipes.device.memory import available_host_bytes, map_memory
+from gpucache_pipes.device.memory import available_host_bytes, map_memory, total_host_bytes
 
 _log = logging.getLogger("gpucache_pipes")
 
@@ -131,6 +131,10 @@ class HostBackend(Backend):
         source = self._arena.memory().data_ptr()
         move(out.data_ptr() + ends - sizes, source + first * self.page_bytes, sizes)
         return out
+
+    def total_bytes(self) -> int:
+        """See Backend."""
+        return total_host_bytes()
 
     def memory(self) -> torch.Tensor | None:
         """See Backend."""

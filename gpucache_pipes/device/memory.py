@@ -10,17 +10,62 @@ from pathlib import Path
 def available_host_bytes() -> int:
     """Bytes of host memory that can be used now without swapping.
 
-    Respects the memory limit of a container (cgroup v2). Where the system does not report available
+    Respects the memory limits of containers (cgroup v2). Where the system does not report available
     memory, all physical memory counts as available.
     """
     available = _meminfo("MemAvailable")
     if available is None:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _number("/sys/fs/cgroup/memory.max")
-    used = _number("/sys/fs/cgroup/memory.current")
-    if limit is not None and used is not None:
+        available = _physical_bytes()
+    for limit, used in _limits():
         available = min(available, max(0, limit - used))
     return available
+
+
+def total_host_bytes() -> int:
+    """Bytes of host memory that this process may use at most.
+
+    All physical memory, or the least memory limit of the containers that it is in; divided by the
+    processes that torchrun has started on this machine (LOCAL_WORLD_SIZE).
+    """
+    limits = [limit for limit, _ in _limits()]
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return min([_physical_bytes(), *limits]) // (int(processes) if processes.isdigit() else 1)
+
+
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def _limits() -> list[tuple[int, int]]:
+    """(limit, used) of each control group with a limit: the process's own, and those around it.
+
+    Of cgroup v2, or of the memory controller of v1.
+    """
+    try:
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if not controllers:
+            root, names = _GROUPS, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = _GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        group = root / own.lstrip("/")
+        for at in [group, *group.parents]:
+            if at != root and root not in at.parents:
+                break
+            limit, used = (_number(at / name) for name in names)
+            if limit is not None and used is not None:
+                found.append((limit, used))
+    return found
 
 
 def _meminfo(name: str) -> int | None:
@@ -34,10 +79,10 @@ def _meminfo(name: str) -> int | None:
     return None
 
 
-def _number(path: str) -> int | None:
+def _number(path: Path) -> int | None:
     """The number that a file holds, or None."""
     try:
-        return int(Path(path).read_text())
+        return int(path.read_text())
     except (OSError, ValueError):  # no such file, or "max", which means no limit
         return None
 

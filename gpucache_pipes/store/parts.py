@@ -69,12 +69,13 @@ def make_parts(
         staging = _STAGING_BYTES * threads
     if staging_bytes is not None:
         staging = parse_bytes("staging_bytes", staging_bytes)
-    ledger = Ledger(
-        None if max_cache_bytes is None else parse_bytes("max_cache_bytes", max_cache_bytes),
-        None if max_cache_items is None else positive_int("max_cache_items", max_cache_items),
-    )
+    items = None if max_cache_items is None else positive_int("max_cache_items", max_cache_items)
     policy = make_policy(policy)
     backend = device if isinstance(device, Backend) else open_backend(resolve_device(device))
+    budget = None
+    if max_cache_bytes is not None:
+        budget = parse_bytes("max_cache_bytes", max_cache_bytes, backend.total_bytes)
+    ledger = Ledger(budget, items)
     source = LocalFiles(load_fn, weights_only, keys, dtype) if source is None else source
     pool = None
     if asynchronous:

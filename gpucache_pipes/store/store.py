@@ -38,9 +38,9 @@ class GPUFeatureStore:
         device: where features are kept. None is the accelerator if there is one, else the CPU;
             "cuda" is the device that is current now; under torchrun that of LOCAL_RANK, if the
             program has set none. Also a `device.Backend`.
-        max_cache_bytes: budget for the tensors of cached features: a number of bytes, or a string
-            such as "8GiB". Batches in flight take memory in addition. None is no limit: the cache
-            takes what the model has not needed so far, and returns memory when the model needs it.
+        max_cache_bytes: budget for the tensors of cached features: a number of bytes, "8GiB", or
+            "50%" of the memory of the device. Batches in flight take memory in addition. None is no
+            limit: the cache takes what the model has not needed, and returns it when it does.
         max_cache_items: budget for the number of cached features; None is no limit.
         policy: which features are evicted when the budget is used up: "clairvoyant" (default),
             "keep", "lru", "fifo", "lfu", "sieve", "s3fifo", "w-tinylfu", or an object with the

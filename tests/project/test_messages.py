@@ -20,7 +20,10 @@ from gpucache_pipes import (
     PathLister,
     Trace,
 )
+from gpucache_pipes.device import AcceleratorBackend, DeviceMemory, memory
+from gpucache_pipes.device.memory import total_host_bytes
 from gpucache_pipes.store import progress
+from gpucache_pipes.testing import SimulatedRuntime
 from gpucache_pipes.units import parse_bytes
 
 Files = Callable[[int], list[str]]
@@ -101,10 +104,57 @@ def test_sizes_that_are_clear(given: Any, meant: int) -> None:
     assert parse_bytes("max_cache_bytes", given) == meant
 
 
-@pytest.mark.parametrize("given", ["50%", "much", 0.5, -1, True, "", float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "given", ["0%", "150%", "x%", "much", 0.5, -1, True, "", float("nan"), float("inf")]
+)
 def test_sizes_that_are_not(given: Any) -> None:
     with pytest.raises(ValueError, match="max_cache_bytes="):
         GPUFeatureStore("cpu", max_cache_bytes=given)
+
+
+def test_a_part_of_the_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with GPUFeatureStore("cpu", max_cache_bytes="25 %") as store:
+        assert store._shared.cache.ledger.max_bytes == total_host_bytes() // 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with GPUFeatureStore("cpu", max_cache_bytes="100%") as store:
+        quarter = total_host_bytes()
+        assert store._shared.cache.ledger.max_bytes == quarter
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert quarter == total_host_bytes() // 4
+    runtime = SimulatedRuntime(0)
+    monkeypatch.setattr(runtime, "memory", lambda: DeviceMemory(9, 1 << 20, 0, 0, 0, 0))
+    with GPUFeatureStore(AcceleratorBackend(runtime), max_cache_bytes="50%") as store:
+        assert store._shared.cache.ledger.max_bytes == 1 << 19
+    monkeypatch.setattr(runtime, "memory", lambda: None)
+    with pytest.raises(ValueError, match=r"max_cache_bytes='50%'.*give a number"):
+        GPUFeatureStore(AcceleratorBackend(runtime), max_cache_bytes="50%")
+    with pytest.raises(ValueError, match="staging_bytes='50%' is not a size"):
+        GPUFeatureStore("cpu", staging_bytes="50%")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_containers_limit_the_memory_of_the_host(tmp_path: Path, version: int) -> None:
+    """The least limit of the groups that the process is in, however deep."""
+    root = tmp_path / "groups" / ("memory" if version == 1 else "")
+    limit = "memory.limit_in_bytes" if version == 1 else "memory.max"
+    used = "memory.usage_in_bytes" if version == 1 else "memory.current"
+    (root / "outer" / "inner").mkdir(parents=True)
+    for group, most in (("", "9000"), ("outer", "1000"), ("outer/inner", "5000")):
+        (root / group / limit).write_text(f"{most}\n")
+        (root / group / used).write_text("300\n")
+    if version == 2:
+        (root / limit).write_text("max\n")
+    own = tmp_path / "own"
+    own.write_text("5:cpu:/x\n4:memory:/outer/inner\n" if version == 1 else "0::/outer/inner\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_GROUPS", tmp_path / "groups")
+        patch.setattr(memory, "_OWN_GROUPS", own)
+        patch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        assert memory.total_host_bytes() == 1000
+        assert memory.available_host_bytes() == 700
+        patch.setattr(memory, "_OWN_GROUPS", tmp_path / "nowhere")
+        assert memory.total_host_bytes() > 1 << 20
 
 
 # Ragged
