@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, Generic, Self, Unpack
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
@@ -14,6 +14,7 @@ from torchdata.nodes import BaseNode
 from gpucache_pipes.adapters.iteration import Iteration, Progress
 from gpucache_pipes.files import Paths, as_samples
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
+from gpucache_pipes.nodes.batch_type import Batch
 from gpucache_pipes.nodes.callbacks import call, guarded
 from gpucache_pipes.nodes.options import CollateOptions, OnError, PrefetchOptions
 from gpucache_pipes.nodes.sharding import find_rank
@@ -22,7 +23,7 @@ from gpucache_pipes.store import GPUFeatureStore, StoreOptions, StoreStats
 from gpucache_pipes.units import positive_int
 
 
-class GPUCachedPathDataLoader:
+class GPUCachedPathDataLoader(Generic[Batch]):
     """Iterates over `loader`, which yields batches of paths, and yields batches of features.
 
         loader = DataLoader(FeaturePathDataset("features/"), batch_size=256, shuffle=True)
@@ -86,7 +87,7 @@ class GPUCachedPathDataLoader:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         transform: Callable[[Any], Any] | None = None,
         path_extractor: Callable[[Any], Sequence[Any]] | None = None,
-        build_batch_fn: Callable[[Any, Any, Sequence[Any]], Any] | None = None,
+        build_batch_fn: Callable[[Any, Any, Sequence[Any]], Batch] | None = None,
         store: GPUFeatureStore | None = None,
         ragged: str | Mapping[str, str] = "error",
         padding_value: float = 0.0,
@@ -136,7 +137,7 @@ class GPUCachedPathDataLoader:
         self._owns_store = store is None
         self.store = GPUFeatureStore(**given) if store is None else store
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         """A new iteration, which does not disturb others, except over one node."""
         # The path_fn not before: a method of this object in it would be a reference cycle, and the
         # store's memory would be freed by the garbage collector only.
@@ -215,7 +216,7 @@ class GPUCachedPathDataLoader:
         if self._owns_store:
             self.store.close()
 
-    def __enter__(self) -> "GPUCachedPathDataLoader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -1,15 +1,16 @@
 """NodeLoader: torchdata's Loader, with the length, the epochs and the figures of its nodes."""
 
-from typing import Any
+from collections.abc import Iterator
 
 from torchdata.nodes import Loader
 
 from gpucache_pipes.nodes import GPUPrefetcher
+from gpucache_pipes.nodes.batch_type import Batch
 from gpucache_pipes.nodes.upstream import find_upstream, length_of, shown, single_upstream
 from gpucache_pipes.store import StoreStats
 
 
-class NodeLoader(Loader[Any]):
+class NodeLoader(Loader[Batch]):
     """`torchdata.nodes.Loader` over a pipeline of nodes, for training loops and frameworks.
 
         paths = PathLister("features/", batch_size=256, shuffle=True, seed=0)
@@ -24,6 +25,11 @@ class NodeLoader(Loader[Any]):
         root: the last node of the pipeline.
         restart_on_stop_iteration: as in torchdata.nodes.Loader.
     """
+
+    def __iter__(self) -> Iterator[Batch]:
+        """As torchdata's; with a type."""
+        iterator: Iterator[Batch] = super().__iter__()  # type: ignore[no-untyped-call]
+        return iterator
 
     def __len__(self) -> int:
         """Batches of an epoch. Raises TypeError where that is not known."""

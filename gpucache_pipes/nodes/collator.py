@@ -15,6 +15,7 @@ from gpucache_pipes.batches import (
     first_device,
     to_device,
 )
+from gpucache_pipes.nodes.batch_type import Batch
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
 from gpucache_pipes.nodes.labels import Labelled
@@ -26,7 +27,7 @@ _GATHERED = (FeatureBatch, SampleBatch)
 _BATCHES = (*_GATHERED, Labelled)
 
 
-class GPUCollator(BaseNode[Any]):
+class GPUCollator(BaseNode[Batch]):
     """Collates each FeatureBatch, or every `batch_size` single features.
 
     Without collate_fn, a batch is what `torch.utils.data.default_collate` makes of the features,
@@ -84,7 +85,7 @@ class GPUCollator(BaseNode[Any]):
         pad_to_multiple: int = 1,
         max_length: int | None = None,
         crop: str = "start",
-        transform: Callable[[Any], Any] | None = None,
+        transform: Callable[[Any], Batch] | None = None,
     ) -> None:
         super().__init__()
         options = CollateOptions(
@@ -110,10 +111,10 @@ class GPUCollator(BaseNode[Any]):
         """{"source": the state of the source}."""
         return {"source": self.source.state_dict()}
 
-    def next(self) -> Any:
+    def next(self) -> Batch:
         """The next batch; see the class."""
         with self._stream():
-            batch = self._next()
+            batch: Batch = self._next()
             return batch if self.transform is None else call(self.transform, "transform", batch)
 
     def _next(self) -> Any:

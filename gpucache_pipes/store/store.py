@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import torch
 
@@ -337,7 +337,7 @@ class GPUFeatureStore:
         """In a forked child: refuse all further calls."""
         self._shared.refuse_after_fork()
 
-    def __enter__(self) -> "GPUFeatureStore":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
