@@ -164,6 +164,9 @@ class Loader:
                     native=2 * natively > len(numbers),
                     waiting=bool(self._waiting),
                 )
+                if self._pace.dismissed() and self._pool is not None:
+                    self._pool.forget(reader)
+                    return True
         except Revoked:
             return True
         except BaseException:

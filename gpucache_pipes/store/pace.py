@@ -44,6 +44,12 @@ _WAITING = 0.5
 _WORTH_IT = 1.2
 """How much faster files must arrive for more readers to be kept."""
 
+_FEWEST_TASKS = 4
+"""Tasks by which a number of readers is judged, at least; and one for each reader."""
+
+_NO_WORSE = 0.9
+"""What part of the rate must be left for fewer readers to be kept."""
+
 _CHANGED = 2.0
 """If a file takes this many times as long as before, or a part of it, readers are tried again."""
 
@@ -70,19 +76,21 @@ def requests_ahead(files: int, readers: int, file_bytes: float, budget: int | No
 class Pace:
     """Finds the number of readers by trying, as long as more files wait than are being read.
 
-    Readers that wait for the storage want company. Those that compute want none, unless there are
-    idle cores and they hold no interpreter lock. Wall time far above CPU time is the sign of the
-    former, but also of readers that wait for the interpreter lock. So the number is doubled or
-    quadrupled. Once files do not arrive faster for it, nothing more is tried until they take
-    another time than before. The number never falls: readers without work cost nothing, and where
-    files take little time each task has many of them, so that few readers are busy.
+    Readers that wait for the storage want company, and those that compute want it as long as there
+    are idle cores and they hold no interpreter lock. Wall time far above CPU time is the sign of
+    the former, but also of readers that wait for the interpreter lock, and who holds that cannot be
+    asked. So the number is doubled or quadrupled, and if files do not arrive faster for it, the
+    former number is restored, and nothing more is tried until they take another time than before.
+    The consumer may have been the reason why they arrived faster. So where readers use more than
+    one core together, and wait most of the time, half of them are tried.
 
     For any number of threads. Of readers that come at the same time one decides.
 
     Args:
         readers: how many there are.
         most: how many there may be.
-        start: starts one more. Raises RuntimeError if the system has no more threads.
+        start: starts one more. Raises RuntimeError if the system has no more threads. One ends
+            when `dismissed` says so to it.
         clock: seconds since any moment.
     """
 
@@ -102,12 +110,16 @@ class Pace:
         self._each: float | None = None
         # Files that a task should have because of the interpreter lock.
         self._least = 1
-        # Of the tasks that have begun since `_since`: how many, their files, and their time in all.
-        self._since: float | None = None
+        # Tasks that have to finish before others count, since they may have begun under other
+        # conditions; when those that count began to finish; how many, their files and their time.
+        self._ignored: int | None = None
+        self._since = 0.0
         self._tasks = self._files = 0
         self._wall = self._cpu = 0.0
-        # Files a second before the readers were increased, if that is being tried.
-        self._before: float | None = None
+        # While another number of readers is being tried: the number before, and files a second.
+        self._before: tuple[int, float] | None = None
+        # Threads that are to end, and the number of which half were too few.
+        self._surplus = self._needed = 0
         # Whether more readers did not help, and what a file has taken since, once that is known.
         self._gave_up = False
         self._gave_up_at: float | None = None
@@ -150,48 +162,87 @@ class Pace:
                 elif share < _LOCK_SHARES[0]:
                     self._least = max(1, self._least // 2)
             now = self._clock()
-            if not waiting or self._since is None:
+            if not waiting or self._ignored is None:
                 # The consumer is the limit, or was until now: what arrived says nothing.
-                self._begin(now)
-            elif now - wall > self._since - 1e-6:  # not those that had begun before
+                self._begin()
+            elif self._ignored:
+                self._ignored -= 1
+                self._since = now
+            else:
                 self._tasks += 1
                 self._files += files
                 self._wall += wall
                 self._cpu += cpu
-                if self._tasks >= 2 * self._readers:
+                if self._tasks >= max(_FEWEST_TASKS, self._readers):
                     self._decide(native, now - self._since)
-                    self._begin(now)
+                    self._begin()
         finally:
             self._deciding.release()
 
-    def _begin(self, now: float) -> None:
-        self._since = now
+    def dismissed(self) -> bool:
+        """Whether the reader that asks is to end. Once for each that is too many."""
+        if not self._surplus:
+            return False
+        with self._deciding:
+            if not self._surplus:
+                return False
+            self._surplus -= 1
+            return True
+
+    def _begin(self) -> None:
+        self._ignored = self._readers + self._surplus
         self._tasks = self._files = 0
         self._wall = self._cpu = 0.0
 
     def _decide(self, native: bool, elapsed: float) -> None:
+        if self._surplus:  # those that are to end still read
+            return
         each = self._wall / self._files
         # Not from how many readers there are and what a file takes: not all of them need be busy.
         rate = self._files / max(elapsed, 1e-9)
-        if self._before is not None:
-            self._gave_up = rate < _WORTH_IT * self._before
-            self._before = None
-            self._gave_up_at = None
-        elif self._gave_up and self._gave_up_at is None:
-            self._gave_up_at = each
-        elif self._gave_up and self._gave_up_at is not None:
-            self._gave_up = 1 / _CHANGED < each / self._gave_up_at < _CHANGED
-        if self._gave_up:
-            return
         busy = self._cpu / max(self._wall, 1e-9)
-        most = self._most if busy < _WAITING else _idle_cores() if native else 1
-        factor = 4 if busy < _WAITING / 4 else 2
-        wanted = min(factor * self._readers, most, self._most)
-        if wanted > self._readers:
-            self._before = rate
-            self._increase(wanted)
+        if self._before is not None:
+            self._judge(rate, *self._before)
+            return
+        if self._gave_up and self._gave_up_at is None:
+            self._gave_up_at = each
+        elif self._gave_up_at is not None and not (
+            1 / _CHANGED < each / self._gave_up_at < _CHANGED
+        ):
+            self._gave_up, self._gave_up_at, self._needed = False, None, 0
+        crowded = not native and busy < _WAITING and self._readers * busy > 1
+        if crowded and self._readers > max(1, self._needed):
+            self._try(self._readers // 2, rate)
+        elif not self._gave_up:
+            most = self._most if busy < _WAITING else _idle_cores()
+            factor = 4 if busy < _WAITING / 4 else 2
+            wanted = min(factor * self._readers, most, self._most)
+            if wanted > self._readers:
+                self._try(wanted, rate)
 
-    def _increase(self, wanted: int) -> None:
+    def _try(self, readers: int, rate: float) -> None:
+        self._before = (self._readers, rate)
+        self._set_readers(readers)
+
+    def _judge(self, rate: float, readers: int, rate_before: float) -> None:
+        """Keep the number that was tried, or restore the one before."""
+        self._before = None
+        if self._readers < readers:
+            if rate < _NO_WORSE * rate_before:
+                self._needed = readers
+                self._set_readers(readers)
+        elif rate < _WORTH_IT * rate_before:
+            self._gave_up, self._gave_up_at = True, None
+            self._set_readers(readers)
+
+    def _set_readers(self, wanted: int) -> None:
+        if wanted < self._readers:
+            self._surplus += self._readers - wanted
+            self._readers = wanted
+            return
+        spared = min(self._surplus, wanted - self._readers)
+        self._surplus -= spared
+        self._readers += spared
         while self._readers < wanted:
             try:
                 self._start()
