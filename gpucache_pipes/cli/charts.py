@@ -24,7 +24,25 @@ def plan_as_text(report: dict[str, Any]) -> str:
     lines += ["", "read from files in an epoch"]
     lines += _table(report, names, lambda s: format_bytes(int(s["read_fraction"] * total)))
     lines += ["", *_chart(report, names)]
+    if report["tiers"] is not None:
+        lines += ["", *_tier_table(report["tiers"])]
     return "\n".join(lines)
+
+
+def _tier_table(tiers: dict[str, Any]) -> list[str]:
+    """A line for each policy: what each tier serves, and what moves in an epoch."""
+    names = tiers["names"]
+    sizes = zip(names, tiers["bytes"], strict=True)
+    what = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes)
+    heads = [*(f"hits {name}" for name in names), *(f"from {name}" for name in names[1:]),
+             "from files", "moved down"]  # fmt: skip
+    lines = [f"tiers: {what}; bytes of an epoch after the first"]
+    lines.append(" ".join([f"{'':>11}", *(f"{head:>11}" for head in heads)]))
+    for policy, figures in tiers["policies"].items():
+        moved = [*figures["served"][1:], figures["read"], sum(figures["demoted"])]
+        cells = [f"{rate:.0%}" for rate in figures["hit_rates"]] + list(map(format_bytes, moved))
+        lines.append(" ".join([f"{policy:>11}", *(f"{cell:>11}" for cell in cells)]))
+    return lines
 
 
 def _table(report: dict[str, Any], names: Sequence[str], cell: Any) -> list[str]:

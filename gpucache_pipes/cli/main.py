@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planning = commands.add_parser("plan", help="hit rates for sizes of a cache, by simulation")
     planning.set_defaults(run=_plan)
     planning.add_argument("--gpu-memory", metavar="SIZE", help='for features, such as "24GiB"')
+    planning.add_argument("--host-memory", metavar="SIZE", help="for a tier below the GPU")
+    planning.add_argument("--disk", metavar="SIZE", help="for a tier on a local disk below that")
     planning.add_argument("--epochs", type=int, default=5, help="to simulate")
     planning.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True)
     planning.add_argument("--seed", type=int, default=0)
@@ -219,11 +221,20 @@ def _plan(args: argparse.Namespace) -> int:
     from gpucache_pipes.units import parse_bytes
 
     memory = None if args.gpu_memory is None else parse_bytes("--gpu-memory", args.gpu_memory)
+    below = [
+        (name, parse_bytes(flag, size))
+        for name, flag, size in (
+            ("host", "--host-memory", args.host_memory),
+            ("disk", "--disk", args.disk),
+        )
+        if size is not None
+    ]
     if args.plot is not None:
         charts.require_plot(args.plot)  # before the simulation, which takes long
     report = plan.plan(
         PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths,
         memory=memory,
+        below=below,
         epochs=args.epochs,
         shuffle=args.shuffle,
         seed=args.seed,

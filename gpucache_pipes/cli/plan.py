@@ -25,6 +25,7 @@ def plan(
     paths: Sequence[str],
     *,
     memory: int | None = None,
+    below: Sequence[tuple[str, int]] = (),
     epochs: int = 5,
     shuffle: bool = True,
     seed: int = 0,
@@ -40,6 +41,7 @@ def plan(
     Args:
         paths: all files.
         memory: bytes of a cache to simulate in addition; None means half of the data.
+        below: name and bytes of each tier below a cache of `memory` bytes, from the top.
         epochs: number of epochs to simulate, at least 2.
         shuffle: whether each epoch has a new order; if not, every epoch has that of `paths`.
         seed: of the orders and of the sample.
@@ -48,7 +50,8 @@ def plan(
 
     Returns:
         A report that `json.dumps` accepts. Each of its `rows` holds, for one size of the cache, the
-        hit rate and the fraction of bytes read from files for each policy.
+        hit rate and the fraction of bytes read from files for each policy. With tiers, `tiers` says
+        for each policy what each of them serves: see `_tiers`.
 
     Raises:
         ValueError: `epochs` is less than 2, or one of the opened files cannot be read.
@@ -79,7 +82,9 @@ def plan(
                 )
                 bar.update()
             rows.append(row)
+    tiers = [("GPU", min(memory, total)), *((name, min(size, total)) for name, size in below)]
     return {
+        "tiers": _tiers(tiers, traces, by_file, scale, epochs) if below else None,
         "files": len(sizes),
         "simulated_files": len(sample),
         "feature_bytes": total,
@@ -128,6 +133,43 @@ def _served(
     }
 
 
+def _tiers(
+    tiers: Sequence[tuple[str, int]],
+    traces: Mapping[bool, Trace],
+    sizes: Mapping[Hashable, int],
+    scale: float,
+    epochs: int,
+) -> dict[str, Any]:
+    """What tiers one below the other serve after the first epoch.
+
+    Returns:
+        `names` and `bytes` of the tiers; for each policy in `policies` the hit rate of each tier
+        (`hit_rates`), and in bytes of an epoch what each of them serves (`served`), which all but
+        the first send up, what is read from files (`read`), and what tiers take from those above
+        (`demoted`, a mean over all epochs).
+    """
+    capacities = [max(1, int(size * scale)) for _, size in tiers]
+    policies: dict[str, Any] = {}
+    for policy in POLICIES:
+        result = simulate(traces[policy == "clairvoyant"], capacities, policy, sizes=sizes)
+        later = result.epochs[1:]
+        requests = sum(epoch.requests for epoch in later)
+        each = scale * len(later)
+        hits = [sum(epoch.tier_hits[at] for epoch in later) for at in range(len(tiers))]
+        served = [sum(epoch.tier_bytes[at] for epoch in later) for at in range(len(tiers))]
+        policies[policy] = {
+            "hit_rates": [count / requests for count in hits],
+            "served": [int(count / each) for count in served],
+            "read": int(sum(epoch.read for epoch in later) / each),
+            "demoted": [int(count / scale / epochs) for count in result.demoted],
+        }
+    return {
+        "names": [name for name, _ in tiers],
+        "bytes": [size for _, size in tiers],
+        "policies": policies,
+    }
+
+
 def advice(report: dict[str, Any]) -> str:
     """Sentences on the cache of `report["memory"]` bytes.
 
@@ -150,5 +192,17 @@ def advice(report: dict[str, Any]) -> str:
         f"first epoch, and an epoch reads {format_bytes(int(ours['read_fraction'] * total))}; LRU "
         f"would give {lru['hit_rate']:.0%}, and read "
         f"{format_bytes(int(lru['read_fraction'] * total))}. "
-        f"{format_bytes(total)} would hold all."
+        f"{format_bytes(total)} would hold all." + _advice_on_tiers(report["tiers"])
+    )
+
+
+def _advice_on_tiers(tiers: dict[str, Any] | None) -> str:
+    if tiers is None:
+        return ""
+    figures = tiers["policies"]["clairvoyant"]
+    below = zip(tiers["names"], tiers["bytes"], figures["hit_rates"], strict=True)
+    parts = [f"{format_bytes(size)} of {name} serve {rate:.0%}" for name, size, rate in below][1:]
+    return (
+        f"\nBelow it, {' and '.join(parts)}, and an epoch reads {format_bytes(figures['read'])} "
+        "from files."
     )

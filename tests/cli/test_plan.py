@@ -62,6 +62,27 @@ def test_a_plan(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
         assert served["keep"]["read_fraction"] == pytest.approx(1 - share)
 
 
+def test_tiers(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = make_files(40, lambda n: {"x": torch.zeros(64)})
+    command = ["plan", directory(paths), "--gpu-memory", "2560B", "--host-memory", "5120B"]
+    assert main([*command, "--json"]) == 0
+    tiers = json.loads(capsys.readouterr().out)["tiers"]
+    assert tiers["names"] == ["GPU", "host"] and tiers["bytes"] == [2560, 5120]
+    ours = tiers["policies"]["clairvoyant"]
+    assert ours == {
+        "hit_rates": [0.25, 0.5], "served": [2560, 5120], "read": 2560, "demoted": [0, 0],
+    }  # fmt: skip
+    assert tiers["policies"]["lru"]["demoted"][1] > 0
+    assert main([*command, "--disk", "1GiB"]) == 0
+    said = capsys.readouterr().out
+    assert "tiers: GPU 2.5 KiB, host 5 KiB, disk 10 KiB" in said
+    assert (
+        "Below it, 5 KiB of host serve 50% and 10 KiB of disk serve 25%, and an epoch reads 0 B"
+    ) in said
+    assert main([*command, "--disk", "much"]) == 1
+    assert "--disk='much' is not a size" in capsys.readouterr().err
+
+
 def test_all_of_it_fits(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     paths = make_files(10)
     assert main(["plan", directory(paths), "--gpu-memory", "24GiB"]) == 0
