@@ -1,23 +1,26 @@
 """GPUCachedPathDataLoader: an existing loader of paths becomes a loader of GPU batches."""
 
-import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Generic, Self, Unpack
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from torchdata.nodes import BaseNode
 
+from gpucache_pipes.adapters.checks import (
+    is_column,
+    require_batches_of_paths,
+    require_known,
+    warn_of_ranks_that_read_the_same,
+    way_out,
+)
 from gpucache_pipes.adapters.iteration import Iteration, Progress
 from gpucache_pipes.files import Paths, as_samples
 from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher
 from gpucache_pipes.nodes.batch_type import Batch
 from gpucache_pipes.nodes.callbacks import call, guarded
 from gpucache_pipes.nodes.options import CollateOptions, OnError, PrefetchOptions
-from gpucache_pipes.nodes.sharding import find_rank
 from gpucache_pipes.nodes.upstream import as_node, shown
 from gpucache_pipes.store import GPUFeatureStore, StoreOptions, StoreStats
 from gpucache_pipes.units import positive_int
@@ -104,10 +107,11 @@ class GPUCachedPathDataLoader(Generic[Batch]):
             "max_cache_items": max_cache_items,
             **store_options,
         }
+        require_known(store_options, type(self))
         given = {name: value for name, value in options.items() if value is not None}
         if store is not None and given:
             raise ValueError(f"with store=, set {', '.join(sorted(given))} on that store")
-        as_node(loader)  # raises TypeError for what is not iterable
+        require_batches_of_paths(loader)
         self._loader = loader
         # The node over an iterator is made once: its second epoch is an error.
         self._source = as_node(loader) if isinstance(loader, Iterator) else loader
@@ -133,7 +137,7 @@ class GPUCachedPathDataLoader(Generic[Batch]):
         if self._progress.has_state:
             self.state_dict = self._progress.state_dict
             self.load_state_dict = self._progress.load_state_dict
-        _warn_of_ranks_that_read_the_same(loader)
+        warn_of_ranks_that_read_the_same(loader)
         self._owns_store = store is None
         self.store = GPUFeatureStore(**given) if store is None else store
 
@@ -163,15 +167,14 @@ class GPUCachedPathDataLoader(Generic[Batch]):
         if samples is not None:
             # The batch itself, so that one of its samples may be left out.
             return paths if self._path_extractor is None else samples
-        if not _is_column(paths):
+        if not is_column(paths):
             if self._path_extractor is not None:
                 raise TypeError(
                     "path_extractor must return a list of paths, or a dict of such columns where a "
                     f"sample is several files, not {paths!r:.200}"
                 )
             raise TypeError(
-                f"the loader must yield batches of paths, not {paths!r:.200}; give it a "
-                "batch_size, or a path_extractor that returns the paths of a batch"
+                f"the loader must yield batches of paths, not {paths!r:.200}; {way_out(paths)}"
             )
         return paths
 
@@ -205,7 +208,13 @@ class GPUCachedPathDataLoader(Generic[Batch]):
             raise AttributeError(name)
         if name in ("state_dict", "load_state_dict"):
             raise AttributeError(f"a {type(self._loader).__name__} has no {name}")
-        return getattr(self._loader, name)
+        try:
+            return getattr(self._loader, name)
+        except AttributeError:
+            kind = type(self._loader).__name__
+            raise AttributeError(
+                f"neither a GPUCachedPathDataLoader nor the {kind} in it has {name!r}"
+            ) from None
 
     def stats(self) -> StoreStats:
         """What the store has done: see `GPUFeatureStore.stats`."""
@@ -226,34 +235,3 @@ class GPUCachedPathDataLoader(Generic[Batch]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _is_column(paths: Any) -> bool:
-    return (
-        isinstance(paths, Sequence)
-        and not isinstance(paths, str)
-        and all(isinstance(path, (str, os.PathLike)) for path in paths)
-    )
-
-
-def _warn_of_ranks_that_read_the_same(loader: Any) -> None:
-    """Warn if each rank seems to read all files.
-
-    Lightning puts a DistributedSampler into a DataLoader, but not into one that is wrapped.
-    """
-    ranks, _ = find_rank()
-    batches = getattr(loader, "batch_sampler", None)
-    if (
-        ranks > 1
-        and isinstance(loader, DataLoader)
-        and isinstance(batches, BatchSampler)
-        and isinstance(batches.sampler, (RandomSampler, SequentialSampler))
-        # A class of the user's may take the part of its rank by itself.
-        and all(type(s).__module__.startswith("torch") for s in (batches, batches.sampler))
-    ):
-        warnings.warn(
-            f"each of the {ranks} ranks may read all files of this DataLoader: give it a "
-            "DistributedSampler, or wrap PathLister(files, batch_size=...), which takes the part "
-            "of its rank",
-            stacklevel=3,
-        )

@@ -65,6 +65,8 @@ class Progress:
             ValueError: for a state that is not of a GPUCachedPathDataLoader over a node, if the
                 loader is a node.
         """
+        if not isinstance(state, dict):
+            raise ValueError(f"a state is a dict, not {type(state).__name__}")
         self._latest = self._left = None
         if self._is_node:
             if "node" not in state:

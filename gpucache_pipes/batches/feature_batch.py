@@ -200,7 +200,7 @@ class FeatureBatch(Sequence[Any]):
                 raise RuntimeError(
                     f"cannot {'stack' if mode == 'error' else mode} {name}: shape "
                     f"{list(first.shape)} in {self.paths[0]!r}, {list(shape)} in "
-                    f'{self.paths[number]!r}; GPUCollator(ragged="pad"), "jagged" or "list" joins '
+                    f'{self.paths[number]!r}; ragged="pad", "jagged" or "list" joins '
                     "sequences of different lengths; for anything else pass a collate_fn"
                     + ragged.hint(leaf_names(self._layouts[0].tree))
                 )

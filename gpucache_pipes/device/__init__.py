@@ -71,7 +71,8 @@ def resolve_device(device: str | torch.device | int | None) -> torch.device:
         try:
             chosen = torch.device(device)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"device={device!r} is not a device: {error}") from error
+            hint = " (a size is for max_cache_bytes=)" if str(device)[:1].isdigit() else ""
+            raise ValueError(f"device={device!r} is not a device{hint}: {error}") from error
     if chosen.type == "cpu":
         return torch.device("cpu")
     if accelerator is None or chosen.type != accelerator.type:

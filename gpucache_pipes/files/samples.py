@@ -104,7 +104,8 @@ def as_samples(given: Any) -> Samples | None:
     if isinstance(given, Mapping):
         return Samples.of(given) if given and all(map(_is_column, given.values())) else None
     if isinstance(given, list) and given and isinstance(given[0], (Mapping, tuple)):
-        return Samples.of(given) if given[0] else None
+        alike = all(isinstance(row, type(given[0])) for row in given)
+        return Samples.of(given) if alike and given[0] else None
     return None
 
 

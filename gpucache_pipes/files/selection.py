@@ -145,6 +145,8 @@ class Selection:
 
 
 def _require_dtype(dtype: object) -> torch.dtype:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if isinstance(dtype, torch.dtype):
         try:
             torch.zeros(1, device="cpu").to(dtype)
@@ -152,7 +154,9 @@ def _require_dtype(dtype: object) -> torch.dtype:
             pass
         else:
             return dtype
-    raise ValueError(f"dtype={dtype!r} must be a dtype that tensors can be converted to")
+    raise ValueError(
+        f"dtype={dtype!r} must be a dtype that tensors can be converted to, such as torch.bfloat16"
+    )
 
 
 def _path(key: Key) -> tuple[Hashable, ...]:

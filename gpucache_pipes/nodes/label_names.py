@@ -103,5 +103,5 @@ def _missing(
     known = f", but names such as {next(iter(names))!r}" if names else " and is empty"
     return (
         f"{found.count(-1)} of {len(paths)} files have no label, the first one {first!r}: labels= "
-        f"has no {name_of(first)!r}{known}"
+        f"has no {name_of(first)!r}{known}. For a part of the files, list the paths of that part"
     )

@@ -200,6 +200,12 @@ def _column(values: Any) -> Any:
             raise ValueError("labels that are tuples must all have the same length")
         parts = [_column(list(column)) for column in zip(*values, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+    lacking = [at for at, value in enumerate(values) if value is None]
+    if lacking and any(isinstance(value, (int, float)) for value in values):
+        raise ValueError(
+            f"{len(lacking)} of {len(values)} labels are None among numbers, the first at position "
+            f"{lacking[0]}: give each file a number, or leave these files out"
+        )
     try:
         if isinstance(first, list):  # rows of numbers, where they are of one length
             return torch.tensor(values, device="cpu")

@@ -1,5 +1,6 @@
 """The order of an epoch: drawn from a seed, or by a sampler of the user's."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -74,12 +75,19 @@ class SampledOrder:
     Args:
         sampler: a torch Sampler or BatchSampler, or any iterable of the same elements.
         seed: any whole number.
+        files: how many there are.
+
+    Raises:
+        ValueError: it has weights for another number of files.
     """
 
-    def __init__(self, sampler: Iterable[Any], seed: int) -> None:
+    def __init__(self, sampler: Iterable[Any], seed: int, files: int) -> None:
         self._sampler: Any = sampler
         self._seed = seed
         self._inner: Any = getattr(sampler, "sampler", sampler)  # of a BatchSampler
+        weights: Any = getattr(self._inner, "weights", None)
+        if hasattr(weights, "__len__") and len(weights) != files:
+            raise ValueError(f"the sampler has {len(weights)} weights for {files} files")
         # A generator that the user gave the sampler: its seed is part of the order. It is read
         # once, since seeding the generator for an epoch changes its `initial_seed()`.
         self._generator: torch.Generator | None = getattr(self._inner, "generator", None)
@@ -105,7 +113,9 @@ class SampledOrder:
         try:
             with where:
                 return [
-                    [int(i) for i in index] if isinstance(index, (list, tuple)) else int(index)
+                    list(map(_position, index))
+                    if isinstance(index, (list, tuple))
+                    else _position(index)
                     for index in self._sampler
                 ]
         finally:
@@ -118,6 +128,16 @@ class SampledOrder:
     def __str__(self) -> str:
         """What must be the same in a state and in the lister that resumes it."""
         return f"sampler={type(self._sampler).__name__}, seed={self._seed}"
+
+
+def _position(index: Any) -> int:
+    try:
+        return operator.index(index)
+    except TypeError:
+        raise TypeError(
+            f"the sampler yields {index!r:.80}, which is no position of a file; of weights, "
+            "torch.utils.data.WeightedRandomSampler makes positions"
+        ) from None
 
 
 def flatten(sampled: list[Any], files: int) -> NDArray[np.intp]:

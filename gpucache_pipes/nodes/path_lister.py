@@ -147,7 +147,7 @@ class PathLister(BaseNode[Any]):
     def _make_order(self) -> None:
         self._drawing: DrawnOrder | SampledOrder
         if self.sampler is not None:
-            self._drawing = SampledOrder(self.sampler, self.seed)
+            self._drawing = SampledOrder(self.sampler, self.seed, self._files.samples)
         else:
             count = self._files.samples
             self._drawing = DrawnOrder(count, self.shuffle, self.seed, self.shards, self._buckets)

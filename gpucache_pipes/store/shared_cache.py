@@ -263,7 +263,7 @@ class SharedCache:
 
     def describe(self) -> str:
         """See stats.describe."""
-        return describe(self.cache, self._counters)
+        return "closed" if self.refusal.reason else describe(self.cache, self._counters)
 
     def release(self, numbers: Numbers) -> None:
         """Stop caching these entries."""

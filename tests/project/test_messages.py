@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from gpucache_pipes import (
     FeaturePathDataset,
@@ -405,3 +405,87 @@ def test_every_public_object_says_what_it_is(make_files: Files) -> None:
     for made in (store, loader):
         assert "object at 0x" not in repr(made)
     assert store._repr_html_().startswith("<b>GPUFeatureStore(cpu, ")
+
+
+# What a loader is over
+
+
+def test_options_that_there_are_not(make_files: Files) -> None:
+    lister = PathLister(make_files(2), batch_size=2)
+    for name, hint in (
+        ("max_cache_byte", r"did you mean max_cache_bytes\?"),
+        ("batch_size", "belongs to the PathLister or DataLoader"),
+        ("shuffle", "belongs to the PathLister or DataLoader"),
+        ("max_len", r"did you mean max_length\?"),
+        ("xyz", "there are device, max_cache_bytes"),
+    ):
+        with pytest.raises(TypeError, match=f"has no option '{name}': .*{hint}"):
+            GPUCachedPathDataLoader(lister, **{name: 1})  # type: ignore[misc]
+
+
+def test_what_is_no_loader_of_paths(make_files: Files, store: GPUFeatureStore) -> None:
+    paths = make_files(4)
+    with pytest.raises(ValueError, match="yields single paths: give it a batch_size"):
+        GPUCachedPathDataLoader(PathLister(paths), store=store)
+
+    class Features(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(paths)
+
+        def __getitem__(self, at: int) -> Any:
+            return torch.load(paths[at])
+
+    with pytest.raises(TypeError, match=r"a Features is no loader: wrap DataLoader\(dataset"):
+        GPUCachedPathDataLoader(Features(), store=store)  # type: ignore[arg-type]
+    loaded = GPUCachedPathDataLoader(DataLoader(Features(), batch_size=2), store=store)
+    with pytest.raises(TypeError, match="let its dataset return paths"):
+        next(iter(loaded))
+    pairs: Any = [(path, number) for number, path in enumerate(paths)]
+    labelled = GPUCachedPathDataLoader(DataLoader(pairs, batch_size=2), store=store)
+    with pytest.raises(TypeError, match=r"path_extractor=lambda batch: batch\[0\]"):
+        next(iter(labelled))
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match=r"the loader is a table: wrap PathLister\(df"):
+        GPUCachedPathDataLoader(pandas.DataFrame({"path": paths}), store=store)
+    loader = GPUCachedPathDataLoader(PathLister(paths, batch_size=2), store=store)
+    with pytest.raises(AttributeError, match="nor the PathLister in it has 'hit_rate'"):
+        _ = loader.hit_rate
+    with pytest.raises(ValueError, match="a state is a dict, not NoneType"):
+        loader.load_state_dict(None)  # type: ignore[arg-type]
+
+
+def test_samplers_yield_positions(make_files: Files) -> None:
+    paths = make_files(5)
+    for weights in ([1.0] * 5, torch.rand(5), [0.5, 2.7]):
+        lister = PathLister(paths, sampler=weights)
+        with pytest.raises(TypeError, match=r"no position of a file; of weights, .*Weighted"):
+            lister.reset()
+    with pytest.raises(ValueError, match="the sampler has 4 weights for 5 files"):
+        PathLister(paths, sampler=WeightedRandomSampler([1.0] * 4, 5))
+    for positions in ([0, 4], torch.tensor([0, 4]), np.array([0, 4])):
+        lister = PathLister(paths, sampler=positions)  # type: ignore[arg-type]
+        lister.reset()
+        assert [next(lister), next(lister)] == [paths[0], paths[4]]
+
+
+def test_numbers_that_are_missing(make_files: Files) -> None:
+    with pytest.raises(ValueError, match=r"1 of 3 labels are None among numbers.*position 1"):
+        PathLister(make_files(3), labels=[1, None, 2])
+    assert PathLister(make_files(3), labels=["a", None, "b"])
+    with pytest.raises(ValueError, match="list the paths of that part"):
+        PathLister(str(Path(make_files(3)[0]).parent), labels={"none": 3})
+
+
+def test_dtypes_by_name(make_files: Files) -> None:
+    for name in ("bfloat16", "torch.bfloat16"):
+        with GPUFeatureStore("cpu", dtype=name) as store:  # type: ignore[arg-type]
+            assert store.get(make_files(1)[0])["feature"].dtype is torch.bfloat16
+    with pytest.raises(ValueError, match=r"dtype='bf16' .* such as torch\.bfloat16"):
+        GPUFeatureStore("cpu", dtype="bf16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a size is for max_cache_bytes="):
+        GPUFeatureStore("2GB")
+
+
+def test_a_closed_store_says_so(store: GPUFeatureStore) -> None:
+    store.close()
+    assert repr(store) == "GPUFeatureStore(cpu, closed)"
