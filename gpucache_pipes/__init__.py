@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from gpucache_pipes.batches import FeatureBatch, Padded
     from gpucache_pipes.cache import Trace, simulate
-    from gpucache_pipes.errors import FeatureLoadError, RankError
+    from gpucache_pipes.errors import FeatureLoadError, PolicyError, RankError
     from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher, Lockstep, PathLister
     from gpucache_pipes.store import GPUFeatureStore, PendingBatch, StoreStats, Ticket
 
@@ -40,6 +40,7 @@ __all__ = [
     "Padded",
     "PathLister",
     "PendingBatch",
+    "PolicyError",
     "RankError",
     "StoreStats",
     "Ticket",
@@ -60,6 +61,7 @@ _MODULES = {
     "NodeLoader": "adapters",
     "Padded": "batches",
     "PathLister": "nodes",
+    "PolicyError": "errors",
     "RankError": "errors",
     "StoreStats": "store",
     "Ticket": "store",

@@ -19,6 +19,14 @@ class FeatureLoadError(RuntimeError):
         return f"cannot load {self.path!r}: {self.reason}"
 
 
+class PolicyError(RuntimeError):
+    """The policy of a store has failed. No file is at fault, so `on_error` is not asked.
+
+    Attributes:
+        __cause__: the exception of the policy.
+    """
+
+
 class RankError(RuntimeError):
     """Another rank had an error, so this rank cannot go on with its batch: see Lockstep.
 

@@ -3,14 +3,13 @@
 import difflib
 import inspect
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from gpucache_pipes.nodes import PathLister
-from gpucache_pipes.nodes.sharding import find_rank
+from gpucache_pipes.nodes.sharding import find_rank, warn_of_ranks_that_read_the_same
 from gpucache_pipes.nodes.upstream import as_node
 from gpucache_pipes.store import StoreOptions
 
@@ -69,24 +68,16 @@ def way_out(batch: Any) -> str:
     )
 
 
-def warn_of_ranks_that_read_the_same(loader: Any) -> None:
-    """Warn if each rank seems to read all files.
+def warn_of_ranks(loader: Any) -> bool:
+    """Warn if each rank seems to read all files; whether there are several ranks.
 
     Lightning puts a DistributedSampler into a DataLoader, but not into one that is wrapped.
     """
-    ranks, _ = find_rank()
     batches = getattr(loader, "batch_sampler", None)
     if (
-        ranks > 1
-        and isinstance(loader, DataLoader)
+        isinstance(loader, DataLoader)
         and isinstance(batches, BatchSampler)
-        and isinstance(batches.sampler, (RandomSampler, SequentialSampler))
-        # A class of the user's may take the part of its rank by itself.
-        and all(type(s).__module__.startswith("torch") for s in (batches, batches.sampler))
+        and type(batches).__module__.startswith("torch")
     ):
-        warnings.warn(
-            f"each of the {ranks} ranks may read all files of this DataLoader: give it a "
-            "DistributedSampler, or wrap PathLister(files, batch_size=...), which takes the part "
-            "of its rank",
-            stacklevel=4,
-        )
+        warn_of_ranks_that_read_the_same(batches.sampler, "DataLoader")
+    return find_rank()[0] > 1

@@ -12,7 +12,7 @@ from gpucache_pipes.adapters.checks import (
     is_column,
     require_batches_of_paths,
     require_known,
-    warn_of_ranks_that_read_the_same,
+    warn_of_ranks,
     way_out,
 )
 from gpucache_pipes.adapters.iteration import Iteration, Progress
@@ -137,12 +137,14 @@ class GPUCachedPathDataLoader(Generic[Batch]):
         if self._progress.has_state:
             self.state_dict = self._progress.state_dict
             self.load_state_dict = self._progress.load_state_dict
-        warn_of_ranks_that_read_the_same(loader)
+        self._warned_of_ranks = warn_of_ranks(loader)
         self._owns_store = store is None
         self.store = GPUFeatureStore(**given) if store is None else store
 
     def __iter__(self) -> Iterator[Batch]:
         """A new iteration, which does not disturb others, except over one node."""
+        if not self._warned_of_ranks:  # these may have become known since
+            self._warned_of_ranks = warn_of_ranks(self._loader)
         # The path_fn not before: a method of this object in it would be a reference cycle, and the
         # store's memory would be freed by the garbage collector only.
         options = replace(self._prefetch_options, path_fn=self._paths_of)

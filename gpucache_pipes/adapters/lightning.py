@@ -47,12 +47,20 @@ class GPUCacheCallback(pl.Callback):
         store: the store that the loaders share; or a function that returns it, if it is made only
             after the Trainer has chosen the device of this process.
         prefix: the names of the metrics begin with it.
+
+    Raises:
+        TypeError: for anything else, or if the function returns anything else.
     """
 
     def __init__(
         self, store: GPUFeatureStore | Callable[[], GPUFeatureStore], prefix: str = "cache"
     ) -> None:
         super().__init__()
+        if not isinstance(store, GPUFeatureStore) and not callable(store):
+            raise TypeError(
+                f"store must be a GPUFeatureStore, or a function that returns it, such as lambda: "
+                f"datamodule.store; not {type(store).__name__}"
+            )
         self.store = store
         self.prefix = prefix
         self._before: StoreStats | None = None
@@ -129,6 +137,12 @@ class GPUCacheCallback(pl.Callback):
     def _log(self, module: Any) -> None:
         assert self._before is not None
         done = self._find_store().stats().since(self._before)
+        if not done.hits + done.misses:
+            warnings.warn(
+                "the store of GPUCacheCallback had no requests in this epoch: is it the one that "
+                "the loaders use?",
+                stacklevel=3,
+            )
         values = {
             "hit_rate": done.hit_rate,
             "cached_bytes": float(done.cached_bytes),
@@ -139,7 +153,13 @@ class GPUCacheCallback(pl.Callback):
         module.log_dict(metrics, on_step=False, on_epoch=True, sync_dist=True)
 
     def _find_store(self) -> GPUFeatureStore:
-        return self.store if isinstance(self.store, GPUFeatureStore) else self.store()
+        store = self.store if isinstance(self.store, GPUFeatureStore) else self.store()
+        if not isinstance(store, GPUFeatureStore):
+            raise TypeError(
+                f"the function of GPUCacheCallback returned {type(store).__name__}, not a "
+                "GPUFeatureStore: is it made in setup()?"
+            )
+        return store
 
 
 def _is_same(one: torch.device, other: torch.device) -> bool:

@@ -1,13 +1,17 @@
 """NodeLoader: torchdata's Loader, with the length, the epochs and the figures of its nodes."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from torchdata.nodes import Loader
+from torchdata.nodes import BaseNode, Loader
 
+from gpucache_pipes.adapters.dataloader import GPUCachedPathDataLoader
 from gpucache_pipes.nodes import GPUPrefetcher
 from gpucache_pipes.nodes.batch_type import Batch
-from gpucache_pipes.nodes.upstream import find_upstream, length_of, shown, single_upstream
+from gpucache_pipes.nodes.upstream import length_of, shown, upstream_nodes
 from gpucache_pipes.store import StoreStats
+
+_UPSTREAM = "upstream, by the attribute `source` that nodes have"
 
 
 class NodeLoader(Loader[Batch]):
@@ -26,6 +30,16 @@ class NodeLoader(Loader[Batch]):
         restart_on_stop_iteration: as in torchdata.nodes.Loader.
     """
 
+    def __init__(self, root: BaseNode[Batch], restart_on_stop_iteration: bool = True) -> None:
+        given: Any = root
+        if not isinstance(given, BaseNode):
+            is_loader = isinstance(given, (Loader, GPUCachedPathDataLoader))
+            raise TypeError(
+                f"the root must be a node, not {type(given).__name__}"
+                + (", which is a loader itself: use it as it is" if is_loader else "")
+            )
+        super().__init__(root, restart_on_stop_iteration)
+
     def __iter__(self) -> Iterator[Batch]:
         """As torchdata's; with a type."""
         iterator: Iterator[Batch] = super().__iter__()  # type: ignore[no-untyped-call]
@@ -39,18 +53,25 @@ class NodeLoader(Loader[Batch]):
         return True  # also without a length
 
     def set_epoch(self, epoch: int) -> None:
-        """See PathLister. Raises TypeError for a pipeline without one."""
-        set_epoch = find_upstream(self.root, "set_epoch")
-        if set_epoch is None:
-            raise TypeError("no PathLister is in front of this pipeline, to set its epoch")
-        set_epoch(epoch)
+        """See PathLister; for all of them upstream. Raises TypeError if there is none."""
+        listers = [node for node in upstream_nodes(self.root) if hasattr(node, "set_epoch")]
+        if not listers:
+            raise TypeError(f"no PathLister is found {_UPSTREAM}, to set its epoch")
+        for lister in listers:
+            lister.set_epoch(epoch)
 
     def stats(self) -> StoreStats:
-        """What the store of the pipeline has done. Raises TypeError for one without a store."""
-        for node in single_upstream(self.root):
-            if isinstance(node, GPUPrefetcher):
-                return node.store.stats()
-        raise TypeError("no GPUPrefetcher is in this pipeline, whose store has statistics")
+        """What the store of the pipeline has done. Raises TypeError unless it has one store."""
+        stores = {
+            id(node.store): node.store
+            for node in upstream_nodes(self.root)
+            if isinstance(node, (GPUPrefetcher, GPUCachedPathDataLoader))
+        }
+        if len(stores) != 1:
+            raise TypeError(
+                f"{len(stores)} stores are found {_UPSTREAM}: ask one of yours for its stats()"
+            )
+        return next(iter(stores.values())).stats()
 
     def __repr__(self) -> str:
         return f"NodeLoader({shown(self.root)})"

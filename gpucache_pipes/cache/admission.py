@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from gpucache_pipes.cache.entries import LAYOUT_SHIFT
 from gpucache_pipes.cache.states import CACHED
+from gpucache_pipes.errors import PolicyError
 
 if TYPE_CHECKING:
     from gpucache_pipes.cache.cache import Cache
@@ -55,6 +56,15 @@ class Admission:
 
     def _make_room(self, number: int, pages: int, charge: int) -> bool:
         """Choose victims until there is room, or none and return False."""
+        try:
+            return self._ask_policy(number, pages, charge)
+        except Exception as error:
+            policy = self._owner.policy
+            raise PolicyError(
+                f"the policy {policy!r} has failed: {type(error).__name__}: {error}"
+            ) from error
+
+    def _ask_policy(self, number: int, pages: int, charge: int) -> bool:
         owner, entries = self._owner, self._owner.entries
         table, pinned = owner.layouts, owner.pins.numbers()
         chosen: dict[int, None] = {}
@@ -64,7 +74,7 @@ class Admission:
             victim = entries.latest(key)
             if entries.state.item(victim) != CACHED or victim in self.victims:
                 path = entries.paths[victim]
-                raise RuntimeError(f"policy {owner.policy!r} would evict {path!r}: not cached")
+                raise RuntimeError(f"it would evict {path!r}, which is not cached")
             if victim in pinned or victim in chosen:
                 continue
             chosen[victim] = None

@@ -2,7 +2,7 @@
 
 import os
 
-from gpucache_pipes.errors import FeatureLoadError
+from gpucache_pipes.errors import FeatureLoadError, PolicyError
 from gpucache_pipes.files.local import is_same_file
 
 
@@ -22,6 +22,8 @@ def load_error(path: str, cause: BaseException) -> Exception:
     if isinstance(cause, MemoryError) or _is_out_of_device_memory(cause):
         text = str(cause) or "out of memory"
         return MemoryError(text if path in text else f"cannot load {os.fspath(path)!r}: {text}")
+    if isinstance(cause, PolicyError):
+        return PolicyError(str(cause))
     return FeatureLoadError(path, f"{type(cause).__name__}: {cause}".removesuffix(": "))
 
 

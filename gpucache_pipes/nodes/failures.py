@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gpucache_pipes.errors import PolicyError
 from gpucache_pipes.files import Paths, Samples, as_plain_data, from_plain_data
 from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.nodes.lookahead import Lookahead
@@ -155,11 +156,11 @@ class Failures:
         """The feature to take instead of a file, or None to leave it out.
 
         Raises:
-            MemoryError: `error`, if it is one: the file is not at fault.
+            MemoryError, PolicyError: `error`, if it is one: the file is not at fault.
             RuntimeError: at more than max_failures different files.
             Exception: what on_error raises.
         """
-        if isinstance(error, MemoryError):
+        if isinstance(error, (MemoryError, PolicyError)):
             raise error
         self._failed_paths.add(path)
         if self.max_failures is not None and len(self._failed_paths) > self.max_failures:

@@ -9,12 +9,13 @@ import torch.distributed as dist
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.errors import RankError
-from gpucache_pipes.nodes.upstream import as_node, shown
+from gpucache_pipes.nodes.epochs import EpochNode
+from gpucache_pipes.nodes.upstream import as_node, length_of, shown
 
 _ELEMENT, _END, _ERROR = 0, 1, 2
 
 
-class Lockstep(BaseNode[Any]):
+class Lockstep(EpochNode[Any]):
     """Passes elements on, at the same step on all ranks of torch.distributed.
 
         batches = Lockstep(GPUCollator(GPUPrefetcher(paths, store)))
@@ -47,6 +48,13 @@ class Lockstep(BaseNode[Any]):
         """Reset the source. This is no collective operation."""
         super().reset(initial_state)
         self.source.reset(None if initial_state is None else initial_state["source"])
+
+    def __len__(self) -> int:
+        """Elements of an epoch of this rank, if none has fewer. Raises TypeError if unknown."""
+        return length_of(self.source)
+
+    def __bool__(self) -> bool:
+        return True  # also without a length
 
     def __repr__(self) -> str:
         return f"Lockstep({shown(self.source)})"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gpucache_pipes.files import PathList, Paths, Samples, files_of
 from gpucache_pipes.nodes.buckets import Buckets
 from gpucache_pipes.nodes.options import require_batches
-from gpucache_pipes.nodes.sharding import Shards
+from gpucache_pipes.nodes.sharding import Shards, warn_of_ranks_that_read_the_same
 
 Order = NDArray[np.intp] | list[Any]
 """Positions in the list of files; a list of positions or of batches where a sampler yields them."""
@@ -85,6 +85,7 @@ class SampledOrder:
         self._sampler: Any = sampler
         self._seed = seed
         self._inner: Any = getattr(sampler, "sampler", sampler)  # of a BatchSampler
+        self._warned = False
         weights: Any = getattr(self._inner, "weights", None)
         if hasattr(weights, "__len__") and len(weights) != files:
             raise ValueError(f"the sampler has {len(weights)} weights for {files} files")
@@ -99,6 +100,9 @@ class SampledOrder:
         Calls `set_epoch(epoch)` of the sampler, and of the one within a BatchSampler, where they
         have it.
         """
+        if not self._warned:
+            self._warned = True
+            warn_of_ranks_that_read_the_same(self._inner, "PathLister")
         for sampler in {id(s): s for s in (self._sampler, self._inner)}.values():
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)

@@ -11,6 +11,7 @@ from torchdata.nodes import BaseNode
 
 from gpucache_pipes.files import PathList
 from gpucache_pipes.nodes.buckets import Buckets
+from gpucache_pipes.nodes.epochs import EpochNode
 from gpucache_pipes.nodes.listed_files import ListedFiles
 from gpucache_pipes.nodes.options import require_batches, require_consistent
 from gpucache_pipes.nodes.order import DrawnOrder, Order, SampledOrder, picked, requested
@@ -18,12 +19,12 @@ from gpucache_pipes.nodes.resuming import resumed_position
 from gpucache_pipes.nodes.sharding import Shards, find_rank
 from gpucache_pipes.nodes.upstream import as_node, is_list
 from gpucache_pipes.store import Upcoming
-from gpucache_pipes.units import counted
+from gpucache_pipes.units import counted, positive_int
 
 Source = str | os.PathLike[str] | Iterable[Any]
 
 
-class PathLister(BaseNode[Any]):
+class PathLister(EpochNode[Any]):
     """Yields the paths of feature files, one by one or in batches.
 
         PathLister("features/", batch_size=256, shuffle=True, seed=0)
@@ -184,7 +185,7 @@ class PathLister(BaseNode[Any]):
         or any other one and the state is from the end of its own: a framework that resumes where
         it ended an epoch names the one with which it goes on.
         """
-        self._next_epoch = epoch
+        self._next_epoch = positive_int("epoch", epoch, least=0)
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Begin the next epoch, or go on where a state was taken.

@@ -9,6 +9,7 @@ from torchdata.nodes import BaseNode
 from gpucache_pipes.batches import RaggedOptions
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
+from gpucache_pipes.nodes.epochs import EpochNode
 from gpucache_pipes.nodes.failures import Failures
 from gpucache_pipes.nodes.identity import PipelineIdentity
 from gpucache_pipes.nodes.labels import NO_LABELS, Labelled, label_of, labels_of
@@ -16,6 +17,7 @@ from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError, PrefetchOptions, require_store
 from gpucache_pipes.nodes.pending_element import PendingElement
 from gpucache_pipes.nodes.sharding import find_rank
+from gpucache_pipes.nodes.shared_position import SharedPosition
 from gpucache_pipes.nodes.upstream import as_node, find_upstream, length_of, shown
 from gpucache_pipes.store import GPUFeatureStore
 
@@ -27,7 +29,7 @@ Finalizers read it in any thread, while other threads reset pipelines. This reli
 operations of a dict being safe under the GIL, also where keys have an `__eq__` in Python."""
 
 
-class GPUPrefetcher(BaseNode[Any]):
+class GPUPrefetcher(EpochNode[Any]):
     """Yields the features in the files that `source` names, and reads `depth` elements ahead.
 
         paths = PathLister("features/", batch_size=256, shuffle=True)
@@ -77,7 +79,8 @@ class GPUPrefetcher(BaseNode[Any]):
       place, and a second time in its turn; at the end of an epoch, the last one before it is
       yielded once more. If there is neither, the error of the file is raised.
     - An epoch of which nothing can be loaded is an error, and not an epoch without batches.
-    - A lack of host or device memory is always raised, as a MemoryError.
+    - A lack of host or device memory is always raised, as a MemoryError, and a failure of the
+      store's policy, as a PolicyError.
 
     **States.** `state_dict()` holds the source's state after the last element that the consumer
     has got, not after the last one drawn: a run that resumes after k elements gets elements
@@ -116,7 +119,8 @@ class GPUPrefetcher(BaseNode[Any]):
     Raises:
         ValueError, TypeError: for arguments that are wrong or contradict each other.
         FeatureLoadError: in `next()`, for a file that cannot be loaded.
-        RuntimeError: in `next()`, with on_error, if more than max_failures files or all files of
+        RuntimeError: in `next()`, if another pipeline has reset the lister or node that both are
+            over; with on_error, if more than max_failures files or all files of
             an epoch fail.
         TypeError: in `next()`, for an element that is no path and no sequence of paths.
     """
@@ -152,6 +156,9 @@ class GPUPrefetcher(BaseNode[Any]):
         )
         self._stream = ConsumerStream(store)
         self._labelled = False
+        lister = getattr(self._upcoming, "__self__", None)
+        shared = source if lister is None and isinstance(source, BaseNode) else lister
+        self._position = SharedPosition(shared, self)
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         """Begin the next epoch, or go on where a state was taken. Reads no files.
@@ -162,6 +169,7 @@ class GPUPrefetcher(BaseNode[Any]):
         self._stream = ConsumerStream(self.store)
         self._ahead.reset(None if initial_state is None else initial_state["source"])
         _latest[self._key] = self
+        self._position.take()
         ranks, _ = find_rank() if self.failures.tolerant else (1, 0)
         self.failures.begin_epoch(ranks, initial_state, find_upstream(self.source, "numbered"))
         self._labelled = bool(find_upstream(self.source, "labelled"))
@@ -277,6 +285,7 @@ class GPUPrefetcher(BaseNode[Any]):
         Returns how many there are.
         """
         ahead, failures = self._ahead, self.failures
+        self._position.require()
         ahead.draw(count)
         if not failures.tolerant:
             return min(count, len(ahead.elements))

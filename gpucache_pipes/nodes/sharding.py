@@ -2,11 +2,14 @@
 
 import math
 import os
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch.distributed
 from numpy.typing import NDArray
+from torch.utils.data import RandomSampler, SequentialSampler, WeightedRandomSampler
 
 from gpucache_pipes.units import positive_int
 
@@ -88,6 +91,22 @@ class Shards:
             return order
         total = self.size(len(order)) * self.count
         return np.resize(order, total)[self.index :: self.count]
+
+
+def warn_of_ranks_that_read_the_same(sampler: Any, what: str) -> None:
+    """Warn if there are several ranks, and the sampler of `what` gives each of them all files.
+
+    That is so for those of torch that know nothing of ranks; a class of the user's may.
+    """
+    ranks, _ = find_rank()
+    kinds = (RandomSampler, SequentialSampler, WeightedRandomSampler)
+    of_torch = type(sampler).__module__.startswith("torch")
+    if ranks > 1 and of_torch and isinstance(sampler, kinds):
+        warnings.warn(
+            f"each of the {ranks} ranks may read all files of this {what}: give it a "
+            "DistributedSampler, or let a PathLister without a sampler take the part of its rank",
+            stacklevel=2,
+        )
 
 
 def find_rank() -> tuple[int, int]:

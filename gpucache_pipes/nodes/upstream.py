@@ -76,7 +76,7 @@ def upstream_nodes(node: Any, beyond: Callable[[Any], bool] = lambda node: True)
     """`node` and all nodes upstream of it, nearest first, each once even where they form a cycle.
 
     By the attributes that nodes of torchdata have: `source`, and `source_nodes`, a dict, in nodes
-    that mix several sources.
+    that mix several sources; and `iterable` of an IterableWrapper, such as a loader.
 
     Args:
         node: where to begin; any object.
@@ -87,7 +87,8 @@ def upstream_nodes(node: Any, beyond: Callable[[Any], bool] = lambda node: True)
         yield found
         if not beyond(found):
             continue
-        source = getattr(found, "source", None)
+        wraps = isinstance(found, IterableWrapper)
+        source = getattr(found, "iterable" if wraps else "source", None)
         sources = [] if source is None else [source]
         for source in [*sources, *getattr(found, "source_nodes", {}).values()]:
             if id(source) not in seen:
@@ -115,10 +116,13 @@ def length_of(node: Any) -> int:
             return len(found)
         if not isinstance(found, _ONE_TO_ONE):
             break
-    raise TypeError(f"how many elements {shown(node)} yields is not known in advance")
+    raise TypeError(
+        f"how many elements {shown(node)} yields is not known in advance; a node of yours that "
+        "knows it has __len__, and its source in the attribute `source`"
+    )
 
 
-_ONE_TO_ONE = (ParallelMapper, PinMemory, Prefetcher)
+_ONE_TO_ONE = (IterableWrapper, ParallelMapper, PinMemory, Prefetcher)
 """Nodes that yield one element for each of their source, and have no length themselves."""
 
 

@@ -60,6 +60,8 @@ def make_parts(
     given = load_fn is not None or not weights_only or keys is not None or dtype is not None
     if source is not None and given:
         raise ValueError("a source reads files itself: give load_fn, keys and the like to it")
+    if source is not None:
+        _require_source(source)
     require_timeout(read_timeout, asynchronous)
     if page_bytes is not None and positive_int("page_bytes", page_bytes) % 16:
         raise ValueError(f"page_bytes={page_bytes} must be a multiple of 16")
@@ -95,6 +97,17 @@ def make_parts(
     requests = RequestManager(shared, source, loader, gatherer, revalidate=revalidate)
     shutdown = Shutdown(store, shared, loader, pool, backend)
     return Parts(backend, shared, loader, requests, shutdown)
+
+
+def _require_source(source: object) -> None:
+    """Raise ValueError for anything but an object with the methods of a source."""
+    names = [name for name in vars(Source) if not name.startswith("_") and name != "open_many"]
+    lacks = [name for name in names if not callable(getattr(source, name, None))]
+    if lacks or isinstance(source, type):
+        raise ValueError(
+            f"source={source!r:.80} must be an object with the methods of files.Source"
+            + (f"; it lacks {', '.join(lacks)}" if lacks else ", not the class")
+        )
 
 
 def _power_of_two_below(number: int) -> int:

@@ -315,3 +315,11 @@ def test_the_example(tmp_path: Path) -> None:
         assert f"hit rate, last epoch      {'0.0%' if more else '100.0%'}" in run.stdout
         accuracy = run.stdout.partition("test accuracy ")[2].split()[0]
         assert float(accuracy) > 0.9
+
+
+def test_what_is_no_store_for_the_callback() -> None:
+    for wrong in (None, 3):
+        with pytest.raises(TypeError, match="a function that returns it, such as lambda"):
+            GPUCacheCallback(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"returned NoneType, not a GPUFeatureStore: .* setup"):
+        GPUCacheCallback(lambda: None)._find_store()  # type: ignore[arg-type,return-value]

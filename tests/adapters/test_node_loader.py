@@ -5,9 +5,24 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torchdata.nodes import Batcher, IterableWrapper, Loader, Mapper, Prefetcher
+from torchdata.nodes import (
+    Batcher,
+    IterableWrapper,
+    Loader,
+    Mapper,
+    MultiNodeWeightedSampler,
+    Prefetcher,
+)
 
-from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, NodeLoader, PathLister
+from gpucache_pipes import (
+    GPUCachedPathDataLoader,
+    GPUCollator,
+    GPUFeatureStore,
+    GPUPrefetcher,
+    Lockstep,
+    NodeLoader,
+    PathLister,
+)
 
 Files = Callable[[int], list[str]]
 
@@ -61,11 +76,44 @@ def test_length_epoch_and_figures(paths: list[str], store: GPUFeatureStore) -> N
 def test_what_is_not_known(paths: list[str], store: GPUFeatureStore) -> None:
     grouped = NodeLoader(Batcher(pipeline(paths, store), 2))
     assert grouped and len(list(grouped)) == 2
-    streamed = NodeLoader(IterableWrapper(range(3)))
+    streamed = NodeLoader(IterableWrapper(iter(range(3))))
     for loader in (grouped, streamed):
-        with pytest.raises(TypeError, match="is not known in advance"):
+        with pytest.raises(TypeError, match=r"is not known in advance.*has __len__"):
             len(loader)
+    assert len(NodeLoader(IterableWrapper(range(3)))) == 3
     with pytest.raises(TypeError, match="no PathLister"):
         streamed.set_epoch(3)
-    with pytest.raises(TypeError, match="no GPUPrefetcher"):
+    with pytest.raises(TypeError, match="0 stores are found"):
         streamed.stats()
+
+
+def test_over_several_pipelines(paths: list[str], store: GPUFeatureStore) -> None:
+    parts = {"a": pipeline(paths[:5], store), "b": pipeline(paths[5:], store)}
+    mixed = NodeLoader(MultiNodeWeightedSampler(parts, {"a": 1.0, "b": 1.0}))
+    mixed.set_epoch(2)
+    list(mixed)
+    assert mixed.stats().files_read == 10
+    with GPUFeatureStore("cpu") as other:
+        parts["b"] = pipeline(paths[5:], other)
+        two = NodeLoader(MultiNodeWeightedSampler(parts, {"a": 1.0, "b": 1.0}))
+        with pytest.raises(TypeError, match="2 stores are found"):
+            two.stats()
+
+
+def test_over_a_loader_in_lockstep(paths: list[str], store: GPUFeatureStore) -> None:
+    lister = PathLister(paths, batch_size=3, shuffle=True, seed=1)
+    loader = NodeLoader(Lockstep(GPUCachedPathDataLoader(lister, store=store)))
+    assert len(loader) == 4
+    first = numbers(loader)
+    loader.set_epoch(0)
+    assert numbers(loader) == first
+    assert loader.stats().hits == 10
+
+
+def test_what_is_no_node(paths: list[str], store: GPUFeatureStore) -> None:
+    gpu_loader = GPUCachedPathDataLoader(PathLister(paths, batch_size=3), store=store)
+    for wrong in (gpu_loader, NodeLoader(pipeline(paths, store))):
+        with pytest.raises(TypeError, match="is a loader itself: use it as it is"):
+            NodeLoader(wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the root must be a node, not list"):
+        NodeLoader([1])  # type: ignore[arg-type]

@@ -19,9 +19,11 @@ from torch.utils.data import RandomSampler
 from gpucache_pipes import (
     FeatureBatch,
     FeatureLoadError,
+    GPUCachedPathDataLoader,
     GPUCollator,
     GPUFeatureStore,
     GPUPrefetcher,
+    Lockstep,
     PathLister,
 )
 from gpucache_pipes.device import HostBackend
@@ -629,3 +631,41 @@ def test_a_state_covers_all_elements_of_a_batch_or_none(monkeypatch: pytest.Monk
             patch.setattr(PendingBatch, "cancel", seen_and_cancelled)
             node.take(3)
         assert seen == [before] * 3 and node.state_dict()["source"]["position"] == 3
+
+
+def test_each_loop_over_a_node_is_an_epoch(make_files: Any) -> None:
+    paths = make_files(6)
+    with GPUFeatureStore("cpu") as store:
+        lister = PathLister(paths, batch_size=2, shuffle=True)
+        features = GPUPrefetcher(lister, store)
+        batches = Lockstep(GPUCollator(features))
+        seen = [[batch["label"].tolist() for batch in batches] for _ in range(3)]
+        assert [len(epoch) for epoch in seen] == [3, 3, 3] and seen[0] != seen[1]
+        assert [len(list(lister)) for _ in range(2)] == [3, 3]
+        # One that was left goes on.
+        for _ in features:
+            break
+        assert len(list(features)) == 2
+
+
+def test_pipelines_over_one_lister_are_told(make_files: Any) -> None:
+    """It has one position: each of them would get a part of the batches."""
+    paths = make_files(6)
+    with GPUFeatureStore("cpu") as store:
+        lister = PathLister(paths, batch_size=2)
+        first, second = (GPUCachedPathDataLoader(lister, store=store) for _ in range(2))
+        iterator = iter(first)
+        next(iterator)
+        assert len(list(second)) == 3
+        with pytest.raises(RuntimeError, match="another pipeline over the same PathLister"):
+            next(iterator)
+        assert len(list(first)) == 3  # one after the other is right
+        nodes = [GPUPrefetcher(tn.Mapper(lister, list), store) for _ in range(2)]
+        next(nodes[0])
+        next(nodes[1])
+        with pytest.raises(RuntimeError, match="make a PathLister for each"):
+            next(nodes[0])
+        plain = [GPUPrefetcher([paths[:2], paths[2:]], store) for _ in range(2)]
+        for _ in range(2):
+            for node in plain:
+                next(node)

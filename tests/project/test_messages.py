@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
 
 from gpucache_pipes import (
     FeaturePathDataset,
@@ -19,9 +19,14 @@ from gpucache_pipes import (
     Lockstep,
     PathLister,
     Trace,
+    simulate,
 )
+from gpucache_pipes.adapters import checks
+from gpucache_pipes.cache.policies import make_policy, register
 from gpucache_pipes.device import AcceleratorBackend, DeviceMemory, memory
 from gpucache_pipes.device.memory import total_host_bytes
+from gpucache_pipes.files import RowFiles
+from gpucache_pipes.nodes import sharding
 from gpucache_pipes.store import progress
 from gpucache_pipes.testing import SimulatedRuntime
 from gpucache_pipes.units import parse_bytes
@@ -489,3 +494,44 @@ def test_dtypes_by_name(make_files: Files) -> None:
 def test_a_closed_store_says_so(store: GPUFeatureStore) -> None:
     store.close()
     assert repr(store) == "GPUFeatureStore(cpu, closed)"
+
+
+def test_what_is_no_source_of_features() -> None:
+    with pytest.raises(ValueError, match=r"source=.* must be an object with .*, not the class"):
+        GPUFeatureStore("cpu", source=RowFiles)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lacks absolute, key, are_keys, is_link, open, version"):
+        GPUFeatureStore("cpu", source=object())  # type: ignore[arg-type]
+
+
+def test_epochs_are_numbers(make_files: Files) -> None:
+    lister = PathLister(make_files(2))
+    for wrong in ("x", -1, 1.5, None):
+        with pytest.raises(ValueError, match="epoch="):
+            lister.set_epoch(wrong)  # type: ignore[arg-type]
+
+
+def test_policies_are_registered_as_classes() -> None:
+    with pytest.raises(ValueError, match="register the class"):
+        register("mine", make_policy("lru"))  # type: ignore[arg-type]
+
+
+def test_a_capacity_in_bytes_needs_sizes() -> None:
+    with pytest.raises(ValueError, match="capacity='1KiB' is in bytes, which needs sizes="):
+        simulate("ab", "1KiB", "lru")
+
+
+def test_samplers_that_know_nothing_of_ranks(
+    make_files: Files, monkeypatch: pytest.MonkeyPatch, store: GPUFeatureStore
+) -> None:
+    paths = make_files(4)
+    lister = PathLister(paths, sampler=RandomSampler(range(4)), batch_size=2)
+    early = GPUCachedPathDataLoader(DataLoader(paths, batch_size=2), store=store)
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "find_rank", lambda: (2, 0))
+        patch.setattr(checks, "find_rank", lambda: (2, 0))
+        with pytest.warns(UserWarning, match="2 ranks may read all files of this PathLister"):
+            lister.reset()
+        lister.reset()  # once
+        with pytest.warns(UserWarning, match="2 ranks may read all files of this DataLoader"):
+            next(iter(early))
+        assert len(list(early)) == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Gate, sample
 
-from gpucache_pipes import FeatureLoadError, GPUFeatureStore
+from gpucache_pipes import FeatureLoadError, GPUFeatureStore, GPUPrefetcher, PolicyError
 from gpucache_pipes.cache.policies import LRU
 from gpucache_pipes.testing import assert_same
 
@@ -71,7 +71,7 @@ def test_a_policy_that_names_what_is_not_cached_is_told_so(make_files: Files) ->
     paths = make_files(2)
     with GPUFeatureStore("cpu", max_cache_items=1, policy=Wrong()) as store:
         store.get(paths[0])
-        with pytest.raises(FeatureLoadError, match="not cached"):
+        with pytest.raises(PolicyError, match="not cached"):
             store.get(paths[1])
 
 
@@ -98,11 +98,28 @@ def test_a_policy_that_raises_hangs_nobody(make_files: Files, mood: str) -> None
     with GPUFeatureStore("cpu", max_cache_items=2, policy=policy) as store:
         store.get_batch(paths[:2])
         policy.mood = mood
-        with pytest.raises(FeatureLoadError, match="not today"):
+        with pytest.raises(PolicyError, match="not today"):
             store.get_batch(paths)
         store.check()
         policy.mood = ""
         assert [int(f["label"]) for f in store.get_batch(paths)] == [0, 1, 2]
+
+
+def test_a_policy_that_fails_is_not_a_bad_file(make_files: Files) -> None:
+    """No file is left out for it."""
+    policy = Moody()
+    asked: list[str] = []
+    with GPUFeatureStore("cpu", max_cache_items=2, policy=policy) as store:
+        batches = GPUPrefetcher(
+            [make_files(2), make_files(4)], store, on_error=lambda path, error: asked.append(path)
+        )
+        assert len(next(batches)) == 2
+        policy.mood = "insert"
+        with pytest.raises(PolicyError, match=r"Moody.* has failed: ValueError: not today"):
+            list(batches)
+        assert not asked
+        policy.mood = ""
+        store.check()
 
 
 def test_arrays_are_refused_and_not_cached_uncounted() -> None:

@@ -22,6 +22,7 @@ from gpucache_pipes import (
     GPUPrefetcher,
     PathLister,
     PendingBatch,
+    PolicyError,
 )
 from gpucache_pipes.device import AcceleratorBackend, HostBackend, InOrderRuntime
 from gpucache_pipes.store.lock import StoreLock
@@ -427,7 +428,7 @@ def test_what_may_not_be_called_from_inside_says_so() -> None:
     options: dict[str, Any] = {"load_fn": FEATURES.__getitem__, "asynchronous": False}
     with GPUFeatureStore("cpu", policy=policy, max_cache_items=1, **options) as store:
         store.get("/0")
-        with pytest.raises(FeatureLoadError, match="called from within itself"):
+        with pytest.raises(PolicyError, match="called from within itself"):
             store.get("/2")
         store.check()
 

@@ -103,7 +103,12 @@ def register(name: str, factory: Callable[[], Policy]) -> None:
     Args:
         name: replaces a policy that is registered under the same name.
         factory: returns a new policy; called once for each store or simulation.
+
+    Raises:
+        ValueError: the factory cannot be called, such as a policy in its place.
     """
+    if not callable(factory):
+        raise ValueError(f"{factory!r} is no factory of policies: register the class")
     _REGISTRY[name] = factory
 
 

@@ -90,12 +90,14 @@ def simulate(
         sizes: bytes by file. None means that every file has size 1.
 
     Raises:
-        ValueError: a capacity is not positive, `policy` is not a known policy, or is an object and
-            there are several tiers.
+        ValueError: a capacity is not positive, or is a string without `sizes`; `policy` is not a
+            known policy, or is an object and there are several tiers.
         KeyError: `sizes` lacks a file.
     """
     single = isinstance(capacity, (int, float, str))
     given: Sequence[int | str] = [capacity] if single else list(capacity)  # type: ignore[list-item,arg-type]
+    if sizes is None and any(isinstance(size, str) for size in given):
+        raise ValueError(f"capacity={capacity!r} is in bytes, which needs sizes=")
     capacities = [parse_bytes("capacity", size) for size in given]
     if not isinstance(trace, Trace):
         trace = Trace(trace)
