@@ -200,8 +200,8 @@ def test_a_file_that_lacks_a_key(tmp_path: Path) -> None:
         ({"keys": 1.5}, "a key or a list of keys"),
         ({"keys": [["a"]]}, "neither a key nor"),
         ({"dtype": torch.int8}, "name the leaves"),
-        ({"dtype": "bfloat16"}, "must be a dtype"),
-        ({"dtype": {"x": "half"}}, "must be a dtype"),
+        ({"dtype": "bf16"}, "must be a dtype"),
+        ({"dtype": {"x": "no such"}}, "must be a dtype"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], message: str) -> None:

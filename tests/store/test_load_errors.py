@@ -110,8 +110,9 @@ def test_a_policy_that_fails_is_not_a_bad_file(make_files: Files) -> None:
     policy = Moody()
     asked: list[str] = []
     with GPUFeatureStore("cpu", max_cache_items=2, policy=policy) as store:
+        few, many = make_files(2), make_files(4)
         batches = GPUPrefetcher(
-            [make_files(2), make_files(4)], store, on_error=lambda path, error: asked.append(path)
+            [few, few, many], store, depth=1, on_error=lambda path, error: asked.append(path)
         )
         assert len(next(batches)) == 2
         policy.mood = "insert"
