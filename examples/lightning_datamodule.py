@@ -3,9 +3,9 @@
     python examples/lightning_datamodule.py /path/to/features --synthetic --epochs 3
     python examples/lightning_datamodule.py /path/to/features --epochs 5 --resume runs/last.ckpt
 
-Each file holds {"feature": float32 [feature_dim], "label": int64 scalar}. Needs the extra
-gpucache-pipes[lightning]. On several GPUs (--devices 4) each rank has a store of its own, and
-PathLister gives it its part of the files.
+Each file holds {"feature": float32 [feature_dim], "label": int64 scalar}. Needs
+Lightning: pip install lightning. On several GPUs (--devices 4) each rank has a store of its own,
+and PathLister gives it its part of the files.
 """
 
 import argparse

@@ -23,7 +23,7 @@ COMMANDS = ("inspect", "plan", "bench")
 
 def repository() -> str:
     """The address of the repository; "" while there is none."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     address: str = settings["tool"]["gpucache_pipes"]["repository"]
     return address.rstrip("/")
 
@@ -37,7 +37,9 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made of files outside docs/."""
     for name in MADE:
-        files.append(File.generated(config, name, content=(ROOT / MADE[name]).read_text()))
+        files.append(
+            File.generated(config, name, content=(ROOT / MADE[name]).read_text(encoding="utf-8"))
+        )
     return files
 
 

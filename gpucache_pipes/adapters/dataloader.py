@@ -216,6 +216,7 @@ class GPUCachedPathDataLoader(Generic[Batch]):
             kind = type(self._loader).__name__
             raise AttributeError(
                 f"neither a GPUCachedPathDataLoader nor the {kind} in it has {name!r}"
+                + _HINTS.get(name, "")
             ) from None
 
     def stats(self) -> StoreStats:
@@ -237,3 +238,9 @@ class GPUCachedPathDataLoader(Generic[Batch]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+_HINTS = {
+    "dataset": ": it is no DataLoader; to skip batches, as skip_first_batches of accelerate does, "
+    "resume by load_state_dict",
+}

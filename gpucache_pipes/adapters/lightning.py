@@ -21,9 +21,7 @@ else:
         try:
             import pytorch_lightning as pl
         except ImportError as error:
-            raise ImportError(
-                "GPUCacheCallback needs Lightning: pip install 'gpucache-pipes[lightning]'"
-            ) from error
+            raise ImportError("GPUCacheCallback needs Lightning: pip install lightning") from error
 
 
 class GPUCacheCallback(pl.Callback):

@@ -58,6 +58,8 @@ class Admission:
         """Choose victims until there is room, or none and return False."""
         try:
             return self._ask_policy(number, pages, charge)
+        except MemoryError:
+            raise
         except Exception as error:
             policy = self._owner.policy
             raise PolicyError(

@@ -82,8 +82,8 @@ def require_matplotlib() -> Any:
         import matplotlib as mpl
     except ImportError as error:
         raise ImportError(
-            "--plot needs matplotlib: pip install 'gpucache-pipes[plot]'; the chart in the "
-            "terminal needs nothing"
+            "--plot needs matplotlib: pip install matplotlib; the chart in the terminal needs "
+            "nothing"
         ) from error
     mpl.use("agg")
     import matplotlib.pyplot as plt

@@ -81,7 +81,7 @@ def inspect_files(
             failures.append({"path": path, "error": f"{type(error).__name__}: {error}"})
             continue
         layouts[feature.layout] += 1
-        values.setdefault(feature.layout, _values(feature))
+        _merge(values.setdefault(feature.layout, []), _values(feature))
         spans.append(feature.layout.span)
         if reason is not None:
             reasons[reason] += 1
@@ -124,6 +124,22 @@ def _values(feature: OpenFeature) -> list[dict[str, str]]:
     ]
 
 
+def _merge(known: list[dict[str, str]], more: list[dict[str, str]]) -> None:
+    """Add the types of the values of another file."""
+    if not known:
+        known += more
+    for one, other in zip(known, more, strict=True):
+        if other["type"] not in one["type"].split(" or "):
+            one["type"] += f" or {other['type']}"
+
+
+def _merged(alike: list[list[dict[str, str]]]) -> list[dict[str, str]]:
+    merged: list[dict[str, str]] = []
+    for values in alike:
+        _merge(merged, [dict(value) for value in values])
+    return merged
+
+
 def _kinds(
     layouts: Counter[Layout], values: dict[Layout, list[dict[str, str]]]
 ) -> list[dict[str, Any]]:
@@ -138,7 +154,7 @@ def _kinds(
             "files": group.total(),
             "layouts": len(group),
             "leaves": _ranges([_leaves(layout) for layout in group]),
-            "values": values[next(iter(group))],
+            "values": _merged([values[layout] for layout in group]),
         }
         for group in most
     ]
@@ -226,5 +242,7 @@ def _hint(leaves: Sequence[dict[str, Any]]) -> list[str]:
         return []
     if any(not isinstance(n, int) for leaf in differ for n in leaf["shape"][1:]):
         return ["  these differ in more than their first dimension: collate_fn= joins them"]
+    if differ[0]["name"] == "the feature":
+        return ['  sequences of different lengths: ragged="pad", or "jagged", or "list"']
     keys = ", ".join(f'{key_of(leaf["name"])!r}: "pad"' for leaf in differ)
     return [f'  sequences of different lengths: ragged={{{keys}}}, or "jagged", or "list"']

@@ -11,12 +11,34 @@ from collections.abc import Sequence
 
 from gpucache_pipes import __version__
 
+_COMMANDS = {
+    "inspect": """examples:
+  gpucache-pipes inspect features/
+  gpucache-pipes inspect features/clip_1.pt
+  gpucache-pipes inspect features/ --dtype bfloat16""",
+    "plan": """examples:
+  gpucache-pipes plan features/ --gpu-memory 12GiB --plot plan.png
+  gpucache-pipes plan features/ --gpu-memory 12GiB --host-memory 100GiB --disk 1TiB""",
+    "bench": """examples:
+  gpucache-pipes bench features/ --batch-size 32,256 --only DataLoader
+  gpucache-pipes bench features/ --cold-storage --readers 1,4,16""",
+}
+
 _EXAMPLES = """examples:
   gpucache-pipes inspect features/
   gpucache-pipes plan features/ --gpu-memory 12GiB --plot plan.png
   gpucache-pipes bench features/ --batch-size 32,256 --only DataLoader
 
 `python -m gpucache_pipes` is the same. Each command has a --help of its own."""
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, those that say something, and leaves the lines of examples as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,8 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planning.add_argument("--host-memory", metavar="SIZE", help="for a tier below the GPU")
     planning.add_argument("--disk", metavar="SIZE", help="for a tier on a local disk below that")
     planning.add_argument("--epochs", type=int, default=5, help="to simulate")
-    planning.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True)
-    planning.add_argument("--seed", type=int, default=0)
+    planning.add_argument(
+        "--shuffle",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a new order in each epoch",
+    )
+    planning.add_argument("--seed", type=int, default=0, help="of the orders")
     planning.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
     bench = commands.add_parser("bench", help="compare with other loaders on your files")
     bench.set_defaults(run=_bench)
@@ -92,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     bench.add_argument("--only", action="append", metavar="NAME", help="some of the contenders")
     bench.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
-    for command in (inspecting, planning, bench):
+    for name, command in (("inspect", inspecting), ("plan", planning), ("bench", bench)):
+        command.epilog, command.formatter_class = _COMMANDS[name], _Help
         command.add_argument("path", help="a feature file, a directory or a glob")
         command.add_argument("--pattern", default="*.pt", help="which files of a directory")
         command.add_argument("--recursive", action="store_true", help="subdirectories too")

@@ -88,8 +88,10 @@ def _looks_like_path(item: Any) -> bool:
 def _of_columns(source: Mapping[Any, Any], pattern: str, recursive: bool) -> Listing:
     parts = tuple(source)
     for name, column in source.items():
-        if not isinstance(column, _PATHS) and (
-            isinstance(column, (bytes, Mapping)) or not hasattr(column, "__len__")
+        is_name = isinstance(column, str) and not _looks_like_path(column)
+        if (is_name and not os.path.exists(column)) or (
+            not isinstance(column, _PATHS)
+            and (isinstance(column, (bytes, Mapping)) or not hasattr(column, "__len__"))
         ):
             raise TypeError(
                 f"the source is a dict, which has for each part of a sample a directory, a glob or "

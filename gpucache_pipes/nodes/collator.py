@@ -18,7 +18,6 @@ from gpucache_pipes.batches import (
 from gpucache_pipes.nodes.batch_type import Batch
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
-from gpucache_pipes.nodes.epochs import EpochNode
 from gpucache_pipes.nodes.labels import Labelled
 from gpucache_pipes.nodes.options import CollateOptions
 from gpucache_pipes.nodes.prefetcher import GPUPrefetcher
@@ -28,7 +27,7 @@ _GATHERED = (FeatureBatch, SampleBatch)
 _BATCHES = (*_GATHERED, Labelled)
 
 
-class GPUCollator(EpochNode[Batch]):
+class GPUCollator(BaseNode[Batch]):
     """Collates each FeatureBatch, or every `batch_size` single features.
 
     Without collate_fn, a batch is what `torch.utils.data.default_collate` makes of the features,

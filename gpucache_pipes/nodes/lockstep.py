@@ -9,13 +9,12 @@ import torch.distributed as dist
 from torchdata.nodes import BaseNode
 
 from gpucache_pipes.errors import RankError
-from gpucache_pipes.nodes.epochs import EpochNode
 from gpucache_pipes.nodes.upstream import as_node, length_of, shown
 
 _ELEMENT, _END, _ERROR = 0, 1, 2
 
 
-class Lockstep(EpochNode[Any]):
+class Lockstep(BaseNode[Any]):
     """Passes elements on, at the same step on all ranks of torch.distributed.
 
         batches = Lockstep(GPUCollator(GPUPrefetcher(paths, store)))

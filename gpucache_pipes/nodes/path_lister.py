@@ -11,7 +11,6 @@ from torchdata.nodes import BaseNode
 
 from gpucache_pipes.files import PathList
 from gpucache_pipes.nodes.buckets import Buckets
-from gpucache_pipes.nodes.epochs import EpochNode
 from gpucache_pipes.nodes.listed_files import ListedFiles
 from gpucache_pipes.nodes.options import require_batches, require_consistent
 from gpucache_pipes.nodes.order import DrawnOrder, Order, SampledOrder, picked, requested
@@ -24,7 +23,7 @@ from gpucache_pipes.units import counted, positive_int
 Source = str | os.PathLike[str] | Iterable[Any]
 
 
-class PathLister(EpochNode[Any]):
+class PathLister(BaseNode[Any]):
     """Yields the paths of feature files, one by one or in batches.
 
         PathLister("features/", batch_size=256, shuffle=True, seed=0)

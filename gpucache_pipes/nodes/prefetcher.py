@@ -9,7 +9,6 @@ from torchdata.nodes import BaseNode
 from gpucache_pipes.batches import RaggedOptions
 from gpucache_pipes.nodes.callbacks import call
 from gpucache_pipes.nodes.consumer import ConsumerStream
-from gpucache_pipes.nodes.epochs import EpochNode
 from gpucache_pipes.nodes.failures import Failures
 from gpucache_pipes.nodes.identity import PipelineIdentity
 from gpucache_pipes.nodes.labels import NO_LABELS, Labelled, label_of, labels_of
@@ -29,7 +28,7 @@ Finalizers read it in any thread, while other threads reset pipelines. This reli
 operations of a dict being safe under the GIL, also where keys have an `__eq__` in Python."""
 
 
-class GPUPrefetcher(EpochNode[Any]):
+class GPUPrefetcher(BaseNode[Any]):
     """Yields the features in the files that `source` names, and reads `depth` elements ahead.
 
         paths = PathLister("features/", batch_size=256, shuffle=True)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from gpucache_pipes.batches import FeatureBatch
 from gpucache_pipes.cache import Numbers
 from gpucache_pipes.device import DeviceMemoryError, is_device_error, is_out_of_memory
+from gpucache_pipes.errors import PolicyError
 from gpucache_pipes.files import LoadedFeature, Parts, PathLike, Paths, load_error
 from gpucache_pipes.units import counted
 
@@ -163,7 +164,7 @@ class PendingBatch:
         error = load_error(path, cause)
         if is_out_of_memory(cause):
             error = DeviceMemoryError(f"cannot load {path!r}: {cause}")
-        error.__cause__ = cause
+        error.__cause__ = cause.__cause__ if isinstance(cause, PolicyError) else cause
         return error
 
 

@@ -137,7 +137,8 @@ def describe(cache: Cache, counters: Counters) -> str:
     requests = counters.hits + counters.misses
     hits = f", {counters.hits / requests:.0%} hits" if requests else ""
     return (
-        f"{format_bytes(ledger.cached_bytes)}{budget} cached, {ledger.cached_items:,} items{hits}"
+        f"{format_bytes(ledger.cached_bytes)}{budget} cached, {ledger.cached_items:,} items, "
+        f"{type(cache.policy).__name__.lower()}{hits}"
     )
 
 

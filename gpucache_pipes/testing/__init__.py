@@ -3,7 +3,7 @@
 A contract is a class of tests for pytest. To test a policy, a source, a file format or a backend of
 your own, inherit `PolicyContract`, `SourceContract`, `FormatContract` or `BackendContract`.
 
-Needs hypothesis, which the package itself does not: `pip install 'gpucache-pipes[testing]'`.
+Needs hypothesis, which the package itself does not: `pip install hypothesis`.
 """
 
 from gpucache_pipes.testing.backends import BackendContract

@@ -21,9 +21,7 @@ from gpucache_pipes import (
     PathLister,
 )
 
-pytest.importorskip(
-    "lightning.pytorch", reason="needs Lightning: pip install 'gpucache-pipes[lightning]'"
-)
+pytest.importorskip("lightning.pytorch", reason="needs Lightning: pip install lightning")
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger

@@ -148,7 +148,7 @@ def test_an_optional_contender_makes_the_same_batches(
     tmp_path: Path, kind: str, contender: Contender
 ) -> None:
     if not contender.installed:
-        pytest.skip(f"{contender.needs} is not installed: pip install 'gpucache-pipes[bench]'")
+        pytest.skip(f"{contender.needs} is not installed: pip install '.[bench]'")
     with bench.Work(write(tmp_path, kind), 4, CPU, epochs=3) as work:
         report = bench.bench(
             work, contenders=[bench.BASELINE, contender], rounds=1, overlap=True, progress=False

@@ -74,12 +74,13 @@ def test_a_directory(make_files: Files, capsys: pytest.CaptureFixture[str]) -> N
 def test_kinds_of_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(6):
         image = torch.zeros(number + 1, 2 * number + 1)
-        feature = {"image": image, "name": f"n{number}", "at": (number, 0.5)}
+        at = (number if number else None, 0.5)
+        feature = {"image": image, "name": f"n{number}", "at": at}
         torch.save(feature, tmp_path / f"{number}.pt")
     assert main(["inspect", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "6 files of 6 different shapes:\n  ['image']: float32 [1..6, 1..11], up to 264 B" in said
-    assert "  ['name']: str\n  ['at'][0]: int\n  ['at'][1]: float" in said
+    assert "  ['name']: str\n  ['at'][0]: NoneType or int\n  ['at'][1]: float" in said
     assert "differ in more than their first dimension: collate_fn= joins them" in said
 
 

@@ -30,6 +30,9 @@ def test_its_examples_are_commands(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert ended.value.code == 0
+        helped = capsys.readouterr().out
+        assert f"examples:\n  gpucache-pipes {command} features/" in helped
+        assert "(default: *.pt)" in helped and "(default: None)" not in helped
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -310,10 +310,12 @@ def test_lengths(make_files: Files, store: GPUFeatureStore) -> None:
 def test_stats_for_people_and_loggers(make_files: Files) -> None:
     lister = PathLister(make_files(6), batch_size=2)
     with GPUCachedPathDataLoader(lister, device="cpu", max_cache_bytes="1g") as loader:
-        assert repr(loader.store) == "GPUFeatureStore(cpu, 0 B of 1 GiB cached, 0 items)"
+        assert (
+            repr(loader.store) == "GPUFeatureStore(cpu, 0 B of 1 GiB cached, 0 items, clairvoyant)"
+        )
         for _ in range(2):
             list(loader)
-        assert repr(loader.store).endswith("of 1 GiB cached, 6 items, 50% hits)")
+        assert repr(loader.store).endswith("of 1 GiB cached, 6 items, clairvoyant, 50% hits)")
         stats = loader.stats()
     figures = stats.as_dict()
     assert figures["hit_rate"] == 0.5 and figures["hits"] == 6
@@ -455,6 +457,8 @@ def test_what_is_no_loader_of_paths(make_files: Files, store: GPUFeatureStore) -
     loader = GPUCachedPathDataLoader(PathLister(paths, batch_size=2), store=store)
     with pytest.raises(AttributeError, match="nor the PathLister in it has 'hit_rate'"):
         _ = loader.hit_rate
+    with pytest.raises(AttributeError, match="skip_first_batches of accelerate does, resume by"):
+        _ = loader.dataset
     with pytest.raises(ValueError, match="a state is a dict, not NoneType"):
         loader.load_state_dict(None)  # type: ignore[arg-type]
 
