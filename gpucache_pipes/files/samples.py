@@ -101,6 +101,8 @@ def as_samples(given: Any) -> Samples | None:
     """
     if isinstance(given, Samples):
         return given
+    if type(given) is Paths:  # at once, since every batch passes here
+        return None
     if isinstance(given, Mapping):
         return Samples.of(given) if given and all(map(_is_column, given.values())) else None
     if isinstance(given, list) and given and isinstance(given[0], (Mapping, tuple)):

@@ -60,6 +60,7 @@ class Lookahead:
         self._owner = owner
         self._fixed_depth = depth
         self._files = 1  # of the last element
+        self._depth = depth or 1
         self._path_fn = path_fn
         self._copies_states = copies_states
         self.elements: deque[PendingElement] = deque()
@@ -79,7 +80,8 @@ class Lookahead:
         What the source or the request of an element raises is kept in `PendingElement.error`:
         the elements that were drawn before it are the consumer's first.
         """
-        while len(self.elements) < needed + self._depth() and not self._exhausted:
+        self._find_depth()
+        while len(self.elements) < needed + self._depth and not self._exhausted:
             try:
                 pending = PendingElement(next(self._source))
             except StopIteration:
@@ -127,14 +129,15 @@ class Lookahead:
         files = paths if samples is None else samples.paths
         pending.paths = files
         self._files = len(files)
+        self._find_depth()
         # Not NumberedPath: the store would keep the list of files alive, and its labels.
         if not isinstance(files, Paths) and len(files) and isinstance(files[0], NumberedPath):
             files = [str(path) for path in files]
         asked = files if samples is None else Samples(samples.parts, files)
-        pending.batch = self._store.request(asked, owner=self._owner, ahead=self._depth())
+        pending.batch = self._store.request(asked, owner=self._owner, ahead=self._depth)
 
-    def _depth(self) -> int:
-        return self._fixed_depth or self._store.requests_ahead(self._files)
+    def _find_depth(self) -> None:
+        self._depth = self._fixed_depth or self._store.requests_ahead(self._files)
 
     def batch_of(self, pending: PendingElement) -> PendingBatch:
         """The open request of an element: a new one if an interrupt has used up the first."""

@@ -52,7 +52,9 @@ class PendingElement:
 
     def kept(self) -> Sequence[Any]:
         """Its paths, or its samples, without those that were left out."""
-        left_out = set() if self.batch is None else self.batch.left_out
+        if self.batch is None or not self.batch.substitutes:
+            return self.paths if self.samples is None else self.samples
+        left_out = self.batch.left_out
         if self.samples is not None:
             return self.samples.without(left_out)
         return paths_without(self.paths, left_out)

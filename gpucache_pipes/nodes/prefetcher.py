@@ -319,8 +319,8 @@ class GPUPrefetcher(BaseNode[Any]):
                 found = [label_of(path, self.store.device) for [path] in paths]
             else:
                 found = [labels_of(of_one, self.store.device) for of_one in paths]
-            lost = any(labels is NO_LABELS for labels in found)
-            if lost and self._labelled and self.path_fn is None:
+            told = self._labelled and self.path_fn is None
+            if told and any(labels is NO_LABELS for labels in found):
                 raise TypeError(
                     "the PathLister has labels, but a node behind it yields paths that do not know "
                     "theirs, as str(path) and worker processes make them: pass the paths on as "

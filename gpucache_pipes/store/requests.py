@@ -61,13 +61,11 @@ class RequestManager:
 
     def resolve(self, paths: Iterable[PathLike]) -> Numbers:
         """The numbers of the entries of `paths`. Raises RuntimeError if the store was closed."""
-        return self._resolve(paths)[0]
+        samples = as_samples(paths)
+        return self._resolve(paths if samples is None else samples.paths)[0]
 
     def _resolve(self, paths: Iterable[PathLike]) -> tuple[Numbers, Sequence[PathLike]]:
         """The numbers of the entries of `paths`, and the paths, absolute."""
-        samples = as_samples(paths)
-        if samples is not None:
-            paths = samples.paths
         if self._shared.refusal.reason is not None:
             self._shared.refusal.check()
         numbers, absolute = self._paths.resolve(paths)
@@ -104,7 +102,7 @@ class RequestManager:
         A `warmup` does not count as a request, and evicts nothing.
         """
         samples = as_samples(paths)
-        numbers, absolute = self._resolve(paths if samples is None else samples)
+        numbers, absolute = self._resolve(paths if samples is None else samples.paths)
         require_stack()
         loading: list[int] = []
         stale = self._find_stale(numbers)
