@@ -169,7 +169,7 @@ def draw(figures: dict[str, dict[str, Curve]], path: str) -> None:
         axes.set_xticks(list(curve), [f"{x:,}" for x in curve])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        if not alone:  # beside the title, off the data
+        if not alone:  # next to the title, where no data are
             corner = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
             axes.legend(fontsize=8, frameon=False, **corner)
     for axes in panels.flat[len(figures) :]:

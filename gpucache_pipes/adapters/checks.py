@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from gpucache_pipes.nodes import PathLister
 from gpucache_pipes.nodes.sharding import find_rank, warn_of_ranks_that_read_the_same
-from gpucache_pipes.nodes.upstream import as_node
+from gpucache_pipes.nodes.upstream import as_node, is_table
 from gpucache_pipes.store import StoreOptions
 
 _OF_THE_LOADER = {"batch_size", "drop_last", "labels", "num_workers", "sampler", "seed", "shuffle"}
@@ -33,7 +33,7 @@ def require_known(options: Mapping[str, Any], kind: type) -> None:
 
 def require_batches_of_paths(loader: Any) -> None:
     """Raise TypeError or ValueError for a loader that certainly yields no batches of paths."""
-    if hasattr(loader, "columns") and hasattr(loader, "iloc"):
+    if is_table(loader):
         raise TypeError(
             "the loader is a table: wrap PathLister(df['path'], labels=df['label'], batch_size=...)"
         )

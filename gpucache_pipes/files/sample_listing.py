@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from gpucache_pipes.files.listing import directory_prefix, find_files
-from gpucache_pipes.files.samples import Parts, columns_of
+from gpucache_pipes.files.samples import Parts, columns_of, require_one_length
 
 _PATHS = (str, os.PathLike)
 
@@ -109,10 +109,7 @@ def _of_columns(source: Mapping[Any, Any], pattern: str, recursive: bool) -> Lis
         )
     columns = [find_files(source[name], pattern, recursive) for name in parts]
     if not named:
-        lengths = {name: len(column) for name, column in zip(parts, columns, strict=True)}
-        if len(set(lengths.values())) > 1:
-            counts = ", ".join(f"{count} of {name!r}" for name, count in lengths.items())
-            raise ValueError(f"each sample has a file of every part, but there are {counts}")
+        require_one_length(dict(zip(parts, columns, strict=True)))
         return Listing(list(chain.from_iterable(columns)), parts, "", True)
     roots = [_root(source[name]) for name in parts]
     return Listing(_by_name(parts, columns, roots), parts, roots[0], False)

@@ -39,10 +39,7 @@ class Samples(Sequence[Any]):
             ValueError: columns, or rows, that do not fit together.
         """
         columns = given if isinstance(given, Mapping) else columns_of(given)
-        lengths = {name: len(column) for name, column in columns.items()}
-        if len(set(lengths.values())) > 1:
-            counts = ", ".join(f"{name!r}: {count}" for name, count in lengths.items())
-            raise ValueError(f"each sample has a file of every part, but there are {counts}")
+        require_one_length(columns)
         return cls(tuple(columns), [path for column in columns.values() for path in column])
 
     @classmethod
@@ -137,6 +134,14 @@ def files_of(positions: Any, files: PathList) -> Any:
         return positions
     found = files.samples * np.arange(len(files.parts))[:, None] + positions
     return found if found.ndim > 2 else found.reshape(-1)
+
+
+def require_one_length(columns: Mapping[Any, Sequence[Any]]) -> None:
+    """Raise ValueError, with the numbers of files, if parts have different ones."""
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{count} of {name!r}" for name, count in lengths.items())
+        raise ValueError(f"each sample has a file of every part, but there are {counts}")
 
 
 def columns_of(rows: Sequence[Any]) -> dict[Any, list[Any]]:

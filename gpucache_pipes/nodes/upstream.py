@@ -24,6 +24,11 @@ def as_node(source: BaseNode[Any] | Iterable[Any]) -> BaseNode[Any]:
     return _OnePass(source) if isinstance(source, Iterator) else IterableWrapper(source)
 
 
+def is_table(source: Any) -> bool:
+    """Whether this is a DataFrame of pandas, or what is like one."""
+    return hasattr(source, "columns") and hasattr(source, "iloc")
+
+
 def is_list(source: Any) -> bool:
     """Whether a source holds paths that can be listed at once: a list, or what is like one.
 
@@ -33,7 +38,7 @@ def is_list(source: Any) -> bool:
     Raises:
         TypeError: for a table, and for bytes.
     """
-    if hasattr(source, "columns") and hasattr(source, "iloc"):
+    if is_table(source):
         raise TypeError(
             "the source is a table: give its column of paths, as in PathLister(df['path'], "
             "labels=df), or a dict of several: {'video': df['video'], 'audio': df['audio']}"

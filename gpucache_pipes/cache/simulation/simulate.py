@@ -94,8 +94,7 @@ def simulate(
             known policy, or is an object and there are several tiers.
         KeyError: `sizes` lacks a file.
     """
-    single = isinstance(capacity, (int, float, str))
-    given: Sequence[int | str] = [capacity] if single else list(capacity)  # type: ignore[list-item,arg-type]
+    given = [capacity] if isinstance(capacity, (int, float, str)) else capacity
     if sizes is None and any(isinstance(size, str) for size in given):
         raise ValueError(f"capacity={capacity!r} is in bytes, which needs sizes=")
     capacities = [parse_bytes("capacity", size) for size in given]
