@@ -73,7 +73,7 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(CHECK)
 
 # Again when what is compiled has changed: an editable installation is not.
-$(INSTALLED): pyproject.toml setup.py constraints.txt gpucache_pipes/files/_native.c
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard gpucache_pipes/files/*.[ch] gpucache_pipes/files/packed/*.c)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -44,19 +44,23 @@ def readme(address: str) -> str:
     )
 
 
+def extension(module: str) -> Extension:
+    """A native module, by its path in the package. Without a compiler it is left out."""
+    return Extension(
+        f"gpucache_pipes.{module.replace('/', '.')}",
+        [f"gpucache_pipes/{module}.c"],
+        depends=["gpucache_pipes/files/_native.h"],
+        extra_compile_args=["-O2", "-Wall", "-Wextra"],
+        py_limited_api=STABLE_ABI,
+        optional=True,
+    )
+
+
 if __name__ == "__main__":
     setup(
         long_description=readme(repository()),
         long_description_content_type="text/markdown",
         project_urls=urls(repository()),
-        ext_modules=[
-            Extension(
-                "gpucache_pipes.files._native",
-                ["gpucache_pipes/files/_native.c"],
-                extra_compile_args=["-O2", "-Wall", "-Wextra"],
-                py_limited_api=STABLE_ABI,
-                optional=True,
-            )
-        ],
+        ext_modules=[extension("files/_native"), extension("files/packed/_packed")],
         options={"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE_ABI else {},
     )

@@ -19,6 +19,10 @@ _COMMANDS = {
     "plan": """examples:
   gpucache-pipes plan features/ --gpu-memory 12GiB --plot plan.png
   gpucache-pipes plan features/ --gpu-memory 12GiB --host-memory 100GiB --disk 1TiB""",
+    "pack": """examples:
+  gpucache-pipes pack features/ packed/
+  gpucache-pipes pack features/ packed/ --dtype bfloat16 --keys video,audio
+  gpucache-pipes pack features/ packed/ --recursive --verify""",
     "bench": """examples:
   gpucache-pipes bench features/ --batch-size 32,256 --only DataLoader
   gpucache-pipes bench features/ --cold-storage --readers 1,4,16""",
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"gpucache_pipes {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{inspect,plan,bench}")
+    commands = parser.add_subparsers(dest="command", metavar="{inspect,plan,pack,bench}")
     inspecting = commands.add_parser(
         "inspect", help="what is in a file, or in those of a directory"
     )
@@ -80,6 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     planning.add_argument("--seed", type=int, default=0, help="of the orders")
     planning.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
+    packing = commands.add_parser("pack", help="a directory of few large files, used as it was")
+    packing.set_defaults(run=_pack)
+    packing.add_argument("--keys", metavar="KEY[,KEY...]", help="the parts of features to keep")
+    packing.add_argument("--dtype", help="floating tensors are converted to it: bfloat16, ...")
+    packing.add_argument("--readers", type=int, default=8, metavar="N", help="threads that read")
+    packing.add_argument("--verify", action="store_true", help="compare all with the files at last")
     bench = commands.add_parser("bench", help="compare with other loaders on your files")
     bench.set_defaults(run=_bench)
     bench.add_argument("--device", default="auto", help='"cuda", "cpu"; by default the GPU')
@@ -119,9 +129,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     bench.add_argument("--only", action="append", metavar="NAME", help="some of the contenders")
     bench.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf")
-    for name, command in (("inspect", inspecting), ("plan", planning), ("bench", bench)):
+    for name, command in (
+        ("inspect", inspecting), ("plan", planning), ("pack", packing), ("bench", bench)
+    ):  # fmt: skip
         command.epilog, command.formatter_class = _COMMANDS[name], _Help
-        command.add_argument("path", help="a feature file, a directory or a glob")
+        if command is packing:
+            command.add_argument("path", metavar="source", help="a directory of feature files")
+            command.add_argument("target", help="the directory to make of it")
+        else:
+            command.add_argument("path", help="a feature file, a directory or a glob")
         command.add_argument("--pattern", default="*.pt", help="which files of a directory")
         command.add_argument("--recursive", action="store_true", help="subdirectories too")
         command.add_argument("--unsafe", action="store_true", help="weights_only=False")
@@ -225,10 +241,11 @@ def _measure(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     # Imported here, so that --help does not wait for the import of torch.
     from gpucache_pipes.cli import conversion, inspect
+    from gpucache_pipes.files.listing import is_feature_file
     from gpucache_pipes.nodes import PathLister
 
     dtype = None if args.dtype is None else conversion.parse_dtype(args.dtype)
-    if os.path.isfile(args.path):
+    if is_feature_file(args.path):
         paths: Sequence[str] = [args.path]
         report = inspect.inspect_file(args.path, not args.unsafe)
         text = inspect.file_as_text(report)
@@ -274,6 +291,14 @@ def _plan(args: argparse.Namespace) -> int:
     text = f"{charts.plan_as_text(report)}\n\n{plan.advice(report)}"
     _print(json.dumps(report, indent=1) if args.json else text)
     return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from gpucache_pipes.cli import pack
+
+    report, text = pack.run(args)
+    _print(json.dumps(report, indent=1) if args.json else text)
+    return 1 if report["failures"] else 0
 
 
 def _print(text: str) -> None:

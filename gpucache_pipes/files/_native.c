@@ -12,35 +12,14 @@ Python.
 Nothing here blocks a signal: a call that one interrupts returns early, and the caller calls again.
 No memory is allocated while the interpreter lock is released. */
 
-#include <pyconfig.h> /* says whether Py_GIL_DISABLED */
-#if !defined(Py_GIL_DISABLED)
-#define Py_LIMITED_API 0x030B0000
-#endif
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "_native.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <stdint.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
-#if defined(__APPLE__)
-#define st_mtim st_mtimespec
-#endif
-
-typedef unsigned char byte;
 /* The columns of a row, int64 each, and values of STATUS that are not the number of a form.
    chunks.py has the same names. */
 enum { STATUS, START, DEVICE, INODE, SIZE, MTIME, COLUMNS };
 enum { UNKNOWN = -1, LEFT_TO_PYTHON = -2 };
 
-/* What the caller and the call tell each other while the interpreter lock is released: the file
-   that is being read, nanoseconds from the beginning of the call to the beginning of that file, and
-   whether to return after it. */
-enum { CURRENT, SINCE, STOP, CONTROLS };
-enum { ALIGNMENT = 64, SIGNALS_NS = 50000000 };
+enum { ALIGNMENT = 64 };
 
 /* Some parts of a file may differ in size from one to the next: the growing parts. A position is as
    in the file that the form was made of, with the number of growing parts before it. */
@@ -71,11 +50,6 @@ static void Form_dealloc(Form *self)
     }
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
-}
-
-static int within(int64_t start, int64_t count, int64_t size)
-{
-    return start >= 0 && count >= 0 && start <= size && count <= size - start;
 }
 
 static int between(int64_t low, int64_t value, int64_t high)
@@ -287,13 +261,6 @@ static int64_t find(const Forms *forms, const byte *data, int64_t size)
 
 /* Reading */
 
-static int64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
-
 typedef enum { DONE, FULL, INTERRUPTED } Outcome;
 
 /* Read one file into `scratch`, which has `room` bytes. The row says what became of it. */
@@ -333,37 +300,6 @@ static Outcome read_one(const char *path, const Forms *forms, byte *scratch, int
     return outcome;
 }
 
-/* The buffer holds at least `count` int64. Sets an exception if not. */
-static int64_t *int64s(const Py_buffer *buffer, Py_ssize_t count)
-{
-    if (buffer->len / (Py_ssize_t)sizeof(int64_t) < count
-        || (uintptr_t)buffer->buf % sizeof(int64_t)) {
-        PyErr_SetString(PyExc_ValueError, "an array of int64 is too short or not aligned");
-        return NULL;
-    }
-    return buffer->buf;
-}
-
-/* Bytes objects of the paths; None where the system can have no such path. */
-static PyObject *encoded(PyObject *paths, const char **pointers)
-{
-    Py_ssize_t count = PyTuple_Size(paths);
-    PyObject *held = PyTuple_New(count);
-    for (Py_ssize_t i = 0; held != NULL && i < count; i++) {
-        PyObject *one = NULL;
-        if (!PyUnicode_FSConverter(PyTuple_GetItem(paths, i), &one)
-            && PyErr_ExceptionMatches(PyExc_Exception)) {
-            PyErr_Clear();
-            one = Py_NewRef(Py_None);
-        }
-        pointers[i] = one != NULL && one != Py_None ? PyBytes_AsString(one) : NULL;
-        if (one == NULL || PyTuple_SetItem(held, i, one) < 0) {
-            Py_CLEAR(held);
-        }
-    }
-    return held;
-}
-
 static PyObject *read_files(PyObject *module, PyObject *args)
 {
     PyObject *items, *paths, *held = NULL;
@@ -385,26 +321,13 @@ static PyObject *read_files(PyObject *module, PyObject *args)
     if (held != NULL) {
         byte *memory = scratch.buf;
         int64_t used = 0;
-        Py_BEGIN_ALLOW_THREADS
-        int64_t begin = now(), checked = begin;
+        Watch watch = watch_of(told);
+        watch.state = PyEval_SaveThread();
         for (; done < count; done++) {
             int64_t *row = rows + done * COLUMNS;
-            if (__atomic_load_n(told + STOP, __ATOMIC_RELAXED)) {
+            if (!may_begin(&watch, done)) {
                 break;
             }
-            int64_t time = now();
-            if (time - checked > SIGNALS_NS) {
-                /* Storage is slow: most file systems do not let a signal interrupt a read. */
-                Py_BLOCK_THREADS
-                int raised = PyErr_CheckSignals();
-                Py_UNBLOCK_THREADS
-                if (raised) {
-                    break;
-                }
-                checked = time;
-            }
-            __atomic_store_n(told + SINCE, time - begin, __ATOMIC_RELAXED);
-            __atomic_store_n(told + CURRENT, done, __ATOMIC_RELAXED);
             row[START] = used;
             row[STATUS] = LEFT_TO_PYTHON;
             if (pointers[done] == NULL) {
@@ -421,7 +344,7 @@ static PyObject *read_files(PyObject *module, PyObject *args)
                 used = used > scratch.len ? scratch.len : used;
             }
         }
-        Py_END_ALLOW_THREADS
+        PyEval_RestoreThread(watch.state);
     }
     Py_XDECREF(held);
     PyMem_Free((void *)pointers);

@@ -49,11 +49,12 @@ _FIRST = 4
 """Files of the first call: their form is learned before the others are read."""
 
 
-def _import_native() -> tuple[ModuleType | None, str | None]:
+def import_native(name: str) -> tuple[ModuleType | None, str | None]:
+    """A native module of this package; or None, and why there is none."""
     if os.environ.get("GPUCACHE_PIPES_NATIVE") == "0":
         return None, "GPUCACHE_PIPES_NATIVE=0"
     try:
-        return importlib.import_module("gpucache_pipes.files._native"), None
+        return importlib.import_module(f"gpucache_pipes.files.{name}"), None
     except ImportError as error:
         return (
             None,
@@ -61,7 +62,7 @@ def _import_native() -> tuple[ModuleType | None, str | None]:
         )
 
 
-_native, native_problem = _import_native()
+_native, native_problem = import_native("_native")
 """The module, and why there is none."""
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,26 @@ _ONE_BY_ONE = 4
 # The columns of a row, and the values of STATUS that are not the number of a form: see _native.c.
 STATUS, START, _VERSION, _SIZE, _MTIME, _COLUMNS = 0, 1, slice(2, 6), 4, 5, 6
 UNKNOWN, LEFT_TO_PYTHON = -1, -2
+
+
+class Scratch(Protocol):
+    """Scratch memory that holds files, or records of segments.
+
+    Attributes:
+        native: the native module; None if there is none.
+        memory: uint8.
+        starts: where each begins in it.
+    """
+
+    native: Any
+    memory: npt.NDArray[np.uint8]
+    starts: list[int]
+
+    def data(self, number: int) -> memoryview:
+        """The bytes of one of them."""
+
+    def version(self, number: int) -> bytes | None:
+        """See VersionedFeature."""
 
 
 class Chunk:
@@ -66,7 +86,7 @@ class ScratchFeature:
         self,
         plan: ReadPlan,
         values: tuple[Any, ...],
-        chunk: Chunk,
+        chunk: Scratch,
         number: int,
         nbytes: int,
         is_known: bool,
@@ -115,8 +135,8 @@ def read_many(
             groups.setdefault(key, []).append((at, feature))
         else:
             left.append(at)
-    moves: dict[Chunk, list[npt.NDArray[np.int64]]] = {}
-    few: dict[Chunk, list[tuple[int, int, int]]] = {}
+    moves: dict[Scratch, list[npt.NDArray[np.int64]]] = {}
+    few: dict[Scratch, list[tuple[int, int, int]]] = {}
     for group in groups.values():
         chunk, plan = group[0][1].chunk, group[0][1].plan
         if len(group) < _ONE_BY_ONE and not plan.strided_extents:

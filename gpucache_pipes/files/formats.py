@@ -1,10 +1,12 @@
 """Which reader opens a file: chosen by the end of its name."""
 
+import os
 from collections.abc import Callable
 
 from gpucache_pipes.files.batch_reader import BatchReader
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.npy import NpyReader
+from gpucache_pipes.files.packed.packed_directory import PackedPaths, find_packed, known_packed
 from gpucache_pipes.files.planned import PlannedFeature, PlanReader
 from gpucache_pipes.files.pt.fallback import by_torch_load
 from gpucache_pipes.files.pt.reader import PtReader
@@ -28,6 +30,7 @@ class FileOpener:
         self._readers = {suffix: make() for suffix, make in FORMATS.items()}
         self._suffixes = tuple(self._readers)
         self._pt = PtReader()
+        self._packed = PackedPaths(selection)
         readers: dict[str, PlanReader] = {**self._readers, "": self._pt}
         for reader in readers.values():
             reader.selection = selection
@@ -39,6 +42,11 @@ class FileOpener:
 
     def open_many(self, paths: list[str], progress: Progress) -> "list[VersionedFeature | None]":
         """See Source. The first of these files and those after it that have its format."""
+        packed = known_packed(paths[0])
+        if packed is not None:
+            inside = packed.root + "/"
+            others = (n for n, path in enumerate(paths) if not path.startswith(inside))
+            return self._packed.open_many(packed, paths[: next(others, len(paths))], progress)
         suffix = ""
         if any(path.endswith(self._suffixes) for path in paths):
             suffix = self._suffix(paths[0])
@@ -66,6 +74,17 @@ class FileOpener:
 
     def probe(self, path: str) -> tuple[OpenFeature, str | None]:
         """The feature, and why `torch.load` read it, or None. Raises as `open` does."""
+        packed = known_packed(path)
+        if packed is None:
+            try:
+                return self._open(path)
+            except (FileNotFoundError, NotADirectoryError):
+                packed = find_packed(path)
+                if packed is None:
+                    raise
+        return self._packed.open(packed, os.path.realpath(path)), None
+
+    def _open(self, path: str) -> tuple[OpenFeature, str | None]:
         if suffix := self._suffix(path):
             reader = self._readers[suffix]
             try:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpucache_pipes.files.local import current_directory
+from gpucache_pipes.files.packed.packed_directory import MARKER, is_packed_file, packed_names
 from gpucache_pipes.files.paths import PathList, Paths
 from gpucache_pipes.files.samples import Parts
 
@@ -109,17 +110,18 @@ def list_files(files: str, pattern: str, recursive: bool) -> list[str]:
     """
     if os.path.isdir(files):
         hidden = pattern.startswith(".")
-        found = [
-            prefix + name
-            for directory, names in _directories(files, recursive)
-            for prefix in [os.path.join(directory, "")]
-            for name in _matching(names, pattern)
-            if hidden or name[0] != "."
-        ]
+        found = []
+        for directory, names in _directories(files, recursive):
+            if MARKER in names:
+                names = packed_names(directory, pattern, recursive)
+            else:
+                names = [name for name in _matching(names, pattern) if hidden or name[0] != "."]
+            prefix = os.path.join(directory, "")
+            found += [prefix + name for name in names]
         where = f"in directory {files!r} with pattern {pattern!r}" + (
             "" if recursive else " (recursive=True looks into subdirectories too)"
         )
-    elif os.path.isfile(files):
+    elif is_feature_file(files):
         return [files]
     elif GLOB_CHARACTERS.intersection(files):
         found = [path for path in glob.iglob(files, recursive=True) if not os.path.isdir(path)]
@@ -129,6 +131,11 @@ def list_files(files: str, pattern: str, recursive: bool) -> list[str]:
     if not found:
         raise FileNotFoundError(f"no files {where}")
     return sorted(found)
+
+
+def is_feature_file(path: str) -> bool:
+    """Whether a path names one file, or a feature of a packed directory."""
+    return os.path.isfile(path) or is_packed_file(path)
 
 
 def _matching(names: list[str], pattern: str) -> list[str]:

@@ -1,16 +1,22 @@
 """Feature files in the local file system: identity, versions, sizes, and how to open them."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from gpucache_pipes.files.formats import FileOpener
 from gpucache_pipes.files.links import LinkFinder
+from gpucache_pipes.files.packed import native
+from gpucache_pipes.files.packed.packed_directory import PackedDirectory, find_packed
 from gpucache_pipes.files.paths import URL
 from gpucache_pipes.files.selection import Selection
 from gpucache_pipes.files.source import LoadedFeature, OpenFeature, Progress, VersionedFeature
-from gpucache_pipes.files.versions import is_racy, version_of
+from gpucache_pipes.files.versions import RACY_NS, is_racy, version_of
 
 _NOT_A_NAME = ("/", "/.", "/..")
 """Ends of paths whose last part is not the name of a file."""
@@ -145,14 +151,49 @@ class LocalFiles:
         """
         try:
             status = os.stat(key)
+        except (FileNotFoundError, NotADirectoryError):
+            packed = self._packed(key)
+            return None if packed is None else packed[0].stored_version(packed[1])
         except (OSError, ValueError):
             return None
         return None if is_racy(status) else version_of(status)
+
+    def _packed(self, key: str) -> tuple[PackedDirectory, int] | None:
+        """The packed directory that a file is in, and where in it. Raises nothing."""
+        try:
+            directory = find_packed(key) if self._load_fn is None else None
+            return None if directory is None else (directory, directory.position(key))
+        except (OSError, ValueError):
+            return None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """See Source."""
+        if self._load_fn is not None:
+            return None
+        return "" if self._selection is None else self._selection.text
+
+    def file_versions(self, keys: Sequence[str], progress: Progress) -> npt.NDArray[np.int64]:
+        """See Source. Size and modification time, which network file systems do not change."""
+        found = native.versions(keys, progress)
+        found[found[:, 1] > time.time_ns() - RACY_NS] = -1
+        for n in np.flatnonzero(found[:, 1] < 0).tolist():
+            packed = self._packed(keys[n])
+            if packed is not None:
+                found[n] = packed[0].index.versions[packed[1]]
+        return found
 
     def is_current(self, path: str, version: bytes | None) -> bool:
         """See Source."""
         try:
             return version is not None and version_of(os.stat(path)) == version
+        except (FileNotFoundError, NotADirectoryError):
+            packed = self._packed(path)
+            return (
+                packed is not None
+                and packed[0].is_current()
+                and packed[0].stored_version(packed[1]) == version
+            )
         except (OSError, ValueError):
             return False
 
@@ -195,8 +236,17 @@ class _FromRelative(str):
 
 
 def file_size(path: str) -> int:
-    """The size of a file in bytes. Raises OSError, or ValueError for a name no file can have."""
-    return os.stat(path).st_size
+    """The size of a file in bytes. Raises OSError, or ValueError for a name no file can have.
+
+    Of a feature in a packed directory, the size that it has there.
+    """
+    try:
+        return os.stat(path).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        packed = find_packed(path)
+        if packed is None:
+            raise
+        return packed.size(os.path.realpath(path))
 
 
 def current_directory() -> str | None:

@@ -268,7 +268,7 @@ class PlannedFeature:
             fill(self.plan, self._data, buffers)
             return
         for start, offset, nbytes in self.plan.extents:
-            self._read(_cut(buffers, offset, nbytes), start)
+            self._read(cut(buffers, offset, nbytes), start)
         for extent in self.plan.strided_extents:
             held = bytearray(extent.nbytes)
             self._read([memoryview(held)], extent.start)
@@ -298,7 +298,7 @@ def fill(plan: ReadPlan, data: memoryview, buffers: Sequence[memoryview]) -> Non
         if single is not None:
             single[offset : offset + nbytes] = data[start : start + nbytes]
             continue
-        for part in _cut(buffers, offset, nbytes):
+        for part in cut(buffers, offset, nbytes):
             part[:] = data[start : start + len(part)]
             start += len(part)
     for extent in plan.strided_extents:
@@ -306,7 +306,7 @@ def fill(plan: ReadPlan, data: memoryview, buffers: Sequence[memoryview]) -> Non
         copy_one(held, extent, buffers)
 
 
-def _cut(buffers: Sequence[memoryview], offset: int, nbytes: int) -> list[memoryview]:
+def cut(buffers: Sequence[memoryview], offset: int, nbytes: int) -> list[memoryview]:
     """Return `nbytes` bytes from `offset` on of the buffers taken as one, without copying."""
     parts = []
     for buffer in buffers:

@@ -5,6 +5,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from gpucache_pipes.files.formats import FileOpener
 from gpucache_pipes.files.listing import find_files
 from gpucache_pipes.files.local import LocalFiles, file_size
@@ -147,6 +150,15 @@ class RowFiles:
     def version(self, key: str) -> bytes | None:
         """See Source. That of the file."""
         return self._files.version(_split(key)[0])
+
+    @property
+    def fingerprint(self) -> str | None:
+        """See Source."""
+        return "rows" + ("" if self._selection is None else self._selection.text)
+
+    def file_versions(self, keys: Sequence[str], progress: Progress) -> npt.NDArray[np.int64]:
+        """See Source. Those of the files that the samples are in."""
+        return self._files.file_versions([_split(key)[0] for key in keys], progress)
 
     def is_current(self, path: str, version: bytes | None) -> bool:
         """See Source."""

@@ -32,6 +32,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_PLANS = 4096
 _MAX_DIMENSIONS = 64
 """More than any operation of torch supports."""

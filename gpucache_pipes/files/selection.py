@@ -59,6 +59,11 @@ class Selection:
                 )
         return cls(None if keys is None else _paths(keys), floating, named)
 
+    @property
+    def text(self) -> str:
+        """Texts differ for selections that do."""
+        return repr((self.keys, self.floating, self.named))
+
     def plan(self, plan: ReadPlan) -> ReadPlan:
         """The plan that reads what is kept of a feature.
 

@@ -1,9 +1,11 @@
 """What the store asks of files: `Source` opens them, `OpenFeature` gives their bytes."""
 
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gpucache_pipes.files.layout import Layout, flatten
@@ -56,20 +58,30 @@ class Progress:
             whether to stop, if not 0.
     """
 
-    __slots__ = ("shared",)
+    __slots__ = ("_base", "_begun", "_positions", "shared")
 
     def __init__(self) -> None:
         self.shared = np.zeros(3, np.int64)
+        self._begun = time.monotonic_ns()
+        self._base = 0
+        self._positions: Sequence[int] = ()
+
+    def restart(self, positions: Sequence[int] = ()) -> None:
+        """The source begins with another call, for the files at these positions; () is all."""
+        self._base = time.monotonic_ns() - self._begun
+        self.begin(0, 0)
+        self._positions = positions
 
     @property
     def current(self) -> int:
         """The position of the file at hand."""
-        return int(self.shared[0])
+        at, positions = int(self.shared[0]), self._positions
+        return positions[min(at, len(positions) - 1)] if len(positions) else at
 
     @property
     def since(self) -> float:
-        """Seconds from the beginning of the call until it began with the file at hand."""
-        return float(self.shared[1]) / 1e9
+        """Seconds from the beginning until it began with the file at hand."""
+        return (self._base + float(self.shared[1])) / 1e9
 
     @property
     def stopped(self) -> bool:
@@ -84,6 +96,10 @@ class Progress:
     def stop(self) -> None:
         """Have the call return after the file at hand."""
         self.shared[2] = 1
+
+
+OPTIONAL = ("open_many", "file_versions", "fingerprint")
+"""Members of `Source` that a source may lack."""
 
 
 class Source(Protocol):
@@ -132,6 +148,24 @@ class Source(Protocol):
 
     def version(self, key: str) -> bytes | None:
         """A value that changes when the file changes, read before `open`. None if unknown."""
+
+    def file_versions(self, keys: Sequence[str], progress: Progress) -> npt.NDArray[np.int64]:
+        """Two numbers for each of these files that change when it does, int64 [n, 2].
+
+        For a disk cache: unlike `version` they hold in other processes, and after the machine was
+        started again; size and modification time of files. -1 if unknown, or if the file has
+        changed so lately that it may change again and keep them. Called as `open` is. Fewer than
+        all, if `progress` says to stop.
+        """
+        return np.full((len(keys), 2), -1, np.int64)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """For a disk cache: a text that differs for sources that make other features of a file.
+
+        None if there is none, as of a source with a function of the user's.
+        """
+        return None
 
     def is_current(self, path: str, version: bytes | None) -> bool:
         """Whether the file is certainly unchanged since it had this version. Raises nothing."""

@@ -8,6 +8,9 @@ import torch
 from gpucache_pipes.cache import Ledger, Policy, make_policy
 from gpucache_pipes.device import Backend, open_backend, resolve_device
 from gpucache_pipes.files import LocalFiles, Source
+from gpucache_pipes.files.packed import DiskCache
+from gpucache_pipes.files.source import OPTIONAL
+from gpucache_pipes.store.disk import DiskOptions, open_disk_cache
 from gpucache_pipes.store.gather import Gatherer
 from gpucache_pipes.store.loader import Loader, require_timeout
 from gpucache_pipes.store.pace import MOST_READERS
@@ -33,6 +36,7 @@ class Parts(NamedTuple):
     loader: Loader
     requests: RequestManager
     shutdown: Shutdown
+    disk: DiskCache | None
 
 
 def make_parts(
@@ -53,6 +57,7 @@ def make_parts(
     staging_bytes: int | str | None,
     revalidate: bool,
     read_timeout: float | None,
+    disk: DiskOptions,
 ) -> Parts:
     """The parts of `store`. Arguments and errors are those of GPUFeatureStore."""
     if load_fn is not None and not callable(load_fn):
@@ -78,13 +83,15 @@ def make_parts(
     if max_cache_bytes is not None:
         budget = parse_bytes("max_cache_bytes", max_cache_bytes, backend.total_bytes)
     ledger = Ledger(budget, items)
-    source = LocalFiles(load_fn, weights_only, keys, dtype) if source is None else source
+    files: Source = LocalFiles(load_fn, weights_only, keys, dtype) if source is None else source
+    disk_cache = open_disk_cache(files, disk, revalidate)
+    top: Source = files if disk_cache is None else disk_cache
     pool = None
     if asynchronous:
         pool = ReaderPool(threads, "gpucache-reader", backend.bind_thread)
     shared = SharedCache(ledger, policy, backend)
     reader = TaskReader(
-        source,
+        top,
         shared.loads,
         backend,
         in_threads=asynchronous,
@@ -94,14 +101,14 @@ def make_parts(
     )
     loader = Loader(reader, shared.loads, backend, pool, most_threads, read_timeout)
     gatherer = Gatherer(shared.cache, backend)
-    requests = RequestManager(shared, source, loader, gatherer, revalidate=revalidate)
-    shutdown = Shutdown(store, shared, loader, pool, backend)
-    return Parts(backend, shared, loader, requests, shutdown)
+    requests = RequestManager(shared, top, loader, gatherer, revalidate=revalidate)
+    shutdown = Shutdown(store, shared, loader, pool, backend, disk_cache)
+    return Parts(backend, shared, loader, requests, shutdown, disk_cache)
 
 
 def _require_source(source: object) -> None:
     """Raise ValueError for anything but an object with the methods of a source."""
-    names = [name for name in vars(Source) if not name.startswith("_") and name != "open_many"]
+    names = [name for name in vars(Source) if not name.startswith("_") and name not in OPTIONAL]
     lacks = [name for name in names if not callable(getattr(source, name, None))]
     if lacks or isinstance(source, type):
         raise ValueError(

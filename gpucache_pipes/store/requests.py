@@ -204,6 +204,14 @@ class RequestManager:
         """How many of these files are cached, repeats counted once."""
         return self._shared.cached(self.resolve(paths))
 
+    def has(self, path: PathLike) -> bool:
+        """See GPUFeatureStore.__contains__."""
+        numbers = self.resolve([path])
+        if self._shared.cached(numbers):
+            return True
+        holds = getattr(self._source, "holds", None)
+        return holds is not None and all(holds(self._shared.cache.entries.keys(numbers.tolist())))
+
     def release(self, paths: Iterable[PathLike]) -> None:
         """See GPUFeatureStore."""
         paths = list(paths)

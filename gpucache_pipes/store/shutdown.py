@@ -8,6 +8,7 @@ import weakref
 from functools import partial
 
 from gpucache_pipes.device import Backend
+from gpucache_pipes.files.packed import END_SECONDS, DiskCache
 from gpucache_pipes.store.loader import Loader
 from gpucache_pipes.store.reader_pool import ReaderPool
 from gpucache_pipes.store.shared_cache import SharedCache
@@ -23,7 +24,7 @@ class Shutdown:
 
     Args:
         store: the store, to which only a weak reference is kept.
-        shared, loader, pool, backend: its parts.
+        shared, loader, pool, backend, disk: its parts.
     """
 
     def __init__(
@@ -33,12 +34,14 @@ class Shutdown:
         loader: Loader,
         pool: ReaderPool | None,
         backend: Backend,
+        disk: DiskCache | None,
     ) -> None:
         self._shared = shared
         self._loader = loader
         self._backend = backend
+        self._disk = disk
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(store, _release, self._pid, pool, backend)
+        self._finalizer = weakref.finalize(store, _release, self._pid, pool, backend, disk)
         self._finalizer.atexit = False
         self._done = threading.Event()
         self._closing_thread: int | None = None
@@ -52,6 +55,8 @@ class Shutdown:
         """
         self._shared.refusal.close()
         self._loader.stop()
+        if self._disk is not None:
+            self._disk.end()
         lock = self._shared.lock
         if lock.is_entered():
             lock.postpone(partial(self.close, seconds))
@@ -72,6 +77,8 @@ class Shutdown:
             self._free_memory()
         finally:
             self._done.set()
+            if self._disk is not None:
+                self._disk.close(END_SECONDS)
 
     def _free_memory(self) -> None:
         """Free the memory once no thread uses it: the last use does it, if it is not over."""
@@ -84,8 +91,10 @@ class Shutdown:
             self._backend.close()
 
 
-def _release(pid: int, pool: ReaderPool | None, backend: Backend) -> None:
+def _release(pid: int, pool: ReaderPool | None, backend: Backend, disk: DiskCache | None) -> None:
     if os.getpid() == pid:
+        if disk is not None:
+            disk.end()
         # Not here, if a reader can do it: the garbage collector may have called this in the midst
         # of an upload, whose locks `close` takes.
         if pool is not None:

@@ -48,6 +48,10 @@ class StoreStats:
         staging_bytes: page-locked host memory for uploads; 0 on the CPU.
         page_bytes: size of a page; 0 before the first feature.
         reader_threads: how many there are now.
+        disk_hits: features that came from the disk cache; those in `files_read`, too.
+        disk_written: features that this store has written into it, in complete segments.
+        disk_unpackable: features that cannot be kept there, since they hold other objects.
+        disk_bytes: size of all of its segments.
     """
 
     hits: int
@@ -68,6 +72,10 @@ class StoreStats:
     staging_bytes: int
     page_bytes: int
     reader_threads: int
+    disk_hits: int = 0
+    disk_written: int = 0
+    disk_unpackable: int = 0
+    disk_bytes: int = 0
 
     @classmethod
     def of(cls, cache: Cache, counters: Counters, backend: Backend, readers: int) -> "StoreStats":
@@ -142,4 +150,6 @@ def describe(cache: Cache, counters: Counters) -> str:
     )
 
 
-_COUNTED = (*Counters.__dataclass_fields__, "evictions")
+_COUNTED = (
+    *Counters.__dataclass_fields__, "evictions", "disk_hits", "disk_written", "disk_unpackable"
+)  # fmt: skip

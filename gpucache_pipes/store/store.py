@@ -2,9 +2,8 @@
 
 import html
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, Self
 
 import torch
@@ -13,6 +12,8 @@ from gpucache_pipes.batches import RaggedOptions
 from gpucache_pipes.cache import Policy
 from gpucache_pipes.device import Backend
 from gpucache_pipes.files import Key, PathLike, Source
+from gpucache_pipes.store.device_sharing import DeviceSharing
+from gpucache_pipes.store.disk import DiskOptions
 from gpucache_pipes.store.lock import require_stack
 from gpucache_pipes.store.parts import make_parts
 from gpucache_pipes.store.pending_batch import PendingBatch
@@ -20,11 +21,10 @@ from gpucache_pipes.store.process_hooks import register
 from gpucache_pipes.store.stats import StoreStats
 from gpucache_pipes.store.upcoming import Upcoming
 from gpucache_pipes.store.warmup import warm_up
-from gpucache_pipes.store.yielding import call_twice, require_no_collective
 from gpucache_pipes.units import require_hashable
 
 
-class GPUFeatureStore:
+class GPUFeatureStore(DeviceSharing):
     """A bounded cache of feature files in the memory of a device.
 
         with GPUFeatureStore("cuda", max_cache_bytes="8GiB") as store:
@@ -67,6 +67,17 @@ class GPUFeatureStore:
         read_timeout: seconds after which a file that is still being read has failed, with a
             TimeoutError as the cause. Another thread replaces its reader, which ends when the read
             returns, if ever. None waits for as long as it takes.
+        disk_cache: a directory on a local disk, which keeps what was read, packed, for later epochs
+            and runs, and for other processes of this machine. It is made if need be; nothing else
+            may be in it.
+        disk_cache_bytes: budget of that directory, a number, "1TiB", or "50%" of the disk. The
+            directory remembers the largest one that it was given; a process with a smaller one
+            writes less. None is 90% of the disk.
+        disk_cache_check: before a file's first use from the disk cache, "stat" looks whether it has
+            the size and modification time that it had; "listing" whether its directory lists it;
+            "never" does not look.
+        disk_cache_key: with a load_fn or a source of your own: a string that you change whenever
+            it makes other features of the same files.
 
     Raises:
         ValueError: an argument is out of range; the message names it and its value.
@@ -90,21 +101,23 @@ class GPUFeatureStore:
         staging_bytes: int | str | None = None,
         revalidate: bool = False,
         read_timeout: float | None = None,
+        disk_cache: PathLike | None = None,
+        disk_cache_bytes: int | str | None = None,
+        disk_cache_check: str = "stat",
+        disk_cache_key: str | None = None,
     ) -> None:
         parts = make_parts(
             self, device, max_cache_bytes=max_cache_bytes, max_cache_items=max_cache_items,
             policy=policy, load_fn=load_fn, weights_only=weights_only, keys=keys, dtype=dtype,
             source=source, asynchronous=asynchronous, reader_threads=reader_threads,
             page_bytes=page_bytes, staging_bytes=staging_bytes, revalidate=revalidate,
-            read_timeout=read_timeout,
+            read_timeout=read_timeout, disk=DiskOptions(
+                disk_cache, disk_cache_bytes, disk_cache_check, disk_cache_key
+            ),
         )  # fmt: skip
-        self._backend, self._shared, self._loader, self._requests, self._shutdown = parts
+        self._backend, self._shared, self._loader, self._requests, self._shutdown = parts[:5]
+        self._disk = parts.disk
         register(self)
-
-    @property
-    def device(self) -> torch.device:
-        """Where results are."""
-        return self._backend.device
 
     # Batches
 
@@ -199,46 +212,6 @@ class GPUFeatureStore:
         """
         return warm_up(self._requests, self._shared, paths, progress)
 
-    @contextmanager
-    def quiesce(self) -> Iterator[None]:
-        """A context in which no reader thread reads, and nothing of the store is on the device.
-
-            with store.quiesce(), torch.cuda.graph(graph):
-                ...
-
-        CUDA does not allow other threads to allocate or to query events while a graph is captured.
-        Waits until the files being read are in memory; other requests are served afterwards. A
-        batch that lacks files raises RuntimeError in it. Other consumers must not run meanwhile.
-        """
-        self._shared.refusal.check()
-        with self._loader.gate.held():
-            self._loader.drain()
-            yield
-
-    def yield_memory_to(
-        self,
-        function: Callable[..., Any],
-        *args: Any,
-        zero_grad: Callable[[], object] | None = None,
-        collective_free: bool = False,
-    ) -> Any:
-        """`function(*args)`; if the device runs out of memory, once more without the cache.
-
-            loss = store.yield_memory_to(step, batch, zero_grad=optimizer.zero_grad)
-
-        Between the two calls all features are dropped but those of batches in flight, their memory
-        is returned to the device, torch's random numbers are restored, and `zero_grad` is called.
-        So `function` may be the forward and the backward pass, but not the optimizer's step. During
-        the second call readers are held; then the cache grows again beside what it has needed.
-
-        Raises torch.OutOfMemoryError if there is nothing to drop, or if it still does not suffice;
-        RuntimeError with several ranks of torch.distributed, since one alone must not repeat a
-        collective operation, unless `collective_free` states that there is none inside.
-        """
-        require_no_collective(collective_free)
-        call, shed = partial(function, *args), self._shared.memory.shed
-        return call_twice(call, self.quiesce, shed, zero_grad, self.device)
-
     def wait_idle(self, timeout: float | None = None) -> bool:
         """Wait until no file is being read, at most `timeout` seconds; returns whether that is so.
 
@@ -256,6 +229,8 @@ class GPUFeatureStore:
         require_hashable("owner", owner)
         require_stack()
         self._shared.begin_epoch(owner)
+        if self._disk is not None:
+            self._disk.flush()
 
     def announce(
         self,
@@ -283,17 +258,11 @@ class GPUFeatureStore:
     foresee = announce  # the former names
     withdraw = retract
 
-    def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
-        """A function whose contexts make any thread work on the stream that is current here.
-
-        For code that gathers in a thread of its own and hands results to this one.
-        """
-        return self._backend.bind_stream()
-
     # Inspection
 
     def __contains__(self, path: object) -> bool:
-        return isinstance(path, (str, os.PathLike)) and self._requests.cached([path]) == 1
+        """Whether a request would read no file: it is in memory, or in the disk cache."""
+        return isinstance(path, (str, os.PathLike)) and self._requests.has(path)
 
     def __bool__(self) -> bool:
         """True, even while nothing is cached: `store or other` must not drop a store."""
@@ -308,7 +277,8 @@ class GPUFeatureStore:
 
         In a signal handler or a finalizer that has interrupted a call of this store, not quite.
         """
-        return self._shared.stats(self._loader.readers)
+        stats = self._shared.stats(self._loader.readers)
+        return stats if self._disk is None else replace(stats, **self._disk.figures())
 
     def check(self) -> None:
         """Recompute every total from the entries; raises AssertionError on a difference."""

@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 import torch
 
 from gpucache_pipes.cache import Policy
-from gpucache_pipes.files import Key, Source
+from gpucache_pipes.files import Key, PathLike, Source
 
 
 class StoreOptions(TypedDict, total=False):
@@ -24,3 +24,7 @@ class StoreOptions(TypedDict, total=False):
     staging_bytes: int | str | None
     revalidate: bool
     read_timeout: float | None
+    disk_cache: PathLike | None
+    disk_cache_bytes: int | str | None
+    disk_cache_check: str
+    disk_cache_key: str | None

@@ -1,6 +1,6 @@
 """Opens the files of a read task, has pages assigned, reads into them, and reports."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from gpucache_pipes.device import Backend, Upload, ends_the_device, is_device_error
 from gpucache_pipes.files import OpenFeature, Source, VersionedFeature, read_many
@@ -50,6 +50,7 @@ class TaskReader:
         self._source = source
         # Older sources have no such method.
         self._open_at_once = getattr(source, "open_many", _open_none)
+        self._keep = getattr(source, "keep", None)
         self._loads = loads
         self._backend = backend
         self._in_threads = in_threads
@@ -197,12 +198,34 @@ class TaskReader:
                             failed[number] = error
                         finally:
                             task.end(feature)
+                    if self._keep is not None:
+                        self._keep_copies(placed, begin, end, upload, failed)
                     upload.finish()
         finally:
             task.close_opened()
         ready = placed.without(failed) if failed else placed
         self._loads.complete(task.left, ready, failed, natively)
         return natively
+
+    def _keep_copies(
+        self,
+        placed: OpenFiles,
+        begin: int,
+        end: int,
+        upload: Upload,
+        failed: Container[int],
+    ) -> None:
+        """Have the source copy those of these features that were read."""
+        assert self._keep is not None
+        at = [n for n in range(begin, end) if placed.numbers[n] not in failed]
+        memory, offsets = upload.memory()
+        self._keep(
+            self._loads.identities([placed.numbers[n] for n in at])[0],
+            [placed.features[n] for n in at],
+            memory,
+            [int(offsets[n - begin]) for n in at],
+            lambda k: upload.buffers(at[k] - begin),
+        )
 
     def _read_many(self, features: Sequence[OpenFeature], upload: Upload) -> Sequence[int]:
         """Read all that can be read in one go; the positions of the others."""

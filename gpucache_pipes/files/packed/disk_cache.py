@@ -1,0 +1,318 @@
+"""DiskCache: a source over another one, which keeps what was read on a local disk."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpucache_pipes.files.packed.checks import Listings
+from gpucache_pipes.files.packed.codec import UnpackableError
+from gpucache_pipes.files.packed.disk_directory import DiskDirectory
+from gpucache_pipes.files.packed.index import CURRENT, STALE, UNCHECKED, Index
+from gpucache_pipes.files.packed.packed_features import PackedFeatures
+from gpucache_pipes.files.packed.packer import Packer
+from gpucache_pipes.files.packed.records import Named, Packable, copy_records
+from gpucache_pipes.files.packed.segment import DamagedSegmentError, name_hashes
+from gpucache_pipes.files.packed.segment_files import SegmentFiles
+from gpucache_pipes.files.source import OpenFeature, Progress, Source, VersionedFeature
+
+_log = logging.getLogger("gpucache_pipes")
+
+CHECKS = ("stat", "listing", "never")
+_UNKNOWN = (-1, -1)
+
+
+class DiskCache:
+    """A `Source` that answers from packed segments, and has packed what it lacks.
+
+    It asks the source below for identities and versions of files, and for the features that are
+    not in a segment. What was read is copied and written in the background: see `Packer`.
+
+    Args:
+        below: where features come from. Its `file_versions` says when files change.
+        directory: where segments are.
+        check: whether a file is compared with the one that was packed before its first use: "stat"
+            looks at each file, "listing" only whether its directory still lists it, "never" not.
+        prefix: tells features apart that are made in other ways of the same files.
+        always: check files before each use.
+
+    Attributes:
+        hits: features that came from segments.
+        unpackable: features that cannot be packed.
+    """
+
+    def __init__(
+        self,
+        below: Source,
+        directory: DiskDirectory,
+        check: str = "stat",
+        prefix: str = "",
+        always: bool = False,
+    ) -> None:
+        self._below = below
+        self._directory = directory
+        self._check = check
+        self._prefix = prefix
+        self._always = always
+        self._files = SegmentFiles(directory.used)
+        self._features = PackedFeatures(self._files)
+        self._packable = Packable()
+        self._packer = Packer(directory, self._files)
+        self._listings = Listings()
+        # The versions of files that this thread has opened below, by key.
+        self._opened = threading.local()
+        self._counting = threading.Lock()
+        self.hits = 0
+        self.unpackable = 0
+        # Identity is the business of the source below.
+        self.absolute: Callable[[str, str], str] = below.absolute
+        self.key: Callable[[str], str] = below.key
+        self.are_keys: Callable[[str, str, int], bool] = below.are_keys
+        self.is_link: Callable[[str], bool] = below.is_link
+        self.version: Callable[[str], bytes | None] = below.version
+        self.is_current: Callable[[str, bytes | None], bool] = below.is_current
+        self.size: Callable[[str], int] = below.size
+        self.sample_sizes: Callable[[Sequence[str]], list[int]] = below.sample_sizes
+        self._open_below = getattr(below, "open_many", _open_none)
+
+    def figures(self) -> dict[str, int]:
+        """What it has done: see StoreStats."""
+        return {
+            "disk_hits": self.hits,
+            "disk_written": self._packer.written,
+            "disk_unpackable": self.unpackable,
+            "disk_bytes": self._directory.nbytes,
+        }
+
+    def __len__(self) -> int:
+        return len(self._packer.index)
+
+    def holds(self, keys: Sequence[str]) -> list[bool]:
+        """Whether there are records of these files that may be used, as far as is known."""
+        index = self._packer.index
+        found = index.find(name_hashes(keys, self._prefix))
+        if not len(index):
+            return [False] * len(keys)
+        usable: list[bool] = ((found >= 0) & (index.states[found] != STALE)).tolist()
+        return usable
+
+    @property
+    def fingerprint(self) -> str | None:
+        """See Source."""
+        return self._prefix
+
+    def file_versions(self, keys: Sequence[str], progress: Progress) -> npt.NDArray[np.int64]:
+        """See Source."""
+        return self._versions(keys, progress, ())
+
+    # Opening
+
+    def open(self, key: str, path: str) -> OpenFeature:
+        """See Source."""
+        index = self._packer.index
+        [position] = self._usable(index, [key], Progress()).tolist()
+        if position >= 0:
+            try:
+                feature = self._features.open(
+                    index, position, partial(self._version, index, position, key),
+                    partial(self._again, key, path),
+                )  # fmt: skip
+            except (OSError, DamagedSegmentError):
+                index.states[position] = STALE
+                self._note([key])
+            else:
+                self._count(1)
+                return feature
+        return self._below.open(key, path)
+
+    def open_many(
+        self, keys: list[str], paths: Sequence[str], progress: Progress
+    ) -> "list[VersionedFeature | None]":
+        """See Source. First those that are in segments, and then the others, in one go each."""
+        self._opened.versions = {}
+        index = self._packer.index
+        positions = self._usable(index, keys, progress)
+        end = len(positions)
+        features: list[VersionedFeature | None] = [None] * end
+        packed = np.flatnonzero(positions >= 0).tolist()
+        others = np.flatnonzero(positions < 0).tolist()
+        if packed:
+            of = positions[packed]
+            found = self._features.open_many(
+                index, of,
+                lambda n: self._version(index, int(of[n]), keys[packed[n]]),
+                lambda n: self._again(keys[packed[n]], paths[packed[n]]),
+                progress, packed,
+            )  # fmt: skip
+            for n, feature in zip(packed, found, strict=False):
+                features[n] = feature
+            self._count(sum(feature is not None for feature in found))
+            end = packed[len(found)] if len(found) < len(packed) else end
+        others = [n for n in others if n < end]
+        if others:
+            progress.restart(others)
+            opened = self._open_below(
+                [keys[n] for n in others], [paths[n] for n in others], progress
+            )
+            if opened:
+                for n, feature in zip(others, opened, strict=False):
+                    features[n] = feature
+                end = others[len(opened)] if len(opened) < len(others) else end
+            elif progress.stopped:
+                end = others[0]
+        return features[:end] if any(features[:end]) else []
+
+    def _again(self, key: str, path: str) -> OpenFeature:
+        """Open a feature below whose record has turned out to be damaged."""
+        self._count(-1)
+        self._note([key])
+        return self._below.open(key, path)
+
+    def _usable(
+        self, index: Index, keys: Sequence[str], progress: Progress
+    ) -> npt.NDArray[np.int64]:
+        """The positions of the records to use for files, -1 for none, of the first of them.
+
+        Looks at files that were not looked at before, and notes the versions of the others.
+        """
+        positions = index.find(name_hashes(keys, self._prefix))
+        if not len(index):
+            positions[:] = -1
+            self._note(keys, progress)
+            return positions
+        states = index.states[positions]
+        states[positions < 0] = STALE
+        if self._always:
+            states[states == CURRENT] = UNCHECKED
+        look = np.flatnonzero((states == UNCHECKED) & (self._check != "never"))
+        if len(look):
+            some = [keys[n] for n in look.tolist()]
+            if self._check == "listing":
+                same = np.array([self._listings.lists(key) for key in some], np.bool_)
+            else:
+                versions = self._versions(some, progress, look.tolist())
+                look = look[: len(versions)]
+                same = (versions == index.versions[positions[look]]).all(axis=1)
+                same &= versions[:, 1] >= 0
+            states[look] = index.states[positions[look]] = np.where(same, CURRENT, STALE)
+        positions[states == STALE] = -1
+        if self._check == "stat":
+            unknown = np.flatnonzero((positions >= 0) & (states == UNCHECKED))
+            if len(unknown):  # the call ended early
+                positions = positions[: unknown[0]]
+        missing = np.flatnonzero(positions < 0).tolist()
+        if missing:
+            self._note([keys[n] for n in missing], progress, missing)
+        return positions
+
+    def _versions(
+        self, keys: Sequence[str], progress: Progress, numbers: Sequence[int]
+    ) -> npt.NDArray[np.int64]:
+        look = getattr(self._below, "file_versions", None)
+        if look is None:
+            return np.full((len(keys), 2), -1, np.int64)
+        progress.restart(numbers)
+        found: npt.NDArray[np.int64] = look(keys, progress)
+        return found
+
+    def _note(
+        self, keys: Sequence[str], progress: Progress | None = None, numbers: Sequence[int] = ()
+    ) -> None:
+        """Remember the versions of files that are about to be opened below."""
+        if self._packer.takes:
+            found = self._versions(keys, progress or Progress(), numbers).tolist()
+            versions = self._opened.__dict__.setdefault("versions", {})
+            versions.update(zip(keys, map(tuple, found), strict=False))
+
+    def _version(self, index: Index, position: int, key: str) -> bytes | None:
+        """The version of a file as the source below has it, if it is the one that was packed."""
+        version = self._below.version(key)
+        if self._check != "stat":
+            return version
+        found = self._versions([key], Progress(), ())
+        return version if (found == index.versions[position]).all() else None
+
+    def _count(self, hits: int) -> None:
+        with self._counting:
+            self.hits += hits
+
+    # Keeping
+
+    def keep(
+        self,
+        keys: Sequence[str],
+        features: Sequence[OpenFeature],
+        memory: memoryview | None,
+        offsets: Sequence[int],
+        buffers: Callable[[int], list[memoryview]],
+    ) -> None:
+        """Have those of these features written that were opened below.
+
+        Called by the thread that opened them, after their bytes were read. They are copied.
+
+        Args:
+            keys: of the files.
+            features: what was opened.
+            memory: where the features are that are in one piece.
+            offsets: where each begins in it, negative for the others.
+            buffers: `buffers(n)` gives those of the n-th feature.
+        """
+        versions: dict[str, tuple[int, int]] = self._opened.__dict__.get("versions", {})
+        if not versions or not self._packer.takes:
+            return
+        at: list[int] = []
+        noted: list[tuple[int, int]] = []
+        values: list[bytes] = []
+        unpackable = 0
+        for n, (key, feature) in enumerate(zip(keys, features, strict=True)):
+            version = versions.pop(key, None)
+            if version is None or (version == _UNKNOWN and self._check != "never"):
+                continue
+            try:
+                values.append(self._packable.values(feature))
+            except UnpackableError as error:
+                unpackable += 1
+                if not self.unpackable:
+                    _log.info("%r is not kept on the disk: %s", key, error)
+                continue
+            at.append(n)
+            noted.append(version)
+        if unpackable:
+            with self._counting:
+                self.unpackable += unpackable
+        if at:
+            names = [keys[n] for n in at]
+            named = Named(names, name_hashes(names, self._prefix), np.array(noted, np.int64))
+            self._packer.put(
+                copy_records(
+                    named, [features[n].layout for n in at], values, memory,
+                    [offsets[n] for n in at], lambda n: buffers(at[n]),
+                )
+            )  # fmt: skip
+
+    def flush(self) -> None:
+        """An epoch begins. Has the segment at hand completed, and finds those of others."""
+        self._packer.flush()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until what was read is in segments, at most this long. Whether it is."""
+        self._packer.flush()
+        return self._packer.wait(seconds)
+
+    def end(self) -> None:
+        """Have the last segment completed in the background. Takes no lock."""
+        self._packer.end()
+
+    def close(self, seconds: float) -> None:
+        """Complete the last segment, at most this long, and close all."""
+        self._packer.end()
+        self._packer.join(seconds)
+        self._files.close()
+
+
+def _open_none(*arguments: Any) -> "list[VersionedFeature | None]":
+    return []
