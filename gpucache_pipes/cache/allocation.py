@@ -83,7 +83,7 @@ class Allocator:
                         number, layouts[at], evict
                     ):
                         cached.append(at)
-                    elif evict and number in cache.pins.numbers():
+                    elif (evict or cache.is_kept_below()) and number in cache.pins.numbers():
                         bypassed.append(at)
                 except Exception as error:  # of the policy
                     errors[number] = error

@@ -46,6 +46,8 @@ class Cache:
         evictions: how many entries have been evicted.
         not_cached: what is being loaded and must not become cached.
         evict_nothing: what is being loaded and nothing may be evicted for.
+        is_kept_below: whether another tier keeps what is not cached, so that it is read also if
+            nothing may be evicted for it.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Cache:
         self.evictions = 0
         self.not_cached: set[int] = set()
         self.evict_nothing: set[int] = set()
+        self.is_kept_below: Callable[[], bool] = lambda: False
         self.arena = ArenaSize(self, grow, shrink)
         self.allocator = Allocator(self)
 
@@ -241,7 +244,9 @@ class Cache:
     def evict(self, victims: Collection[int], *, told: bool = False) -> None:
         """Drop cached entries that are not pinned. `told` means that the policy knows."""
         self.evictions += len(victims)
-        self._drop(np.fromiter(victims, np.intp), told=told)
+        numbers = np.fromiter(victims, np.intp)
+        self.entries.evicted[numbers] = True
+        self._drop(numbers, told=told)
 
     def _drop(self, numbers: Numbers, *, told: bool = False) -> None:
         """CACHED or BYPASSED -> ABSENT."""
@@ -271,6 +276,10 @@ class Cache:
             if table:
                 for number in numbers.tolist():
                     table.pop(number, None)
+
+    def are_cached(self, numbers: Numbers) -> NDArray[np.bool_]:
+        """Which of these entries are cached, or being read into the cache. Takes no lock."""
+        return counts_as_cached(self.entries.state[numbers])
 
     def page_lists(self, numbers: Sequence[int]) -> list[Sequence[int]]:
         """The pages of each of these entries, which hold some: a range where they lie in a row."""

@@ -26,7 +26,7 @@ _READY = bytes(state for state in STATES if state >= READY)
 
 
 class Entries:
-    """What the cache holds of each file: one position in a few arrays, 9 bytes, for each.
+    """What the cache holds of each file: one position in a few arrays, 10 bytes, for each.
 
     A file is numbered when it is first named. One that has changed while a pending batch needed its
     old bytes has several entries, one for each version. All but the latest serve such batches only.
@@ -34,6 +34,7 @@ class Entries:
     Attributes:
         count: how many entries there are. Arrays are longer.
         state: of each entry; see states.py.
+        evicted: whether it has been evicted at any time.
         place: its layout and first page, in one number, while it has pages; else NOWHERE. The
             complement (`~place`) of an entry whose pages do not lie in a row: see `scattered`. So
             the least and the largest place of a batch tell whether all of it has one layout and
@@ -48,6 +49,7 @@ class Entries:
     def __init__(self) -> None:
         self.count = 0
         self.state = np.zeros(64, np.uint8)
+        self.evicted = np.zeros(64, np.bool_)
         self.place = np.full(64, NOWHERE, np.int64)
         self.scattered: dict[int, Pages] = {}
         self.paths: list[str] = []
@@ -71,6 +73,7 @@ class Entries:
         if end > len(self.state):
             size = end + end // 4
             self.state = _longer(self.state, size, ABSENT)
+            self.evicted = _longer(self.evicted, size, 0)
             self.place = _longer(self.place, size, NOWHERE)
         self.paths[start:] = paths
         if keys is not paths:

@@ -19,7 +19,7 @@ from gpucache_pipes.device.errors import (
     is_out_of_memory,
 )
 from gpucache_pipes.device.host import HostBackend
-from gpucache_pipes.device.memory import available_host_bytes
+from gpucache_pipes.device.memory import available_host_bytes, total_host_bytes
 from gpucache_pipes.device.runtime import DeviceMemory, Reservation, Runtime
 from gpucache_pipes.device.torch_runtime import InOrderRuntime, TorchRuntime
 
@@ -42,6 +42,7 @@ __all__ = [
     "is_out_of_memory",
     "open_backend",
     "resolve_device",
+    "total_host_bytes",
 ]
 
 _log = logging.getLogger("gpucache_pipes")

@@ -68,6 +68,10 @@ class Backend(Protocol):
         """Bytes of memory that this process may use at most; None if unknown."""
         return None
 
+    def memory_is_host(self) -> bool:
+        """Whether pages are in host memory, so that a tier in host memory would gain nothing."""
+        return False
+
     def configure(self, page_bytes: int) -> None:
         """Set the page size. Called while there are no pages, with the store's lock held."""
 

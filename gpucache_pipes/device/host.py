@@ -50,6 +50,10 @@ class HostBackend(Backend):
         """See Backend."""
         return self._opened * self.page_bytes
 
+    def memory_is_host(self) -> bool:
+        """See Backend."""
+        return True
+
     def configure(self, page_bytes: int) -> None:
         """See Backend."""
         self.page_bytes = page_bytes

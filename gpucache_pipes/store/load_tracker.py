@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpucache_pipes.cache import LOADING, NoPagesError, Numbers, distinct
 from gpucache_pipes.device import Backend, DeviceMemoryError
+from gpucache_pipes.files import Layout
 from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.pending_batch import PendingBatch
-from gpucache_pipes.store.read_task import OpenFiles, ReadTask
+from gpucache_pipes.store.read_task import FileGroup, ReadTask
 from gpucache_pipes.store.stats import Counters
 
+GroupT = TypeVar("GroupT", bound=FileGroup)
 _NONE_FAILED: Mapping[int, BaseException] = {}
 
 if TYPE_CHECKING:
@@ -40,6 +43,17 @@ class LoadTracker:
         self._owner = owner
         self._backend = backend
         self._counters = counters
+
+    def are_cached(self, numbers: Numbers) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which entries are cached, or being read into the cache; and which were evicted before.
+
+        Takes no lock.
+        """
+        return self._cache.are_cached(numbers), self._cache.entries.evicted[numbers]
+
+    def may_evict(self, numbers: Iterable[int]) -> bool:
+        """Whether something may be evicted for these entries, which are being loaded. No lock."""
+        return self._cache.evict_nothing.isdisjoint(numbers)
 
     def require_running(self) -> None:
         """Raise RuntimeError if the store was closed. Takes no lock."""
@@ -89,13 +103,13 @@ class LoadTracker:
         return 0 if self._cache.ledger.held_pages else self._cache.ledger.max_bytes
 
     def place(
-        self, task: ReadTask, group: OpenFiles, page_bytes: int, pages_per_file: float
-    ) -> tuple[OpenFiles, list[Sequence[int]], dict[int, BaseException]]:
+        self, task: ReadTask, group: GroupT, page_bytes: int, pages_per_file: float
+    ) -> tuple[GroupT, list[Sequence[int]], dict[int, BaseException]]:
         """Assign pages to all that need them.
 
         Args:
             task: what the files belong to.
-            group: open files.
+            group: what is to be read into them.
             page_bytes: the size of a page to use if no page is held; 0 leaves it.
             pages_per_file: the mean, if it is known.
 
@@ -126,34 +140,39 @@ class LoadTracker:
             for announcement in plans:
                 announcement.build()
 
-    def _layouts_of(self, group: OpenFiles) -> tuple[Numbers, Numbers, dict[int, BaseException]]:
+    def _layouts_of(self, group: FileGroup) -> tuple[Numbers, Numbers, dict[int, BaseException]]:
         """Entries, numbers of their layouts, and the errors of those that are too large."""
-        numbers, layouts = [], []
+        layouts, which = group.layouts()
+        numbers = np.array(group.numbers, np.intp)
+        known = np.empty(len(layouts), np.intp)
         failed: dict[int, BaseException] = {}
-        last, layout_number = None, 0
-        for number, feature in zip(group.numbers, group.features, strict=True):
-            layout = feature.layout
-            if layout is not last:
-                try:
-                    layout_number = self._cache.allocator.layout_number(
-                        number, layout, layout.span, layout.nbytes
-                    )
-                except MemoryError as error:
-                    failed[number] = error
-                    continue
-                last = layout
-            numbers.append(number)
-            layouts.append(layout_number)
-        return np.array(numbers, np.intp), np.array(layouts, np.intp), failed
+        for at, layout in enumerate(layouts):
+            known[at] = self._number(layout, group.numbers[0])
+            if known[at] < 0:
+                for number in numbers[which == at].tolist():
+                    self._number(layout, number, failed)
+        found = known[which]
+        return numbers[found >= 0], found[found >= 0], failed
+
+    def _number(
+        self, layout: Layout, number: int, failed: dict[int, BaseException] | None = None
+    ) -> int:
+        """The number of a layout; -1 if it is too large, and the error for that entry."""
+        try:
+            return self._cache.allocator.layout_number(number, layout, layout.span, layout.nbytes)
+        except MemoryError as error:
+            if failed is not None:
+                failed[number] = error
+            return -1
 
     def _allocate(
         self,
         task: ReadTask,
-        group: OpenFiles,
+        group: GroupT,
         numbers: Numbers,
         layouts: Numbers,
         failed: dict[int, BaseException],
-    ) -> tuple[OpenFiles, list[Sequence[int]], dict[int, BaseException]]:
+    ) -> tuple[GroupT, list[Sequence[int]], dict[int, BaseException]]:
         cache = self._cache
         for number, error in cache.allocator.allocate(numbers, layouts).items():
             failed[number] = error
@@ -184,13 +203,15 @@ class LoadTracker:
     def complete(
         self,
         left: dict[int, None],
-        ready: OpenFiles | None = None,
+        ready: FileGroup | None = None,
         failed: Mapping[int, BaseException] = _NONE_FAILED,
         natively: int = 0,
+        *,
+        read: bool = True,
     ) -> None:
         """End the loading of the entries that have been read, and of those that failed.
 
-        Takes them out of `left`, the entries of a task.
+        Takes them out of `left`, the entries of a task. With `read` they count as files read.
         """
         cache, counters = self._cache, self._counters
         with self._lock:
@@ -198,14 +219,15 @@ class LoadTracker:
                 if ready is not None:
                     cache.finish_loading(
                         np.array(ready.numbers, np.intp),
-                        [feature.values for feature in ready.features],
+                        ready.values(),
                         ready.versions if any(ready.versions) else None,
                     )
                     for number in ready.numbers:
                         left.pop(number, None)
-                    counters.files_read += len(ready.numbers)
-                    counters.files_read_natively += natively
-                    counters.bytes_read += sum([feature.bytes_read for feature in ready.features])
+                    if read:
+                        counters.files_read += len(ready.numbers)
+                        counters.files_read_natively += natively
+                        counters.bytes_read += ready.bytes_read()
                 for number, cause in failed.items():
                     counters.failures += 1
                     left.pop(number, None)

@@ -1,17 +1,19 @@
 """Makes the parts of a store, from the arguments that its user gives."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from gpucache_pipes.cache import Ledger, Policy, make_policy
-from gpucache_pipes.device import Backend, open_backend, resolve_device
+from gpucache_pipes.device import Backend, open_backend, resolve_device, total_host_bytes
 from gpucache_pipes.files import LocalFiles, Source
 from gpucache_pipes.files.packed import DiskCache
 from gpucache_pipes.files.source import OPTIONAL
 from gpucache_pipes.store.disk import DiskOptions, open_disk_cache
 from gpucache_pipes.store.gather import Gatherer
+from gpucache_pipes.store.host_tier import HostTier
 from gpucache_pipes.store.loader import Loader, require_timeout
 from gpucache_pipes.store.pace import MOST_READERS
 from gpucache_pipes.store.reader_pool import ReaderPool
@@ -20,6 +22,8 @@ from gpucache_pipes.store.shared_cache import SharedCache
 from gpucache_pipes.store.shutdown import Shutdown
 from gpucache_pipes.store.task_reader import TaskReader
 from gpucache_pipes.units import parse_bytes, positive_int
+
+_log = logging.getLogger("gpucache_pipes")
 
 _STAGING_BYTES = 64 << 20
 """For each reader thread."""
@@ -37,6 +41,7 @@ class Parts(NamedTuple):
     requests: RequestManager
     shutdown: Shutdown
     disk: DiskCache | None
+    host: HostTier | None
 
 
 def make_parts(
@@ -57,6 +62,7 @@ def make_parts(
     staging_bytes: int | str | None,
     revalidate: bool,
     read_timeout: float | None,
+    host_cache_bytes: int | str | None,
     disk: DiskOptions,
 ) -> Parts:
     """The parts of `store`. Arguments and errors are those of GPUFeatureStore."""
@@ -77,12 +83,17 @@ def make_parts(
     if staging_bytes is not None:
         staging = parse_bytes("staging_bytes", staging_bytes)
     items = None if max_cache_items is None else positive_int("max_cache_items", max_cache_items)
+    host_policy = make_policy(policy if isinstance(policy, str) else "clairvoyant")
     policy = make_policy(policy)
     backend = device if isinstance(device, Backend) else open_backend(resolve_device(device))
     budget = None
     if max_cache_bytes is not None:
         budget = parse_bytes("max_cache_bytes", max_cache_bytes, backend.total_bytes)
     ledger = Ledger(budget, items)
+    host_ledger = None
+    if host_cache_bytes is not None:
+        host_budget = parse_bytes("host_cache_bytes", host_cache_bytes, total_host_bytes)
+        host_ledger = Ledger(host_budget, None)
     files: Source = LocalFiles(load_fn, weights_only, keys, dtype) if source is None else source
     disk_cache = open_disk_cache(files, disk, revalidate)
     top: Source = files if disk_cache is None else disk_cache
@@ -90,6 +101,14 @@ def make_parts(
     if asynchronous:
         pool = ReaderPool(threads, "gpucache-reader", backend.bind_thread)
     shared = SharedCache(ledger, policy, backend)
+    host = None
+    if host_ledger is not None:
+        if backend.memory_is_host():
+            _log.info("host_cache_bytes is ignored: the cache is in host memory already")
+        else:
+            is_current = top.is_current if revalidate else None
+            host = HostTier(host_ledger, host_policy, shared.cache.entries, is_current)
+            shared.cache.is_kept_below = host.has_room
     reader = TaskReader(
         top,
         shared.loads,
@@ -98,12 +117,13 @@ def make_parts(
         page_bytes=page_bytes,
         upload_bytes=_power_of_two_below(staging // (2 * most_threads)),
         revalidate=revalidate,
+        host=host,
     )
     loader = Loader(reader, shared.loads, backend, pool, most_threads, read_timeout)
     gatherer = Gatherer(shared.cache, backend)
-    requests = RequestManager(shared, top, loader, gatherer, revalidate=revalidate)
-    shutdown = Shutdown(store, shared, loader, pool, backend, disk_cache)
-    return Parts(backend, shared, loader, requests, shutdown, disk_cache)
+    requests = RequestManager(shared, top, loader, gatherer, revalidate=revalidate, host=host)
+    shutdown = Shutdown(store, shared, loader, pool, backend, disk_cache, host)
+    return Parts(backend, shared, loader, requests, shutdown, disk_cache, host)
 
 
 def _require_source(source: object) -> None:

@@ -4,9 +4,12 @@ import time
 from collections.abc import Container, Sequence
 from itertools import compress
 from threading import Thread, current_thread
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
-from gpucache_pipes.files import OpenFeature, Progress
+import numpy as np
+
+from gpucache_pipes.cache import Numbers
+from gpucache_pipes.files import Layout, OpenFeature, Progress
 
 _FIRST = Progress()
 """Of one file."""
@@ -14,6 +17,35 @@ _FIRST = Progress()
 
 class Revoked(BaseException):
     """Raised in a reader thread whose task another has taken over: it must not touch anything."""
+
+
+class FileGroup(Protocol):
+    """Features whose bytes are at hand: of open files, or in another tier.
+
+    Attributes:
+        numbers: of their entries, which are LOADING.
+        versions: of their files; empty unless the store revalidates.
+    """
+
+    @property
+    def numbers(self) -> list[int]:
+        """See above."""
+
+    @property
+    def versions(self) -> list[bytes | None]:
+        """See above."""
+
+    def layouts(self) -> tuple[list[Layout], Numbers]:
+        """Different layouts, and which of them each feature has."""
+
+    def values(self) -> list[tuple[Any, ...]]:
+        """The plain values of each feature; empty if none has any."""
+
+    def bytes_read(self) -> int:
+        """Bytes that were read from storage for them."""
+
+    def without(self, numbers: Container[int]) -> Self:
+        """Those that do not have these numbers."""
 
 
 class OpenFiles(NamedTuple):
@@ -28,6 +60,27 @@ class OpenFiles(NamedTuple):
     numbers: list[int]
     features: list[OpenFeature]
     versions: list[bytes | None]
+
+    def layouts(self) -> tuple[list[Layout], Numbers]:
+        """Different layouts, and which of them each feature has."""
+        which: dict[int, int] = {}
+        layouts: list[Layout] = []
+        found = []
+        for feature in self.features:
+            layout = feature.layout
+            number = which.setdefault(id(layout), len(layouts))
+            if number == len(layouts):
+                layouts.append(layout)
+            found.append(number)
+        return layouts, np.array(found, np.intp)
+
+    def values(self) -> list[tuple[Any, ...]]:
+        """The plain values of each feature."""
+        return [feature.values for feature in self.features]
+
+    def bytes_read(self) -> int:
+        """Bytes that were read from storage for them."""
+        return sum([feature.bytes_read for feature in self.features])
 
     def without(self, numbers: Container[int]) -> "OpenFiles":
         """Those that do not have these numbers."""

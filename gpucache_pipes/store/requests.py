@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpucache_pipes.batches import RaggedOptions
-from gpucache_pipes.cache import AccessPlan, Numbers
+from gpucache_pipes.cache import AccessPlan, Numbers, distinct
 from gpucache_pipes.device import ends_the_device
 from gpucache_pipes.files import (
     LoadedFeature,
@@ -20,6 +20,7 @@ from gpucache_pipes.files import (
 )
 from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.gather import Gatherer
+from gpucache_pipes.store.host_tier import HostTier
 from gpucache_pipes.store.loader import Loader
 from gpucache_pipes.store.lock import require_stack
 from gpucache_pipes.store.pace import requests_ahead
@@ -41,6 +42,7 @@ class RequestManager:
         loader: reads them.
         gatherer: makes batches of them.
         revalidate: compare each requested file with the version that was read.
+        host: features in host memory.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class RequestManager:
         gatherer: Gatherer,
         *,
         revalidate: bool,
+        host: HostTier | None = None,
     ) -> None:
         self._shared = shared
+        self._host = host
         self._source = source
         self._loader = loader
         self._gatherer = gatherer
@@ -119,6 +123,8 @@ class RequestManager:
                 ahead=ahead,
                 parts=() if samples is None else samples.parts,
             )
+            if self._host is not None and not warmup:
+                self._host.requested(owner, batch.numbers)
             if loading:
                 self._loader.submit(loading)
         except BaseException as error:
@@ -202,12 +208,39 @@ class RequestManager:
 
     def cached(self, paths: Sequence[PathLike]) -> int:
         """How many of these files are cached, repeats counted once."""
-        return self._shared.cached(self.resolve(paths))
+        return self.count_cached(self.resolve(paths))
+
+    def count_cached(self, numbers: Numbers) -> int:
+        """How many of these entries are cached, repeats counted once."""
+        if self._host is None:
+            return self._shared.cached(numbers)
+        # A feature may be in both, once the device has evicted it.
+        some = distinct(self._shared.cache.entries.current(numbers))
+        return int((self._shared.cache.are_cached(some) | self._host.are_here(some)).sum())
+
+    def has_room(self) -> bool:
+        """Whether a budget is not used up. Takes no lock."""
+        host = self._host is not None and self._host.has_room()
+        return host or self._shared.cache.ledger.fits(1, 1)
+
+    def begin_epoch(self, owner: object) -> None:
+        """See GPUFeatureStore."""
+        self._shared.begin_epoch(owner)
+        if self._host is not None:
+            self._host.begin_epoch(owner)
+
+    def retract(self, owner: object) -> None:
+        """See GPUFeatureStore. Takes no lock."""
+        self._shared.retract(owner)
+        if self._host is not None:
+            self._host.retract(owner)
 
     def has(self, path: PathLike) -> bool:
         """See GPUFeatureStore.__contains__."""
         numbers = self.resolve([path])
-        if self._shared.cached(numbers):
+        if self._shared.cached(numbers) or (
+            self._host is not None and self._host.are_here(numbers).any()
+        ):
             return True
         holds = getattr(self._source, "holds", None)
         return holds is not None and all(holds(self._shared.cache.entries.keys(numbers.tolist())))
@@ -217,13 +250,18 @@ class RequestManager:
         paths = list(paths)
         if not self._postponed(lambda: self.release(paths)):
             require_stack()
-            self._shared.release(self.resolve(paths))
+            numbers = self.resolve(paths)
+            self._shared.release(numbers)
+            if self._host is not None:
+                self._host.release(self._shared.cache.entries.current(numbers))
 
     def clear(self) -> None:
         """See GPUFeatureStore."""
         if not self._postponed(self.clear):
             require_stack()
             self._shared.memory.clear()
+            if self._host is not None:
+                self._host.clear()
 
     def _postponed(self, call: Callable[[], None]) -> bool:
         """Postpone `call` if this thread is inside the lock, as below a signal handler."""
@@ -249,12 +287,14 @@ class RequestManager:
             # One allocation for all files is the best.
             memory.expect_files(owner, len(upcoming.files.paths))
         if builds_plan:
-            if not isinstance(upcoming, Upcoming):
-                numbers = self.resolve(upcoming)  # while paths mean what they mean now
-                announcement = Announcement(lambda: AccessPlan(numbers))
-            else:
-                announcement = Announcement(partial(self._plan, upcoming))
-            self._shared.announce(owner, announcement)
+            build: Callable[[], AccessPlan]
+            if isinstance(upcoming, Upcoming):
+                build = partial(self._plan, upcoming)
+            else:  # while paths mean what they mean now
+                build = partial(AccessPlan, self.resolve(upcoming))
+            self._shared.announce(owner, Announcement(build))
+            if self._host is not None:
+                self._host.announce(owner, Announcement(build))
 
     def _plan(self, upcoming: Upcoming) -> AccessPlan:
         """Takes long for many files: called without the lock."""

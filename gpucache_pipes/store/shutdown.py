@@ -9,6 +9,7 @@ from functools import partial
 
 from gpucache_pipes.device import Backend
 from gpucache_pipes.files.packed import END_SECONDS, DiskCache
+from gpucache_pipes.store.host_tier import HostTier
 from gpucache_pipes.store.loader import Loader
 from gpucache_pipes.store.reader_pool import ReaderPool
 from gpucache_pipes.store.shared_cache import SharedCache
@@ -24,7 +25,7 @@ class Shutdown:
 
     Args:
         store: the store, to which only a weak reference is kept.
-        shared, loader, pool, backend, disk: its parts.
+        shared, loader, pool, backend, disk, host: its parts.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Shutdown:
         pool: ReaderPool | None,
         backend: Backend,
         disk: DiskCache | None,
+        host: HostTier | None,
     ) -> None:
         self._shared = shared
         self._loader = loader
         self._backend = backend
         self._disk = disk
+        self._host = host
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(store, _release, self._pid, pool, backend, disk)
         self._finalizer.atexit = False
@@ -75,6 +78,8 @@ class Shutdown:
             if running := self._loader.join(max(0.0, deadline - time.monotonic())):
                 _log.warning("still reading after close: %s", ", ".join(running))
             self._free_memory()
+            if self._host is not None:
+                self._host.close()
         finally:
             self._done.set()
             if self._disk is not None:

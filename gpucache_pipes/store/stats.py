@@ -48,6 +48,10 @@ class StoreStats:
         staging_bytes: page-locked host memory for uploads; 0 on the CPU.
         page_bytes: size of a page; 0 before the first feature.
         reader_threads: how many there are now.
+        host_hits: features that were served from host memory; among `misses`, not in `files_read`.
+        host_items: features in host memory now.
+        host_cached_bytes: bytes of their tensors.
+        host_reserved_bytes: host memory of their pages, used or not.
         disk_hits: features that came from the disk cache; those in `files_read`, too.
         disk_written: features that this store has written into it, in complete segments.
         disk_unpackable: features that cannot be kept there, since they hold other objects.
@@ -72,6 +76,10 @@ class StoreStats:
     staging_bytes: int
     page_bytes: int
     reader_threads: int
+    host_hits: int = 0
+    host_items: int = 0
+    host_cached_bytes: int = 0
+    host_reserved_bytes: int = 0
     disk_hits: int = 0
     disk_written: int = 0
     disk_unpackable: int = 0
@@ -151,5 +159,6 @@ def describe(cache: Cache, counters: Counters) -> str:
 
 
 _COUNTED = (
-    *Counters.__dataclass_fields__, "evictions", "disk_hits", "disk_written", "disk_unpackable"
+    *Counters.__dataclass_fields__, "evictions", "host_hits",
+    "disk_hits", "disk_written", "disk_unpackable",
 )  # fmt: skip

@@ -67,6 +67,9 @@ class GPUFeatureStore(DeviceSharing):
         read_timeout: seconds after which a file that is still being read has failed, with a
             TimeoutError as the cause. Another thread replaces its reader, which ends when the read
             returns, if ever. None waits for as long as it takes.
+        host_cache_bytes: budget for features in host memory that are not on an accelerator; a
+            number, "300GiB", or "50%" of what this process may use, divided by the processes that
+            torchrun started on this machine. Ignored if the device is the CPU.
         disk_cache: a directory on a local disk, which keeps what was read, packed, for later epochs
             and runs, and for other processes of this machine. It is made if need be; nothing else
             may be in it.
@@ -101,6 +104,7 @@ class GPUFeatureStore(DeviceSharing):
         staging_bytes: int | str | None = None,
         revalidate: bool = False,
         read_timeout: float | None = None,
+        host_cache_bytes: int | str | None = None,
         disk_cache: PathLike | None = None,
         disk_cache_bytes: int | str | None = None,
         disk_cache_check: str = "stat",
@@ -111,12 +115,12 @@ class GPUFeatureStore(DeviceSharing):
             policy=policy, load_fn=load_fn, weights_only=weights_only, keys=keys, dtype=dtype,
             source=source, asynchronous=asynchronous, reader_threads=reader_threads,
             page_bytes=page_bytes, staging_bytes=staging_bytes, revalidate=revalidate,
-            read_timeout=read_timeout, disk=DiskOptions(
+            read_timeout=read_timeout, host_cache_bytes=host_cache_bytes, disk=DiskOptions(
                 disk_cache, disk_cache_bytes, disk_cache_check, disk_cache_key
             ),
         )  # fmt: skip
         self._backend, self._shared, self._loader, self._requests, self._shutdown = parts[:5]
-        self._disk = parts.disk
+        self._disk, self._host = parts.disk, parts.host
         register(self)
 
     # Batches
@@ -228,7 +232,7 @@ class GPUFeatureStore(DeviceSharing):
         """
         require_hashable("owner", owner)
         require_stack()
-        self._shared.begin_epoch(owner)
+        self._requests.begin_epoch(owner)
         if self._disk is not None:
             self._disk.flush()
 
@@ -253,7 +257,7 @@ class GPUFeatureStore(DeviceSharing):
         Raises TypeError for an owner that is not hashable.
         """
         require_hashable("owner", owner)
-        self._shared.retract(owner)
+        self._requests.retract(owner)
 
     foresee = announce  # the former names
     withdraw = retract
@@ -278,11 +282,16 @@ class GPUFeatureStore(DeviceSharing):
         In a signal handler or a finalizer that has interrupted a call of this store, not quite.
         """
         stats = self._shared.stats(self._loader.readers)
-        return stats if self._disk is None else replace(stats, **self._disk.figures())
+        for tier in (self._host, self._disk):
+            if tier is not None:
+                stats = replace(stats, **tier.figures())
+        return stats
 
     def check(self) -> None:
         """Recompute every total from the entries; raises AssertionError on a difference."""
         self._shared.check()
+        if self._host is not None:
+            self._host.check()
 
     def __repr__(self) -> str:
         # Without the lock: handlers of logs have locks of their own, and format their arguments.

@@ -24,6 +24,7 @@ class StoreOptions(TypedDict, total=False):
     staging_bytes: int | str | None
     revalidate: bool
     read_timeout: float | None
+    host_cache_bytes: int | str | None
     disk_cache: PathLike | None
     disk_cache_bytes: int | str | None
     disk_cache_check: str

@@ -1,9 +1,16 @@
 """Opens the files of a read task, has pages assigned, reads into them, and reports."""
 
 from collections.abc import Container, Iterator, Sequence
+from functools import partial
 
+import numpy as np
+
+from gpucache_pipes.cache import Numbers
 from gpucache_pipes.device import Backend, Upload, ends_the_device, is_device_error
 from gpucache_pipes.files import OpenFeature, Source, VersionedFeature, read_many
+from gpucache_pipes.files.packed import native
+from gpucache_pipes.store.held_files import HeldFiles
+from gpucache_pipes.store.host_tier import HostTier
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.page_size import choose_page_bytes, pages_per_file
 from gpucache_pipes.store.read_task import OpenFiles, ReadTask, Revoked
@@ -28,6 +35,7 @@ class TaskReader:
         upload_bytes: what goes to the device at once, at most, unless one file is larger: staging
             memory is in proportion to it.
         revalidate: note the version of each file that is read.
+        host: features in host memory.
 
     Attributes:
         running: tasks under way. Adding and discarding an item of a set is atomic; others iterate
@@ -46,6 +54,7 @@ class TaskReader:
         page_bytes: int | None,
         upload_bytes: int,
         revalidate: bool,
+        host: HostTier | None = None,
     ) -> None:
         self._source = source
         # Older sources have no such method.
@@ -57,6 +66,7 @@ class TaskReader:
         self._page_bytes = page_bytes
         self._upload_bytes = upload_bytes
         self._revalidate = revalidate
+        self._host = host
         self.running: set[ReadTask] = set()
         self.stopping = False
         self.opens_at_once = False
@@ -79,6 +89,8 @@ class TaskReader:
         self.running.add(task)
         try:
             caller.clear()
+            if self._host is not None:
+                numbers = self._read_from_host(self._host, numbers, task)
             while numbers:
                 features = self._open_many(numbers, task)
                 begun, numbers = numbers[: len(features)], numbers[len(features) :]
@@ -102,6 +114,40 @@ class TaskReader:
         finally:
             self.running.discard(task)
             task.close_opened()
+
+    def _read_from_host(
+        self, host: HostTier, numbers: Sequence[int], task: ReadTask
+    ) -> Sequence[int]:
+        """Read those of these entries that are in host memory; returns the others."""
+        held = HeldFiles()
+        promoted: list[int] = []
+        try:
+            host.hold(numbers, held)
+            if not held.numbers:
+                return numbers
+            found = set(held.numbers)
+            layouts, which = held.layouts()
+            spans = np.array([layout.span for layout in layouts], np.int64)[which]
+            choice = choose_page_bytes(spans.tolist(), (), 0) if spans.any() else 0
+            page_bytes = 0 if self._loads.page_limit() == 0 else self._page_bytes or choice
+            part = np.cumsum(spans) // max(1, self._upload_bytes)
+            for number in range(int(part[-1]) + 1):
+                group = held.only(part == number)
+                if not group.numbers:
+                    continue
+                placed, pages, failed = self._loads.place(task, group, page_bytes, 0.0)
+                upload = self._backend.upload(pages)
+                memory, offsets = upload.memory()
+                assert memory is not None
+                with trace("gpucache::upload"):
+                    host.copy(placed, memory, offsets)
+                    upload.finish()
+                cached, evicted = self._loads.are_cached(np.array(placed.numbers, np.intp))
+                promoted += np.array(placed.numbers)[cached & ~evicted].tolist()
+                self._loads.complete(task.left, placed, failed, read=False)
+        finally:
+            host.let_go(held, promoted)
+        return [number for number in numbers if number not in found]
 
     def _open_many(
         self, numbers: Sequence[int], task: ReadTask
@@ -198,7 +244,7 @@ class TaskReader:
                             failed[number] = error
                         finally:
                             task.end(feature)
-                    if self._keep is not None:
+                    if self._keep is not None or self._host is not None:
                         self._keep_copies(placed, begin, end, upload, failed)
                     upload.finish()
         finally:
@@ -215,17 +261,30 @@ class TaskReader:
         upload: Upload,
         failed: Container[int],
     ) -> None:
-        """Have the source copy those of these features that were read."""
-        assert self._keep is not None
+        """Have lower tiers copy those of these features that were read."""
         at = [n for n in range(begin, end) if placed.numbers[n] not in failed]
+        numbers = [placed.numbers[n] for n in at]
+        features = [placed.features[n] for n in at]
         memory, offsets = upload.memory()
-        self._keep(
-            self._loads.identities([placed.numbers[n] for n in at])[0],
-            [placed.features[n] for n in at],
-            memory,
-            [int(offsets[n - begin]) for n in at],
-            lambda k: upload.buffers(at[k] - begin),
-        )
+        if self._keep is not None:
+            keys, _ = self._loads.identities(numbers)
+            places = [int(offsets[n - begin]) for n in at]
+            self._keep(keys, features, memory, places, lambda k: upload.buffers(at[k] - begin))
+        if self._host is not None and memory is not None:
+            entries = np.array(numbers, np.intp)
+            cached, evicted = self._loads.are_cached(entries)
+            wanted = np.flatnonzero(~cached | evicted)
+            some = [features[n] for n in wanted.tolist()]
+            sources = offsets[np.array(at, np.intp)[wanted] - begin]
+            self._host.keep(
+                entries[wanted],
+                [feature.layout for feature in some],
+                [feature.values for feature in some],
+                [placed.versions[at[n]] for n in wanted.tolist()] if placed.versions else [],
+                partial(_copy, some, memory, sources),
+                self._backend.page_bytes,
+                evict=self._loads.may_evict(numbers),
+            )
 
     def _read_many(self, features: Sequence[OpenFeature], upload: Upload) -> Sequence[int]:
         """Read all that can be read in one go; the positions of the others."""
@@ -266,6 +325,21 @@ class TaskReader:
         overhead = max(0, min(feature.bytes_read - feature.layout.span for feature in fits))
         page_bytes = self._page_bytes or choose_page_bytes(spans, sizes, overhead)
         return page_bytes, pages_per_file(spans, sizes, overhead, page_bytes)
+
+
+def _copy(
+    features: Sequence[OpenFeature],
+    source: memoryview,
+    sources: Numbers,
+    positions: Sequence[int],
+    target: memoryview,
+    offsets: Numbers,
+) -> None:
+    """Copy those of the features at `sources` that have these positions to `offsets`."""
+    at = np.array(positions, np.intp)
+    spans = np.array([features[n].layout.span for n in positions], np.int64)
+    moves = np.stack([sources[at], offsets, spans], axis=1)
+    native.copy(source, np.frombuffer(target, np.uint8), moves)
 
 
 def _open_none(*arguments: object) -> "list[VersionedFeature | None]":

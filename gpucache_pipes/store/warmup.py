@@ -34,7 +34,7 @@ def warm_up(
     with progress_bar(total=len(paths), desc="warming", unit="file", shown=progress) as bar:
         try:
             for start in range(0, len(paths), _FILES):
-                if full or not shared.cache.ledger.fits(1, 1):
+                if full or not requests.has_room():
                     break
                 parts.append(requests.request(paths[start : start + _FILES], warmup=True))
                 if len(parts) > 1:
@@ -50,7 +50,7 @@ def _finish(requests: RequestManager, shared: SharedCache, part: PendingBatch, b
     """Wait for a part; whether all of it is cached. Raises the first error."""
     for error in requests.wait(part).values():
         raise error
-    all_cached = shared.cached(part.numbers) == len(distinct(part.numbers))
+    all_cached = requests.count_cached(part.numbers) == len(distinct(part.numbers))
     requests.cancel([part])
     bar.update(len(part.numbers))
     return all_cached

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,12 +72,17 @@ def under_interrupts(seed: int, wanted: int, work: Callable[[], None]) -> None:
         {"max_cache_items": 3, "asynchronous": False},
         {"max_cache_items": 100},
         {"max_cache_items": 2, "policy": "w-tinylfu"},
+        {"max_cache_items": 2, "host_cache_bytes": 500, "asynchronous": False},
+        {"max_cache_items": 2, "host_cache_bytes": 500, "policy": "lru"},
+        {"max_cache_items": 2, "disk_cache_key": "a", "asynchronous": False},
     ],
     ids=str,
 )
 def test_nothing_is_lost_or_left(
-    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    if "disk_cache_key" in options:
+        options = {**options, "disk_cache": tmp_path, "disk_cache_check": "never"}
     # Python swallows an interrupt that comes in a finalizer, and would say so.
     monkeypatch.setattr("sys.unraisablehook", lambda *_: None)
     features = {f"/{number}": sample(number) for number in range(12)}

@@ -1,5 +1,7 @@
 """The store against a dict: whatever is asked in whatever order, the right bytes come out."""
 
+import shutil
+import tempfile
 from typing import Any
 
 import pytest
@@ -31,6 +33,7 @@ def size_of(feature: Any) -> int:
 
 class StoreMachine(RuleBasedStateMachine):
     kind = "host"
+    directory: str | None = None
     pending = Bundle("pending")
 
     @initialize(
@@ -42,13 +45,22 @@ class StoreMachine(RuleBasedStateMachine):
                 "reader_threads": st.integers(1, 3),
                 "policy": st.sampled_from(["clairvoyant", "lru", "fifo", "keep"]),
                 "page_bytes": st.sampled_from([None, None, 16, 48, 4096]),
+                # Ignored on the host.
+                "host_cache_bytes": st.sampled_from([None, 1, 100, 500, "1MiB"]),
             }
         ),
+        on_disk=st.sampled_from([False, False, True]),
         seed=st.integers(0, 1000),
         limits=st.data(),
     )
     def start(
-        self, data: list[Any], alike: bool, options: dict[str, Any], seed: int, limits: Any
+        self,
+        data: list[Any],
+        alike: bool,
+        options: dict[str, Any],
+        on_disk: bool,
+        seed: int,
+        limits: Any,
     ) -> None:
         if alike:
             data = [{"x": torch.full((5,), n), "y": torch.tensor(n), "n": n} for n in range(6)]
@@ -56,6 +68,10 @@ class StoreMachine(RuleBasedStateMachine):
         # Budgets from a single small tensor to more than all of it.
         total = max(1, sum(map(size_of, data)))
         self.options = options
+        if on_disk:
+            self.directory = tempfile.mkdtemp()
+            options.update(disk_cache=self.directory, disk_cache_key="machine")
+            options.update(disk_cache_check="never")  # there are no files
         self.seed = seed
         self.max_bytes = limits.draw(st.one_of(st.none(), st.integers(1, total + 1)))
         self.max_items = limits.draw(st.one_of(st.none(), st.integers(1, 7)))
@@ -159,11 +175,19 @@ class StoreMachine(RuleBasedStateMachine):
             stats = self.store.stats()
             assert self.max_bytes is None or stats.cached_bytes <= self.max_bytes
             assert self.max_items is None or stats.items <= self.max_items
-            assert stats.items == len(self.store) == sum(path in self.store for path in PATHS)
+            assert stats.items == len(self.store)
+            host = self.options["host_cache_bytes"]
+            assert stats.host_cached_bytes <= (1 << 20 if isinstance(host, str) else host or 0)
+            held = sum(path in self.store for path in PATHS)
+            if self.directory is None:
+                assert max(stats.items, stats.host_items) <= held
+                assert held <= stats.items + stats.host_items
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
             self.store.close()
+        if self.directory is not None:
+            shutil.rmtree(self.directory)
 
 
 def case(kind: str) -> Any:
