@@ -34,7 +34,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     verified = 0
     if args.verify and not wrong:
         with progress_bar(total=0, desc="verifying", unit="file", shown=not args.json) as bar:
-            wrong = verify(args.path, args.target, lambda done, total: _advance(bar, done, total))
+            wrong = verify(
+                args.path, args.target, keys=keys, dtype=dtype, weights_only=not args.unsafe,
+                progress=lambda done, total: _advance(bar, done, total),
+            )  # fmt: skip
         verified = report.files
     about = {
         "files": report.files, "read": report.read, "segments": report.segments,

@@ -58,19 +58,28 @@ class Progress:
             whether to stop, if not 0.
     """
 
-    __slots__ = ("_base", "_begun", "_positions", "shared")
+    __slots__ = ("_base", "_begun", "_positions", "_within", "shared")
 
     def __init__(self) -> None:
         self.shared = np.zeros(3, np.int64)
         self._begun = time.monotonic_ns()
         self._base = 0
         self._positions: Sequence[int] = ()
+        self._within: Sequence[int] = ()
 
     def restart(self, positions: Sequence[int] = ()) -> None:
         """The source begins with another call, for the files at these positions; () is all."""
         self._base = time.monotonic_ns() - self._begun
         self.begin(0, 0)
+        within = self._within
+        if len(within):
+            positions = [within[n] for n in positions] if len(positions) else within
         self._positions = positions
+
+    def enter(self, positions: Sequence[int]) -> None:
+        """The source calls another one for the files at these positions."""
+        self._within = positions
+        self.restart()
 
     @property
     def current(self) -> int:

@@ -279,10 +279,13 @@ class RequestManager:
         """See GPUFeatureStore."""
         cache, memory = self._shared.cache, self._shared.memory
         builds_plan = cache.ledger.bounded and cache.log.uses_plans
-        if not builds_plan and not memory.lacks_size(owner):
+        expect_files = getattr(self._source, "expect_files", None)
+        if not builds_plan and not memory.lacks_size(owner) and expect_files is None:
             return
         if callable(upcoming):
             upcoming = upcoming()
+        if expect_files is not None and isinstance(upcoming, Upcoming):
+            expect_files(owner, len(upcoming.files.paths))
         if isinstance(upcoming, Upcoming):
             # One allocation for all files is the best.
             memory.expect_files(owner, len(upcoming.files.paths))

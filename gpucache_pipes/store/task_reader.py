@@ -263,27 +263,34 @@ class TaskReader:
     ) -> None:
         """Have lower tiers copy those of these features that were read."""
         at = [n for n in range(begin, end) if placed.numbers[n] not in failed]
-        numbers = [placed.numbers[n] for n in at]
+        numbers = np.array([placed.numbers[n] for n in at], np.intp)
         features = [placed.features[n] for n in at]
         memory, offsets = upload.memory()
-        if self._keep is not None:
-            keys, _ = self._loads.identities(numbers)
-            places = [int(offsets[n - begin]) for n in at]
-            self._keep(keys, features, memory, places, lambda k: upload.buffers(at[k] - begin))
+        places = offsets[np.array(at, np.intp) - begin]
+        cached, evicted = self._loads.are_cached(numbers)
+        kept = cached & ~evicted
         if self._host is not None and memory is not None:
-            entries = np.array(numbers, np.intp)
-            cached, evicted = self._loads.are_cached(entries)
-            wanted = np.flatnonzero(~cached | evicted)
+            wanted = np.flatnonzero(~kept)
             some = [features[n] for n in wanted.tolist()]
-            sources = offsets[np.array(at, np.intp)[wanted] - begin]
             self._host.keep(
-                entries[wanted],
+                numbers[wanted],
                 [feature.layout for feature in some],
                 [feature.values for feature in some],
                 [placed.versions[at[n]] for n in wanted.tolist()] if placed.versions else [],
-                partial(_copy, some, memory, sources),
+                partial(_copy, some, memory, places[wanted]),
                 self._backend.page_bytes,
-                evict=self._loads.may_evict(numbers),
+                evict=self._loads.may_evict(numbers.tolist()),
+            )
+            kept |= self._host.are_here(numbers)
+        if self._keep is not None:
+            keys, _ = self._loads.identities(numbers.tolist())
+            self._keep(
+                keys,
+                features,
+                memory,
+                places.tolist(),
+                lambda k: upload.buffers(at[k] - begin),
+                kept.tolist(),
             )
 
     def _read_many(self, features: Sequence[OpenFeature], upload: Upload) -> Sequence[int]:

@@ -1,6 +1,7 @@
 """disk_cache=: what was read once comes from the disk: exact and never stale."""
 
 import errno
+import gc
 import logging
 import os
 import subprocess
@@ -18,11 +19,12 @@ from conftest import BACKENDS, device_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpucache_pipes import GPUFeatureStore, PathLister
+from gpucache_pipes import FeatureLoadError, GPUFeatureStore, PathLister
 from gpucache_pipes.adapters import GPUCachedPathDataLoader
 from gpucache_pipes.files import LocalFiles, RowFiles
 from gpucache_pipes.files.packed import disk_directory, native, packer, segment_writer
 from gpucache_pipes.files.packed.segment import Segment
+from gpucache_pipes.store import Upcoming
 from gpucache_pipes.testing.features import Pair, assert_same
 
 Files = Callable[..., list[str]]
@@ -362,7 +364,7 @@ def total(cache: Path) -> int:
 def test_hits_over_epochs_are_those_of_both_tiers(
     tmp_path_factory: pytest.TempPathFactory, share: float, gpu: int, seed: int
 ) -> None:
-    """G + D of N, whatever order: what does not fit is read from its files, and nothing moves."""
+    """(G + D) / N, whatever order: what does not fit is read from its files, and nothing moves."""
     root = tmp_path_factory.mktemp("budget")
     paths = [str(root / f"{n:04d}.pt") for n in range(200)]
     for n, path in enumerate(paths):
@@ -378,11 +380,11 @@ def test_hits_over_epochs_are_those_of_both_tiers(
         assert disk is not None
         before = None
         for epoch in range(4):
-            store.begin_epoch()
+            store.begin_epoch("a")
+            order = rng.permutation(200)
+            store.announce("a", Upcoming(paths, order, 200))
             for at in range(0, 200, 20):
-                if at == 0:
-                    order = rng.permutation(200)
-                store.get_batch([paths[n] for n in order[at : at + 20]])
+                store.request([paths[n] for n in order[at : at + 20]], owner="a").result()
                 assert disk.wait(30)
             assert total(cache) <= budget
             stats = store.stats()
@@ -391,13 +393,9 @@ def test_hits_over_epochs_are_those_of_both_tiers(
         assert before is not None and set(names(cache)) == held
         since = stats.since(before)
         assert since.disk_written == 0
-        cached = gpu
-        # Of what is in memory, some is on the disk, too: a later run finds it there.
-        on_disk = len(held)
-        assert on_disk * 1100 > budget * 0.6 - 8192
-        assert since.hits == 2 * cached
-        reads = since.files_read - since.disk_hits
-        assert reads <= 2 * (200 - on_disk)
+        assert len(held) * 1100 > budget * 0.6 - 8192
+        assert since.hits == 2 * gpu
+        assert since.files_read - since.disk_hits == 2 * max(0, 200 - gpu - len(held))
 
 
 def test_old_segments_make_room_and_used_ones_stay(make_files: Files, cache: Path) -> None:
@@ -644,6 +642,145 @@ def test_a_segment_ends_after_a_time(
         while len(names(cache)) < 120 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(names(cache)) == 120
+
+
+# What was found by attacking it
+
+
+def test_revalidate_sees_a_file_of_the_same_size_and_time(make_files: Files, cache: Path) -> None:
+    [path] = make_files(1, lambda n: torch.tensor(0))
+    age(path)
+    with GPUFeatureStore("cpu", disk_cache=cache) as store:
+        store.get(path)
+    with GPUFeatureStore("cpu", disk_cache=cache, revalidate=True) as store:
+        assert int(store.get(path)) == 0 and store.stats().disk_hits == 1
+        torch.save(torch.tensor(5), f"{path}.new")
+        age(f"{path}.new")
+        os.replace(f"{path}.new", path)
+        assert int(store.get(path)) == 5
+
+
+def test_a_file_larger_than_the_budget_makes_no_room(make_files: Files, cache: Path) -> None:
+    paths = sized(make_files, 20)
+    [large] = make_files(1, lambda n: torch.zeros(200_000), "large")
+    age(large)
+    with GPUFeatureStore("cpu", disk_cache=cache, disk_cache_bytes=100_000) as store:
+        read(store, paths)
+    before = names(cache)
+    with GPUFeatureStore("cpu", disk_cache=cache, disk_cache_bytes=100_000) as store:
+        read(store, [large])
+    assert names(cache) == before
+
+
+def test_a_batch_larger_than_the_room_is_written_in_part(make_files: Files, cache: Path) -> None:
+    paths = sized(make_files, 64)
+    with GPUFeatureStore("cpu", disk_cache=cache, disk_cache_bytes=50_000) as store:
+        read(store, paths, size=64)
+    assert 15 < len(names(cache)) < 50
+    assert total(cache) <= 50_000
+
+
+def test_long_keys_count_against_the_budget(make_files: Files, cache: Path) -> None:
+    paths = make_files(20, lambda n: {f"{n}-{k}-" + "x" * 60: torch.ones(1) for k in range(100)})
+    age(*paths)
+    with GPUFeatureStore("cpu", disk_cache=cache, disk_cache_bytes=100_000) as store:
+        read(store, paths, size=3)
+    assert 0 < total(cache) <= 100_000
+
+
+def test_a_handler_may_read_while_a_hit_is_counted(files: list[str], cache: Path) -> None:
+    with GPUFeatureStore("cpu", disk_cache=cache, asynchronous=False) as store:
+        disk = store._disk
+        assert disk is not None
+        with disk._counting:
+            disk._count(1)
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_segment_that_is_none_is_left_out(
+    files: list[str], features: list[Any], cache: Path, when: str
+) -> None:
+    with GPUFeatureStore("cpu", disk_cache=cache) as store:
+        read(store, files)
+    odd = cache / "segments" / f"{time.time_ns():020d}-{'a' * 16}.safetensors"
+    if when == "before":
+        os.mkfifo(odd)
+    with GPUFeatureStore("cpu", disk_cache=cache, max_cache_items=1) as store:
+        same(read(store, files[:5]), features[:5])
+        if when == "meanwhile":
+            odd.write_bytes(b"{" * 5000)
+        for _ in range(2):
+            store.begin_epoch()
+            same(read(store, files), features)
+        stats = store.stats()
+        assert stats.disk_hits + stats.hits == 5 + 2 * len(files)
+        if when == "meanwhile":
+            assert store._disk is not None and store._disk.wait(10)
+
+
+def test_a_thread_that_has_died_is_not_missed(
+    files: list[str], features: list[Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with GPUFeatureStore("cpu", disk_cache=cache, max_cache_items=1) as store:
+        monkeypatch.setattr(packer.Packer, "_step", full)
+        for _ in range(3):
+            store.begin_epoch()
+            same(read(store, files), features)
+
+
+def test_a_path_that_none_can_be_fails_alone(files: list[str], cache: Path) -> None:
+    with GPUFeatureStore("cpu", disk_cache=cache) as store:
+        batch = store.request([*files[:3], "/features/bad\ud800.pt"])
+        with pytest.raises((FeatureLoadError, FileNotFoundError), match="bad"):
+            batch.result()
+        assert len(store.get_batch(files[:3])) == 3
+
+
+def test_descriptors_are_closed(files: list[str], cache: Path) -> None:
+    with GPUFeatureStore("cpu", disk_cache=cache) as store:
+        read(store, files)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for n in range(5):
+        store = GPUFeatureStore("cpu", disk_cache=cache)
+        if n % 2:
+            read(store, files)
+        del store
+    gc.collect()
+    for one in list(packer._packers):
+        one.join(10)
+    deadline = time.monotonic() + 10
+    while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+        gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_what_is_left_of_a_process_that_was_killed_while_it_made_the_directory(
+    files: list[str], cache: Path
+) -> None:
+    cache.mkdir()
+    (cache / "gpucache-disk-cache.json.123").write_text("{")
+    with GPUFeatureStore("cpu", disk_cache=cache) as store:
+        read(store, files)
+    assert len(names(cache)) == len(files)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 5000, "{}", "3", '{"format": 2, "max_bytes": 1}'])
+def test_a_marker_that_cannot_be_read_is_an_error(cache: Path, text: str) -> None:
+    cache.mkdir()
+    (cache / "gpucache-disk-cache.json").write_text(text)
+    with pytest.raises(ValueError, match=r"gpucache-disk-cache\.json cannot be read"):
+        GPUFeatureStore("cpu", disk_cache=cache, disk_cache_bytes="1GiB")
+
+
+def test_hits_are_counted_once(make_files: Files, cache: Path) -> None:
+    paths = sized(make_files, 24)
+    with GPUFeatureStore("cpu", disk_cache=cache) as store:
+        read(store, paths[::3])
+    with GPUFeatureStore("cpu", disk_cache=cache) as store:
+        read(store, paths, size=24)
+        assert store.stats().disk_hits == 8
 
 
 @pytest.fixture(autouse=True)

@@ -104,16 +104,16 @@ def test_policies_that_replace_use_host_memory_too(policy: str) -> None:
 @settings(max_examples=40)
 @given(
     items=st.lists(features(), min_size=1, max_size=6), data=st.data(),
-    page=st.sampled_from([None, 16, 64]), host=st.integers(1, 2000), gpu=st.integers(0, 300),
+    page=st.sampled_from([None, 16, 64]), host=st.integers(1, 2000),
 )  # fmt: skip
 def test_any_features_come_back_as_they_were(
-    kind: str, items: list[Any], data: st.DataObject, page: int | None, host: int, gpu: int
+    kind: str, items: list[Any], data: st.DataObject, page: int | None, host: int
 ) -> None:
     load, paths, _ = memory_of(items)
-    store = GPUFeatureStore(
-        device_for(kind, 1), max_cache_items=1, load_fn=load, page_bytes=page, host_cache_bytes=host,
-    )  # fmt: skip
-    with store:
+    device = device_for(kind, 1)
+    with GPUFeatureStore(
+        device, max_cache_items=1, load_fn=load, page_bytes=page, host_cache_bytes=host
+    ) as store:
         for _ in range(4):
             order = data.draw(st.lists(st.integers(0, len(items) - 1), max_size=6))
             epoch(store, paths, items, order, size=3)

@@ -9,7 +9,7 @@ it reads. A call that a signal interrupts returns early, and the caller calls ag
 
 #include "../_native.h"
 
-/* The columns of a record, int64 each; segments.py has the same names. GOT is what was read. */
+/* The columns of a record, int64 each; native.py has the same names. GOT is what was read. */
 enum { DESCRIPTOR, START, COUNT, PLACE, GOT, COLUMNS };
 enum { SIZE, MTIME, VERSION };
 

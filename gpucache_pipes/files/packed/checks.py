@@ -5,6 +5,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
+from gpucache_pipes.files.packed.packed_directory import known_packed
 from gpucache_pipes.files.packed.segment import name_hashes
 
 
@@ -17,6 +18,8 @@ class Listings:
 
     def lists(self, path: str) -> bool:
         """Whether the directory of a file listed it. False if it cannot be listed."""
+        if known_packed(path) is not None:
+            return True
         directory, name = os.path.split(path)
         hashes = self._listed.get(directory)
         if hashes is None:

@@ -18,6 +18,16 @@ _EXACT = 1 << 53
 """Whole numbers below this are exact in every reader of JSON."""
 
 
+# By name, so that a file cannot make an attribute of torch be looked up.
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for name in dir(torch)
+    if isinstance(dtype := getattr(torch, name), torch.dtype)
+    and not name.startswith(("q", "bits", "uint1", "int1"))
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
 class UnpackableError(ValueError):
     """A feature holds what a segment cannot."""
 
@@ -54,7 +64,9 @@ class LayoutKind(NamedTuple):
 
 def encode_kind(kind: LayoutKind) -> list[Any]:
     """What `decode_kind` takes, for JSON. Raises UnpackableError."""
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in kind.dtypes]
+    dtypes = [_DTYPE_NAMES.get(dtype) for dtype in kind.dtypes]
+    if None in dtypes:
+        raise UnpackableError(f"it holds a tensor of {kind.dtypes[dtypes.index(None)]}")
     return [_encode_tree(kind.tree), dtypes, list(kind.ranks)]
 
 
@@ -62,17 +74,15 @@ def decode_kind(encoded: Any) -> LayoutKind:
     """The inverse of `encode_kind`. Raises ValueError for what that has not made."""
     try:
         tree, names, ranks = encoded
-        dtypes = tuple([getattr(torch, name) for name in names])
+        dtypes = tuple([_DTYPES[name] for name in names])
         # Flattening numbers leaves and values in the order in which the tree has them.
         decoded, leaves, _ = flatten(_decode_tree(tree), _Leaf)
-        if not all(isinstance(dtype, torch.dtype) for dtype in dtypes):
-            raise ValueError("a dtype is not one")
         if not len(leaves) == len(dtypes) == len(ranks) or not all(
             type(rank) is int and 0 <= rank <= 64 for rank in ranks
         ):
             raise ValueError("the tree and its leaves do not agree")
         return LayoutKind(decoded, dtypes, tuple(ranks))
-    except (TypeError, LookupError, AttributeError, RecursionError, struct.error) as error:
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"the layout cannot be read ({error!r:.100})") from error
 
 
@@ -178,5 +188,5 @@ def decode_values(encoded: bytes) -> tuple[Any, ...]:
         return ()
     try:
         return tuple([decode_value(value) for value in json.loads(encoded)])
-    except (TypeError, LookupError, RecursionError, struct.error) as error:
+    except (TypeError, LookupError, ArithmeticError, RecursionError, struct.error) as error:
         raise ValueError(f"plain values cannot be read ({error!r:.100})") from error

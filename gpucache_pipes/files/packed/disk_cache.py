@@ -16,8 +16,9 @@ from gpucache_pipes.files.packed.index import CURRENT, STALE, UNCHECKED, Index
 from gpucache_pipes.files.packed.packed_features import PackedFeatures
 from gpucache_pipes.files.packed.packer import Packer
 from gpucache_pipes.files.packed.records import Named, Packable, copy_records
-from gpucache_pipes.files.packed.segment import DamagedSegmentError, name_hashes
+from gpucache_pipes.files.packed.segment import DamagedSegmentError, name_hashes, record_bytes
 from gpucache_pipes.files.packed.segment_files import SegmentFiles
+from gpucache_pipes.files.packed.segment_writer import TABLE_BYTES
 from gpucache_pipes.files.source import OpenFeature, Progress, Source, VersionedFeature
 
 _log = logging.getLogger("gpucache_pipes")
@@ -65,7 +66,9 @@ class DiskCache:
         self._listings = Listings()
         # The versions of files that this thread has opened below, by key.
         self._opened = threading.local()
-        self._counting = threading.Lock()
+        self._counting = threading.RLock()  # a signal handler may read in the midst of it
+        self._expected: dict[object, int] = {}  # files, by pipeline
+        self._seen: dict[str, bytes | None] = {}  # versions, where files are always checked
         self.hits = 0
         self.unpackable = 0
         # Identity is the business of the source below.
@@ -122,10 +125,11 @@ class DiskCache:
                     partial(self._again, key, path),
                 )  # fmt: skip
             except (OSError, DamagedSegmentError):
-                index.states[position] = STALE
+                index.mark_stale(position)
                 self._note([key])
             else:
                 self._count(1)
+                self._opened.__dict__.get("versions", {}).pop(key, None)
                 return feature
         return self._below.open(key, path)
 
@@ -150,11 +154,10 @@ class DiskCache:
             )  # fmt: skip
             for n, feature in zip(packed, found, strict=False):
                 features[n] = feature
-            self._count(sum(feature is not None for feature in found))
             end = packed[len(found)] if len(found) < len(packed) else end
         others = [n for n in others if n < end]
         if others:
-            progress.restart(others)
+            progress.enter(others)
             opened = self._open_below(
                 [keys[n] for n in others], [paths[n] for n in others], progress
             )
@@ -164,6 +167,8 @@ class DiskCache:
                 end = others[len(opened)] if len(opened) < len(others) else end
             elif progress.stopped:
                 end = others[0]
+        packed_ones = sum(features[n] is not None for n in packed if n < end)
+        self._count(packed_ones)
         return features[:end] if any(features[:end]) else []
 
     def _again(self, key: str, path: str) -> OpenFeature:
@@ -198,6 +203,8 @@ class DiskCache:
                 look = look[: len(versions)]
                 same = (versions == index.versions[positions[look]]).all(axis=1)
                 same &= versions[:, 1] >= 0
+            if self._always:
+                same &= self._are_seen(some)
             states[look] = index.states[positions[look]] = np.where(same, CURRENT, STALE)
         positions[states == STALE] = -1
         if self._check == "stat":
@@ -208,6 +215,17 @@ class DiskCache:
         if missing:
             self._note([keys[n] for n in missing], progress, missing)
         return positions
+
+    def _are_seen(self, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Whether these files are the ones that this process saw first, by all that is known."""
+        now = [self._below.version(key) for key in keys]
+        return np.array(
+            [
+                version is not None and self._seen.setdefault(key, version) == version
+                for key, version in zip(keys, now, strict=True)
+            ],
+            np.bool_,
+        )
 
     def _versions(
         self, keys: Sequence[str], progress: Progress, numbers: Sequence[int]
@@ -249,8 +267,12 @@ class DiskCache:
         memory: memoryview | None,
         offsets: Sequence[int],
         buffers: Callable[[int], list[memoryview]],
+        kept_above: Sequence[bool],
     ) -> None:
         """Have those of these features written that were opened below.
+
+        All of them, if the budget has room for all files that pipelines have named; else those that
+        no tier above keeps, so that the tiers together serve more.
 
         Called by the thread that opened them, after their bytes were read. They are copied.
 
@@ -260,6 +282,7 @@ class DiskCache:
             memory: where the features are that are in one piece.
             offsets: where each begins in it, negative for the others.
             buffers: `buffers(n)` gives those of the n-th feature.
+            kept_above: whether a tier above keeps each.
         """
         versions: dict[str, tuple[int, int]] = self._opened.__dict__.get("versions", {})
         if not versions or not self._packer.takes:
@@ -271,6 +294,8 @@ class DiskCache:
         for n, (key, feature) in enumerate(zip(keys, features, strict=True)):
             version = versions.pop(key, None)
             if version is None or (version == _UNKNOWN and self._check != "never"):
+                continue
+            if kept_above[n] and self._is_scarce(feature):
                 continue
             try:
                 values.append(self._packable.values(feature))
@@ -293,6 +318,15 @@ class DiskCache:
                     [offsets[n] for n in at], lambda n: buffers(at[n]),
                 )
             )  # fmt: skip
+
+    def expect_files(self, owner: object, count: int) -> None:
+        """So many different files will be requested. A hint; takes no lock."""
+        self._expected[owner] = count
+
+    def _is_scarce(self, feature: OpenFeature) -> bool:
+        """Whether the budget has no room for all files, if they are like this one."""
+        files = max(sum(self._expected.values()), len(self._packer.index))
+        return files * (record_bytes(feature.layout) + TABLE_BYTES) > self._directory.max_bytes
 
     def flush(self) -> None:
         """An epoch begins. Has the segment at hand completed, and finds those of others."""

@@ -12,28 +12,25 @@ killed is found by its lock, and removed by the next one.
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from gpucache_pipes.files.packed.claims import Claims, write_claims
+from gpucache_pipes.files.packed.disk_marker import require_own, stored_budget, write_marker
 from gpucache_pipes.files.packed.segment import DamagedSegmentError, Segment
 
-MARKER = "gpucache-disk-cache.json"
-_FORMAT = 1
 _NAME = re.compile(r"[0-9]{20}-[0-9a-f]{16}")
 _SUFFIX = ".safetensors"
 _LOCK_SECONDS = 10
 """The lock is held for less than a millisecond, unless a process was stopped meanwhile."""
 
-_LATEST = 1 << 16
 _MOST_SEGMENTS = 256
 _LEAST_SEGMENT_BYTES = 64 << 20
 _MOST_SEGMENT_BYTES = 4 << 30
@@ -65,7 +62,7 @@ class DiskDirectory:
         self._segments_at = os.path.join(self.path, "segments")
         self._writers_at = os.path.join(self.path, "writers")
         self._id = f"{time.time_ns():020d}-{secrets.token_hex(8)}"
-        self._claims: dict[str, _Claims] = {}
+        self._claims: dict[str, Claims] = {}
         self._known: dict[str, Segment | None] = {}
         self._listed = -1
         self.writable = True
@@ -78,59 +75,18 @@ class DiskDirectory:
 
     def _make(self, max_bytes: int | None) -> None:
         """Make what is not there."""
-        marker = os.path.join(self.path, MARKER)
-        if not os.path.exists(marker):
-            os.makedirs(self.path, mode=0o700, exist_ok=True)
-            # Of another process that is making it at this moment, there may be these.
-            others = {name for name in os.listdir(self.path) if name != MARKER}
-            if not others <= {"lock", "segments", "writers"} and not _appears(marker):
-                raise ValueError(
-                    f"disk_cache={self.path!r} holds {min(others)!r}, which is not of a disk "
-                    "cache: give a directory of its own"
-                )
-        status = os.stat(self.path)
-        if os.geteuid() not in (0, status.st_uid):
-            raise ValueError(
-                f"disk_cache={self.path!r} belongs to another user: features are kept in a "
-                "directory of your own"
-            )
+        require_own(self.path, self._id, max_bytes)
         try:
-            if not os.path.exists(marker):
-                os.chmod(self.path, 0o700)
             for directory in (self._segments_at, self._writers_at):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
             self._lock_fd = os.open(os.path.join(self.path, "lock"), flags, 0o600)
             with self._locked():
-                self._note_budget(marker, max_bytes)
+                if max_bytes is not None and max_bytes > (stored_budget(self.path) or 0):
+                    write_marker(self.path, self._id, max_bytes)
                 self._remove_remains()
         except OSError:
-            if not os.path.exists(marker):
-                raise
             self.writable = False
-
-    def _note_budget(self, marker: str, max_bytes: int | None) -> None:
-        """Write the budget of the directory, if this process has a larger one."""
-        stored = self._stored_budget(marker)
-        if os.path.exists(marker) and (max_bytes is None or max_bytes <= (stored or 0)):
-            return
-        temporary = os.path.join(self._writers_at, f"{self._id}.json")
-        with Path(temporary).open("x", encoding="utf-8") as file:
-            json.dump({"format": _FORMAT, "max_bytes": max_bytes}, file)
-        os.rename(temporary, marker)
-
-    def _stored_budget(self, marker: str) -> int | None:
-        try:
-            with Path(marker).open(encoding="utf-8") as file:
-                text = json.load(file)
-            if text["format"] != _FORMAT:
-                raise ValueError(f"disk_cache={self.path!r} is of a later version of this package")
-            stored = text["max_bytes"]
-            return stored if type(stored) is int else None
-        except FileNotFoundError:
-            return None
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"disk_cache={self.path!r}: {MARKER} cannot be read") from error
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -193,11 +149,15 @@ class DiskDirectory:
         """The path of a segment that is being written."""
         return os.path.join(self._writers_at, f"{self._id}.part")
 
-    def reserve(self, nbytes: int) -> int:
+    def reserve(self, nbytes: int, needed: int) -> int:
         """Make room for a new segment, and keep it by the size of the file at `partial_path`.
 
         Removes segments that no process uses, the longest unused ones first, if the budget of the
         directory is used up; not if only the smaller one of this process is.
+
+        Args:
+            nbytes: the size of the segment.
+            needed: a smaller one that would do.
 
         Returns:
             How many bytes it may have: `nbytes` or less; 0 if there is no room.
@@ -206,12 +166,14 @@ class DiskDirectory:
             OSError: the directory cannot be written.
         """
         with self._locked():
-            stored = self._stored_budget(os.path.join(self.path, MARKER)) or self.max_bytes
+            stored = stored_budget(self.path) or self.max_bytes
             self._hold_claims()
             self._remove_remains()
             sizes = self._sizes()
             total = sum(size for _, size, _ in sizes)
             budget = min(self.max_bytes, stored)
+            if needed > budget:
+                return 0
             if self.max_bytes >= stored:
                 for _, size, path in sorted(sizes):
                     if total + nbytes <= budget:
@@ -220,12 +182,13 @@ class DiskDirectory:
                         total -= size
             free = shutil.disk_usage(self.path).free
             room = min(nbytes, budget - total, free - (free >> 6))
-            return room if room >= min(nbytes, max(1, self.segment_bytes // 8)) else 0
+            return room if room >= max(needed, self.segment_bytes // 8) else 0
 
     def _sizes(self) -> list[tuple[int, int, str]]:
         """When they were used last, sizes and paths of segments and of parts."""
         found = []
-        for directory, is_ours in ((self._segments_at, _is_segment), (self._writers_at, _is_part)):
+        # In this order: a part that is completed meanwhile is counted twice, and not nowhere.
+        for directory, is_ours in ((self._writers_at, _is_part), (self._segments_at, _is_segment)):
             with os.scandir(directory) as entries:
                 for entry in entries:
                     with contextlib.suppress(FileNotFoundError):
@@ -255,7 +218,7 @@ class DiskDirectory:
                 self._read_claims()
                 free = self._unclaimed(hashes)
             if free.any():
-                os.write(self._claims_fd, hashes[free, 0].astype("<u8").tobytes())
+                write_claims(self._claims_fd, hashes[free, 0])
         return free
 
     def _unclaimed(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -282,7 +245,7 @@ class DiskDirectory:
             path = os.path.join(self._writers_at, name)
             if name not in self._claims and _is_abandoned(path):
                 continue  # `_remove_remains` removes it
-            self._claims.setdefault(name, _Claims()).read(path)
+            self._claims.setdefault(name, Claims()).read(path)
 
     def _remove_remains(self) -> None:
         """Remove what processes have left that do not live any more. With the lock."""
@@ -292,46 +255,30 @@ class DiskDirectory:
                 continue
             path = os.path.join(self._writers_at, name)
             if _is_abandoned(path):
-                for end in ("part", "json", "claims"):
+                for end in ("part", "claims"):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(os.path.join(self._writers_at, f"{stem}.{end}"))
 
     def close(self) -> None:
-        """Give the claims up. Raises nothing."""
+        """Give the claims up, and write nothing any more. Raises nothing."""
         self.writable = False
         claims, self._claims_fd = self._claims_fd, -1
         lock, self._lock_fd = self._lock_fd, -1
         if claims >= 0:
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._writers_at, f"{self._id}.claims"))
+            for end in ("part", "claims"):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self._writers_at, f"{self._id}.{end}"))
             os.close(claims)
         if lock >= 0:
             os.close(lock)
 
-
-class _Claims:
-    """What another process has claimed: 8 bytes of host memory each."""
-
-    def __init__(self) -> None:
-        self._sorted = np.empty(0, np.uint64)
-        self._latest: set[int] = set()
-
-    def read(self, path: str) -> None:
-        """Add what has come to its file."""
-        known = len(self._sorted) + len(self._latest)
-        with contextlib.suppress(FileNotFoundError):
-            self._latest.update(np.fromfile(path, "<u8", offset=8 * known).tolist())
-        if len(self._latest) > _LATEST:
-            self._sorted = np.sort(np.append(self._sorted, np.array([*self._latest], np.uint64)))
-            self._latest.clear()
-
-    def have(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """Which of these are claimed."""
-        claimed = np.array([number in self._latest for number in hashes.tolist()], np.bool_)
-        if len(self._sorted):
-            at = np.searchsorted(self._sorted, hashes) % len(self._sorted)
-            claimed |= self._sorted[at] == hashes
-        return claimed
+    def forget(self) -> None:
+        """In a forked child: close what the locks of the parent are held by. Raises nothing."""
+        for fd in (self._claims_fd, self._lock_fd):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._claims_fd = self._lock_fd = -1
+        self.writable = False
 
 
 def _is_segment(name: str) -> bool:
@@ -340,14 +287,6 @@ def _is_segment(name: str) -> bool:
 
 def _is_part(name: str) -> bool:
     return name.endswith(".part")
-
-
-def _appears(path: str) -> bool:
-    """Whether a file is there, at the latest after a second."""
-    deadline = time.monotonic() + 1
-    while not (found := os.path.exists(path)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return found
 
 
 def _disk_bytes(path: str) -> int:

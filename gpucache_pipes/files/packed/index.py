@@ -50,6 +50,20 @@ class Index:
                 if segment in slices:
                     self.states[begin:end] = slices[segment]
 
+        self.carry_over()
+
+    def mark_stale(self, position: int) -> None:
+        """A record must not be used, neither by this index nor by those that follow."""
+        [number], [row] = self.locate(np.array([position]))
+        self.segments[number].stale.add(row)
+        self.states[position] = STALE
+
+    def carry_over(self) -> None:
+        """Note what other indices have been told of records that must not be used."""
+        for segment, begin, _ in self._parts():
+            for row in segment.stale.copy():
+                self.states[begin + row] = STALE
+
     def _parts(self) -> list[tuple[Segment, int, int]]:
         bounds = self._bounds.tolist()
         return list(zip(self.segments, bounds, bounds[1:], strict=False))
@@ -88,10 +102,3 @@ class Index:
         [number], [row] = self.locate(np.array([position]))
         segment = self.segments[number]
         return segment, segment.record(row)
-
-    def latest(self) -> Positions:
-        """The positions of all names, one each."""
-        first = np.ones(len(self._first), np.bool_)
-        second = self._second[self._order]
-        first[1:] = (self._first[1:] != self._first[:-1]) | (second[1:] != second[:-1])
-        return self._order[first]

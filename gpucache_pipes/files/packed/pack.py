@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import secrets
 import zlib
 from collections import deque
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from gpucache_pipes.files.listing import list_files
 from gpucache_pipes.files.local import LocalFiles
@@ -31,7 +34,8 @@ _SEGMENT_BYTES = 1 << 30
 _CHUNK_FILES = 256
 _CHUNK_BYTES = 16 << 20
 _READERS = 8
-_REPORTED = 10
+_SEGMENT = re.compile(r"packed([0-9]{5,})\.safetensors", re.ASCII)
+_PART = re.compile(r"packed-[0-9a-f]{8}\.part")
 
 
 class PackReport(NamedTuple):
@@ -65,7 +69,12 @@ class _Job(NamedTuple):
         keys = [self.source.key(os.path.join(self.root, name)) for name in names]
         versions = self.source.file_versions(keys, Progress())
         named = Named(list(names), name_hashes(names), versions)
-        return read_records(self.source, keys, named, self.packable)
+        groups, failed = read_records(self.source, keys, named, self.packable)
+        # What was read of a file that changes meanwhile may be neither the one nor the other.
+        now = self.source.file_versions(keys, Progress())
+        for n in np.flatnonzero((now != versions).any(axis=1)).tolist():
+            failed.setdefault(n, OSError("it has changed while it was read"))
+        return groups, failed
 
 
 def pack(
@@ -104,6 +113,7 @@ def pack(
         ValueError: `target` holds something else, or was packed with other `keys` or `dtype`.
         OSError: `target` cannot be written.
     """
+    _require_apart(source, target)
     found = list_files(source, pattern, recursive)
     names = [os.path.relpath(path, source) for path in found]
     job = _Job(LocalFiles(None, weights_only, keys, dtype), os.path.realpath(source), Packable())
@@ -145,6 +155,17 @@ def pack(
     return PackReport(len(names), len(wanted), len(segments), sum(sizes), failed)
 
 
+def _require_apart(source: str, target: str) -> None:
+    """Raise ValueError unless `target` is another directory, and neither is in the other."""
+    if not os.path.exists(source):
+        raise FileNotFoundError(f"no such directory: {source!r}")
+    if not os.path.isdir(source):
+        raise ValueError(f"{source!r} is not a directory: pack takes a directory, and a pattern")
+    one, other = os.path.realpath(source), os.path.realpath(target)
+    if os.path.commonpath([one, other]) in (one, other):
+        raise ValueError(f"{target!r} and {source!r} are one in the other: give a path elsewhere")
+
+
 def _begin(
     target: str, about: dict[str, Any], names: Sequence[str], job: _Job
 ) -> list[tuple[str, list[str]]]:
@@ -160,10 +181,13 @@ def _begin(
                     f"{target!r} was packed with {option}={before[option]}, not {about[option]}: "
                     "give another directory"
                 )
-    elif others := [name for name in os.listdir(target) if not _is_ours(name)]:
+    elif others := os.listdir(target):
         raise ValueError(
-            f"{target!r} holds {sorted(others)[0]!r}: give a directory that is empty or not there"
+            f"{target!r} holds {min(others)!r}: give a directory that is empty or not there"
         )
+    for name in os.listdir(target):
+        if _PART.fullmatch(name):
+            os.unlink(os.path.join(target, name))
     _write_marker(target, {**about, "segments": [], "complete": False})
     wanted = set(names)
     seen: set[str] = set()
@@ -210,7 +234,13 @@ def _read(
 
 
 def verify(
-    source: str | None, target: str, progress: Callable[[int, int], None] = lambda done, total: None
+    source: str | None,
+    target: str,
+    *,
+    keys: Any = None,
+    dtype: Any = None,
+    weights_only: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, str]:
     """Read a packed directory, and compare it with the files that it was made of.
 
@@ -218,6 +248,9 @@ def verify(
         source: the directory of these files; None compares with nothing, and only looks at
             checksums.
         target: the packed directory.
+        keys: as it was packed with.
+        dtype: likewise.
+        weights_only: as in `torch.load`.
         progress: see `pack`.
 
     Returns:
@@ -227,14 +260,10 @@ def verify(
         ValueError, OSError: `target` cannot be read at all.
     """
     directory = PackedDirectory(os.path.realpath(target))
-    source_root = None if source is None else os.path.realpath(source)
-    about = directory.about
     job = None
-    if source_root is not None:
-        if about["keys"] != "None" or about["dtype"] != "None":
-            job = None  # the files hold what was left out
-        else:
-            job = _Job(LocalFiles(), source_root, Packable())
+    if source is not None:
+        files = LocalFiles(None, weights_only, keys, dtype)
+        job = _Job(files, os.path.realpath(source), Packable())
     wrong: dict[str, str] = {}
     done = 0
     for segment in directory.index.segments:
@@ -272,19 +301,19 @@ def _differences(job: _Job, names: Sequence[str], records: Sequence[Any]) -> dic
 
 
 def _part() -> str:
-    return f"{secrets.token_hex(4)}.part"
+    return f"packed-{secrets.token_hex(4)}.part"
 
 
 def _finish(writer: SegmentWriter, target: str) -> str:
     """Complete a segment; its name."""
-    taken = [int(name[6:11]) for name in os.listdir(target) if _is_ours(name)]
+    taken = [int(found[1]) for name in os.listdir(target) if (found := _SEGMENT.fullmatch(name))]
     name = f"packed{max(taken, default=-1) + 1:05d}.safetensors"
     writer.finish(os.path.join(target, name))
     return name
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith("packed") and name.endswith(".safetensors") and name[6:11].isdigit()
+    return _SEGMENT.fullmatch(name) is not None
 
 
 def _write_marker(target: str, about: dict[str, Any]) -> None:
@@ -299,7 +328,7 @@ def _write_marker(target: str, about: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _lock(target: str) -> Iterator[None]:
-    """Let one process at a time write to the directory, and remove what one that was killed left.
+    """Let one process at a time write to the directory.
 
     Raises BlockingIOError if another process is writing.
     """
@@ -311,9 +340,6 @@ def _lock(target: str) -> Iterator[None]:
             raise BlockingIOError(f"another process is packing into {target!r}") from None
         except OSError:
             pass  # a file system without locks
-        for name in os.listdir(target):
-            if name.endswith(".part"):
-                os.unlink(os.path.join(target, name))
         yield
     finally:
         os.close(fd)

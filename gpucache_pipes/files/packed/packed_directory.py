@@ -5,6 +5,7 @@ import fnmatch
 import json
 import os
 import struct
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from gpucache_pipes.files.source import OpenFeature, Progress, VersionedFeature
 from gpucache_pipes.files.versions import version_of
 
 MARKER = "gpucache-pack.json"
+_LOOK_SECONDS = 1.0
 FORMAT = 1
 
 
@@ -36,6 +38,7 @@ class PackedDirectory:
         about: what the marker says.
         index: over all segments.
         files: the open segments.
+        looked: when it was last compared with the disk.
 
     Raises:
         ValueError: it is not complete, or of a later version, or a segment is damaged.
@@ -52,6 +55,7 @@ class PackedDirectory:
                 f"{root!r} is not packed completely: run `gpucache-pipes pack` again, which goes "
                 "on where it was interrupted"
             )
+        self.looked = time.monotonic()
         self.files = SegmentFiles()
         segments = []
         for name in self.about["segments"]:
@@ -103,6 +107,7 @@ class PackedDirectory:
         return self.index.record(self.position(key))[1].layout.span
 
 
+_NoJSON = json.JSONDecodeError
 _known: dict[str, PackedDirectory] = {}
 """By root. Their tables are large, and shared by all stores of the process."""
 
@@ -139,8 +144,9 @@ def read_marker(root: str) -> dict[str, Any]:
         names = about["segments"]
         if not all(type(name) is str and os.path.basename(name) == name for name in names):
             raise TypeError("a segment is not in the directory")
+        about = {**about, "keys": about["keys"], "dtype": about["dtype"]}
         return {**about, "complete": bool(about["complete"])}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (LookupError, TypeError, UnicodeDecodeError, RecursionError, _NoJSON) as error:
         raise ValueError(f"{os.path.join(root, MARKER)!r} cannot be read: {error}") from error
 
 
@@ -167,14 +173,19 @@ def known_packed(key: str) -> PackedDirectory | None:
     """
     for root, directory in list(_known.items()) if _known else ():
         if key.startswith(root) and key[len(root) : len(root) + 1] == "/":
+            if time.monotonic() - directory.looked > _LOOK_SECONDS:
+                directory.looked = time.monotonic()
+                if not directory.is_current():
+                    _known.pop(root, None)
+                    return None
             return directory
     return None
 
 
 def find_packed(key: str) -> PackedDirectory | None:
-    """The packed directory that a path is in. Raises as PackedDirectory."""
+    """The packed directory that a path is in, as it is now. Raises as PackedDirectory."""
     known = known_packed(key)
-    if known is not None:
+    if known is not None and known.is_current():
         return known
     directory = os.path.dirname(os.path.realpath(key))
     while not is_packed(directory):

@@ -12,7 +12,7 @@ import numpy as np
 from gpucache_pipes.files.chunks import ScratchFeature
 from gpucache_pipes.files.layout import Layout
 from gpucache_pipes.files.packed import native
-from gpucache_pipes.files.packed.index import STALE, Index, Positions
+from gpucache_pipes.files.packed.index import Index, Positions
 from gpucache_pipes.files.packed.segment import DamagedSegmentError, Record
 from gpucache_pipes.files.packed.segment_files import SegmentFiles
 from gpucache_pipes.files.planned import cut, fill
@@ -67,7 +67,7 @@ class PackedFeatures:
         plan, values = self._plan(record)
 
         def damaged() -> OpenFeature:
-            index.states[position] = STALE
+            index.mark_stale(position)
             return again()
 
         return PackedFeature(plan, values, file, record, version, damaged)
@@ -104,8 +104,9 @@ class PackedFeatures:
             try:
                 record = index.segments[number].record(row)
                 file = self._files.file(index.segments[number])
-            except (OSError, DamagedSegmentError):
-                index.states[positions[n]] = STALE
+            except (OSError, DamagedSegmentError) as error:
+                if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+                    index.mark_stale(int(positions[n]))
                 features.append(None)
                 continue
             try:
@@ -131,14 +132,14 @@ class PackedFeatures:
             if is_good is None:  # the call has ended early
                 return features[:n]
             if not is_good:
-                index.states[positions[n]] = STALE
+                index.mark_stale(int(positions[n]))
                 features[n] = None
         return features
 
     def _again(
         self, index: Index, positions: Positions, again: Callable[[int], OpenFeature], n: int
     ) -> OpenFeature:
-        index.states[positions[n]] = STALE
+        index.mark_stale(int(positions[n]))
         return again(n)
 
     def _read(

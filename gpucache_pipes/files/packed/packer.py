@@ -1,12 +1,15 @@
 """Writes segments of a disk cache in the background."""
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
 import time
 import weakref
 from collections import deque
+
+import numpy as np
 
 from gpucache_pipes.files.packed.disk_directory import DiskDirectory
 from gpucache_pipes.files.packed.index import Index
@@ -29,8 +32,8 @@ END_SECONDS = 30.0
 class Packer:
     """A thread that writes records into segments, and finds those that other processes write.
 
-    All that it does with the directory is done in its thread. What goes wrong there is logged once,
-    and ends the writing; reading goes on.
+    It writes to the directory in its thread alone. What goes wrong there is logged once, and ends
+    the writing; reading goes on.
 
     Args:
         directory: where the segments are.
@@ -51,7 +54,8 @@ class Packer:
         self._room = 0
         self._begun = 0.0
         self._refreshed = time.monotonic()
-        self._full_at = -1  # what the directory held when there was no room
+        # What the directory held when there was no room for so many bytes.
+        self._full_at: tuple[int, int] | None = None
         # All below with the condition held.
         self._changed = threading.Condition()
         self._waiting: deque[Records] = deque()
@@ -115,13 +119,16 @@ class Packer:
 
     def _start(self) -> None:
         if not self._is_started and not self._ending:
-            self._is_started = True
             self._thread.start()
+            self._is_started = True
 
     def end(self) -> None:
         """Have the thread complete its segment and end. Does not wait, and takes no lock."""
         self._ending = True
-        # Not with the lock, which a finalizer must not take: the thread looks again after a second.
+        if not self._is_started:
+            self._directory.close()
+            return
+        # Not with the lock, which a finalizer must not take: the thread looks again after a while.
         if self._changed.acquire(blocking=False):
             try:
                 self._changed.notify_all()
@@ -137,8 +144,6 @@ class Packer:
                     "%s: the last segment was not written within %g seconds",
                     self._directory.path, seconds,
                 )  # fmt: skip
-        elif not self._is_started:
-            self._directory.close()
 
     # In the thread
 
@@ -151,6 +156,7 @@ class Packer:
         finally:
             self._directory.close()
             with self._changed:
+                self._ending = True  # a thread starts once
                 self._is_started = False
                 self._waiting.clear()
                 self._nbytes = 0
@@ -162,14 +168,14 @@ class Packer:
             self._changed.wait_for(self._has_work, self._seconds_left())
             ending, flushes = self._ending, self._flushes
             waiting = list(self._waiting)
-        if not ending and (
-            flushes > self._looked or time.monotonic() - self._refreshed > _REFRESH_SECONDS
-        ):
-            self._refresh()
-            with self._changed:
-                self._looked = flushes
-                self._changed.notify_all()
         try:
+            if not ending and (
+                flushes > self._looked or time.monotonic() - self._refreshed > _REFRESH_SECONDS
+            ):
+                self._refresh()
+                with self._changed:
+                    self._looked = flushes
+                    self._changed.notify_all()
             for records in waiting:
                 if self._directory.writable:
                     self._write(records)
@@ -191,7 +197,7 @@ class Packer:
     def _seconds_left(self) -> float | None:
         """Until the segment at hand is completed. Without one, until the end is looked for."""
         if self._writer is None:
-            return _SEGMENT_SECONDS
+            return _LOOK_SECONDS
         return max(0.0, self._begun + _SEGMENT_SECONDS - time.monotonic())
 
     def _taken(self, records: Records) -> None:
@@ -205,10 +211,25 @@ class Packer:
         wanted = ~self.index.has(records.hashes, records.versions)
         wanted &= [one not in self._written for one in _identities(records)]
         records = records.only(wanted)
-        if not records.names or not self._has_room(records.file_bytes):
+        if not records.names:
             return
         records = records.only(self._directory.claim(records.hashes))
-        if not records.names:
+        if self._directory.changed():
+            # One that has just ended has given its claims up, and completed its segments before.
+            self._refresh()
+            records = records.only(~self.index.has(records.hashes, records.versions))
+        self._append(records)
+
+    def _append(self, records: Records) -> None:
+        """Write these into one or more segments, as far as there is room."""
+        count = len(records.names)
+        if not count:
+            return
+        if not self._has_room(records.file_bytes):
+            if count > 1:  # a part of them may fit
+                first = np.arange(count) < count // 2
+                self._append(records.only(first))
+                self._append(records.only(~first))
             return
         assert self._writer is not None
         self._writer.append(records)
@@ -222,12 +243,12 @@ class Packer:
             self._complete()
         if self._writer is not None:
             return True
-        if self._full_at == self._directory.nbytes:
-            return False
         nbytes += SegmentWriter.LEAST_BYTES
-        self._room = self._directory.reserve(max(self._directory.segment_bytes, nbytes))
+        if self._full_at is not None and self._full_at <= (self._directory.nbytes, nbytes):
+            return False
+        self._room = self._directory.reserve(max(self._directory.segment_bytes, nbytes), nbytes)
         if self._room < nbytes:
-            self._full_at = self._directory.nbytes
+            self._full_at = self._directory.nbytes, nbytes
             return False
         self._writer = SegmentWriter(self._directory.partial_path(), self._room)
         self._begun = time.monotonic()
@@ -245,13 +266,15 @@ class Packer:
         self._refresh(changed=True)
         for segment in self.index.segments:
             if segment.path == path:
-                self._files.file(segment)  # else it could make room for the next one
+                with contextlib.suppress(OSError):
+                    self._files.file(segment)  # else it could make room for the next one
 
     def _refresh(self, changed: bool = False) -> None:
         """Find the segments that have come since the last look."""
         self._refreshed = time.monotonic()
         if changed or self._directory.changed():
             self.index = Index(self._directory.segments(), self.index)
+            self.index.carry_over()  # what was noted meanwhile
 
     def _give_up(self, error: BaseException) -> None:
         """End the writing."""
@@ -259,7 +282,7 @@ class Packer:
             self._writer.abandon()
             self._writer = None
         if self._directory.writable:
-            self._directory.writable = False
+            self._directory.close()
             _log.warning(
                 "%s cannot be written (%s): what is not in it yet is read from its files",
                 self._directory.path, error,
@@ -267,6 +290,7 @@ class Packer:
         with self._changed:
             self._waiting.clear()
             self._nbytes = 0
+            self._looked = self._flushes
             self._changed.notify_all()
 
 
@@ -277,6 +301,15 @@ def _identities(records: Records) -> list[tuple[int, ...]]:
 
 
 _packers: "weakref.WeakSet[Packer]" = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for packer in list(_packers):
+        packer._directory.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 @atexit.register

@@ -19,20 +19,20 @@ The format of the file: https://github.com/huggingface/safetensors#format
 """
 
 import hashlib
+import io
 import json
 import os
 import stat
 import struct
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gpucache_pipes.files.layout import ALIGNMENT, Layout
-from gpucache_pipes.files.packed.codec import LayoutKind, decode_kind, decode_values
+from gpucache_pipes.files.packed.codec import decode_kind, decode_values
 
 FORMAT = "gpucache_pipes.segment.1"
 """Changes when older readers would misread a segment."""
@@ -57,7 +57,7 @@ TABLES: dict[str, tuple[str, tuple[int, ...]]] = {
     "names": ("|u1", (-1,)),
 }
 DTYPES = {"<i8": "I64", "<u8": "U64", "<u4": "U32", "<i4": "I32", "|u1": "U8"}
-_OF_RECORDS = ("hashes", "versions", "name_ends", "value_ends", "checksums", "layouts")
+_OF_RECORDS = ("name_ends", "value_ends", "checksums", "layouts")
 _MOST_HEADER = DATA_START - 8
 
 
@@ -97,9 +97,17 @@ def name_hashes(names: Iterable[str], prefix: str = "") -> npt.NDArray[np.uint64
     digests = []
     for name in names:
         one = start.copy()
-        one.update(name.encode("utf-8", "surrogateescape"))
+        one.update(encoded_name(name))
         digests.append(one.digest())
     return np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+
+
+def encoded_name(name: str) -> bytes:
+    """A name as bytes: as the system has it, if it can have it."""
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogatepass")
 
 
 def header(entries: dict[str, Any]) -> bytes:
@@ -122,6 +130,7 @@ class Segment:
         identity: device, inode and size of the file.
         hashes: see above.
         versions: see above.
+        stale: rows that must not be used: see Index.
 
     Raises:
         DamagedSegmentError: it is none, or not whole.
@@ -130,15 +139,26 @@ class Segment:
 
     def __init__(self, path: str, with_names: bool = False) -> None:
         self.path = path
-        with Path(path).open("rb", buffering=0) as file:
+        self.stale: set[int] = set()
+        with io.FileIO(path, opener=open_quickly) as file:
             status = os.fstat(file.fileno())
             self.identity = status.st_dev, status.st_ino, status.st_size
             if not stat.S_ISREG(status.st_mode):
                 raise DamagedSegmentError("it is not a regular file")
-            data_bytes, places, checksum = _parse_header(file.read(DATA_START), status.st_size)
-            start = DATA_START + data_bytes
-            rest = bytearray(status.st_size - start)
-            _read_all(file.fileno(), rest, start)
+            try:
+                self._read(file, with_names)
+            except DamagedSegmentError:
+                raise
+            except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+                    RecursionError, MemoryError, struct.error) as error:  # fmt: skip
+                raise DamagedSegmentError(f"it cannot be read ({error!r:.200})") from error
+
+    def _read(self, file: io.FileIO, with_names: bool) -> None:
+        size = self.identity[2]
+        data_bytes, places, checksum = _parse_header(file.read(DATA_START), size)
+        start = DATA_START + data_bytes
+        rest = bytearray(size - start)
+        _read_all(file.fileno(), rest, start)
         if zlib.crc32(rest) != checksum:
             raise DamagedSegmentError("its tables have another checksum")
         tables = {}
@@ -153,7 +173,7 @@ class Segment:
         self.hashes: npt.NDArray[np.uint64] = tables.pop("hashes")
         self.versions: npt.NDArray[np.int64] = tables.pop("versions")
         self._check(data_bytes)
-        self._kinds = [decode_kind(kind) for kind in _loads(tables.pop("kinds").tobytes())]
+        self._kinds = [decode_kind(kind) for kind in json.loads(tables.pop("kinds").tobytes())]
         self._layouts: dict[int, Layout] = {}  # of those that were asked for
 
     def _check(self, data_bytes: int) -> None:
@@ -194,7 +214,7 @@ class Segment:
             begin = int(t["value_ends"][row - 1]) if row else 0
             end = int(t["value_ends"][row])
             values = decode_values(t["values"][begin:end].tobytes()) if end > begin else ()
-        except ValueError as error:
+        except (ValueError, ArithmeticError, MemoryError) as error:
             raise DamagedSegmentError(str(error)) from error
         start, nbytes = int(t["starts"][row]), record_bytes(layout)
         if start + nbytes > self._data_bytes or len(values) != layout.plain:
@@ -213,10 +233,6 @@ class Segment:
             layout = self._layouts.setdefault(number, self._kinds[kind].layout(sizes))
         return layout
 
-    def kinds(self) -> list[LayoutKind]:
-        """The kinds of layouts that occur in it."""
-        return list(self._kinds)
-
     def names(self) -> list[str]:
         """The names of all records. Only if the segment was opened with them."""
         text = self._tables["names"].tobytes()
@@ -226,14 +242,6 @@ class Segment:
             for begin, end in zip([0, *ends], ends, strict=False)
         ]
 
-    def record_sizes(self, rows: npt.NDArray[np.intp]) -> list[int]:
-        """The sizes of some records in bytes, from where the next ones begin."""
-        starts = self._tables["starts"]
-        order = np.sort(starts)
-        after = np.append(order, self._data_bytes)[np.searchsorted(order, starts[rows], "right")]
-        sizes: list[int] = (after - starts[rows]).tolist()
-        return sizes
-
 
 def _parse_header(text: bytes, size: int) -> tuple[int, dict[str, tuple[int, int]], int]:
     """The size of `data`, where each table is behind it, and the checksum of all tables."""
@@ -241,15 +249,19 @@ def _parse_header(text: bytes, size: int) -> tuple[int, dict[str, tuple[int, int
         [count] = struct.unpack_from("<Q", text)
         if len(text) != DATA_START or count != _MOST_HEADER:
             raise ValueError("it is not a segment of this package")
-        entries = _loads(text[8:])
+        entries = json.loads(text[8:])
         about = entries["__metadata__"]
         if about.get("format") != FORMAT:
             raise ValueError("it is not a segment of this package, or of a later version")
         begin, data_bytes = entries["data"]["data_offsets"]
         end, places = data_bytes, {}
+        if type(data_bytes) is not int:
+            raise ValueError("its data are nowhere")
         for name, (dtype, _) in TABLES.items():
             entry = entries[name]
             first, after = entry["data_offsets"]
+            if not (type(first) is type(after) is int and first <= after):
+                raise ValueError("its tables are nowhere")
             row = np.dtype(dtype).itemsize * (2 if TABLES[name][1][1:] else 1)
             if entry["dtype"] != DTYPES[dtype] or first != end or (after - first) % row:
                 raise ValueError("its tables are of another kind")
@@ -258,15 +270,13 @@ def _parse_header(text: bytes, size: int) -> tuple[int, dict[str, tuple[int, int
         if begin != 0 or not 0 <= data_bytes <= end or DATA_START + end != size:
             raise ValueError("it does not end where its tensors do")
         return data_bytes, places, int(about["checksum"])
-    except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
         raise DamagedSegmentError(str(error)) from error
 
 
-def _loads(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+def open_quickly(path: str, flags: int) -> int:
+    """`os.open`, which does not block for a FIFO."""
+    return os.open(path, flags | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def _within(numbers: npt.NDArray[Any], end: int) -> bool:

@@ -7,7 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 
-from gpucache_pipes.files.packed.segment import Segment
+from gpucache_pipes.files.packed.segment import Segment, open_quickly
 
 _MAX_OPEN = 400
 """Of the 1024 descriptors that a process may have on most systems."""
@@ -38,8 +38,10 @@ class SegmentFiles:
         """The open file. Raises OSError if it is not there, or is another one by now."""
         file = self._files.get(segment)
         if file is not None:
+            with contextlib.suppress(KeyError):  # another thread has closed it
+                self._files.move_to_end(segment)
             return file
-        file = SegmentFile(segment.path)
+        file = SegmentFile(segment.path, opener=open_quickly)
         status = os.fstat(file.fileno())
         if (status.st_dev, status.st_ino, status.st_size) != segment.identity:
             raise FileNotFoundError(f"{segment.path!r} is another file by now")

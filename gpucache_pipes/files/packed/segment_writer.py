@@ -1,6 +1,7 @@
 """Writes packed segments: each is complete under its name, or not there."""
 
 import contextlib
+import functools
 import json
 import os
 import zlib
@@ -12,10 +13,17 @@ import numpy.typing as npt
 
 from gpucache_pipes.files.layout import Layout
 from gpucache_pipes.files.packed.codec import LayoutKind, encode_kind
-from gpucache_pipes.files.packed.segment import DATA_START, DTYPES, FORMAT, TABLES, header
+from gpucache_pipes.files.packed.segment import (
+    DATA_START,
+    DTYPES,
+    FORMAT,
+    TABLES,
+    encoded_name,
+    header,
+)
 from gpucache_pipes.files.safetensors import DTYPE_NAMES
 
-_TABLE_BYTES = 80
+TABLE_BYTES = 80
 """Of a record in the tables, with those of a layout of its own, but for its sizes and texts."""
 
 
@@ -49,14 +57,13 @@ class Records(NamedTuple):
     @property
     def file_bytes(self) -> int:
         """The bytes that they take in a segment, at most."""
-        texts = sum(len(name.encode("utf-8", "surrogateescape")) for name in self.names)
+        texts = sum(len(encoded_name(name)) for name in self.names)
         texts += sum(map(len, self.values))
-        return (
-            len(self.data)
-            + texts
-            + len(self.names) * _TABLE_BYTES
-            + 8 * sum(len(leaf.shape) for layout in self.layouts for leaf in layout.leaves)
-        )
+        layouts = {id(layout): layout for layout in self.layouts}.values()
+        kinds = {id(layout.kind): layout for layout in layouts}.values()
+        texts += sum(_kind_bytes(layout) for layout in kinds)
+        sizes = sum(8 * len(leaf.shape) for layout in layouts for leaf in layout.leaves)
+        return len(self.data) + texts + sizes + len(self.names) * TABLE_BYTES
 
     def only(self, kept: npt.NDArray[np.bool_]) -> "Records":
         """Those records that are marked."""
@@ -72,6 +79,12 @@ class Records(NamedTuple):
             np.cumsum([0, *sizes], dtype=np.int64)[:-1],
             np.concatenate(parts) if parts else np.empty(0, np.uint8),
         )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _kind_bytes(layout: Layout) -> int:
+    """The bytes of the kind of a layout in a segment, at most."""
+    return len(json.dumps(encode_kind(LayoutKind.of(layout)))) + 4 * len(layout.leaves) + 2
 
 
 class SegmentWriter:
@@ -102,7 +115,11 @@ class SegmentWriter:
         self._is_done = False
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
         self.fd = os.open(partial, flags, 0o600)
-        os.ftruncate(self.fd, reserved)
+        try:
+            os.ftruncate(self.fd, reserved)
+        except OSError:
+            self.abandon()
+            raise
         self._columns: dict[str, list[npt.NDArray[Any]]] = {}
         self._kinds: dict[LayoutKind, int] = {}
         self._encoded: list[Any] = []
@@ -115,7 +132,7 @@ class SegmentWriter:
         """Write records, the layouts of which `encode_kind` can encode."""
         numbers = [self._number(layout) for layout in records.layouts]
         _write_all(self.fd, records.data.data, DATA_START + self.nbytes)
-        names = [name.encode("utf-8", "surrogateescape") for name in records.names]
+        names = [encoded_name(name) for name in records.names]
         for name, part in (
             ("starts", records.starts + self.nbytes),
             ("hashes", records.hashes),
@@ -137,9 +154,7 @@ class SegmentWriter:
         if number is None:
             kind = LayoutKind.of(layout)
             if kind not in self._kinds:
-                encoded = encode_kind(kind)
-                self._encoded.append(encoded)
-                self.file_bytes += len(json.dumps(encoded)) + 2
+                self._encoded.append(encode_kind(kind))
                 self._kinds[kind] = len(self._kinds)
             for leaf in layout.leaves:
                 self._sizes += leaf.shape

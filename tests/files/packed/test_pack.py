@@ -23,6 +23,7 @@ from gpucache_pipes import (
 from gpucache_pipes.cli.main import main
 from gpucache_pipes.files import LocalFiles, file_size
 from gpucache_pipes.files.packed import pack as packing
+from gpucache_pipes.files.packed import packed_directory
 from gpucache_pipes.files.packed.pack import pack, verify
 from gpucache_pipes.files.packed.packed_directory import MARKER
 from gpucache_pipes.files.packed.segment import Segment
@@ -299,3 +300,55 @@ def test_a_packed_directory_can_be_packed(source: Path, target: Path) -> None:
     pack(str(target), again, keys=["x"])
     assert_same(load_all([f"{again}/4.pt"])[0], {"x": torch.tensor([4, 5, 6])})
     assert pack(str(target), again, keys=["x"]).read == 0
+
+
+def test_no_file_of_the_user_is_removed(source: Path, target: Path) -> None:
+    target.mkdir()
+    for name in ("movie.mp4.part", "packed00001.safetensors", "packed00001-mine.safetensors"):
+        (target / name).write_text("mine")
+        with pytest.raises(ValueError, match="give a directory that is empty or not there"):
+            pack(str(source), str(target))
+        assert (target / name).read_text() == "mine"
+        (target / name).unlink()
+    pack(str(source), str(target))
+    for name in ("movie.mp4.part", "packed-notes.part", "packed00001-mine.safetensors"):
+        (target / name).write_text("mine")
+    pack(str(source), str(target))
+    assert len([path for path in target.iterdir() if path.read_bytes() == b"mine"]) == 3
+
+
+def test_source_and_target_are_apart(source: Path, target: Path) -> None:
+    pack(str(source), str(target))
+    for one, other in ((target, target), (source, source / "in"), (source / "sub1", source)):
+        with pytest.raises(ValueError, match="are one in the other"):
+            pack(str(one), str(other), recursive=True)
+    assert verify(str(source), str(target)) == {}
+    for wrong in (f"{source}/*.pt", f"{source}/7.pt"):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            pack(wrong, str(target.parent / "other"))
+
+
+def test_a_directory_that_is_replaced_is_noticed(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_directory, "_LOOK_SECONDS", 0.0)
+    pack(str(source), str(target))
+    path = str(target / "7.pt")
+    assert load_all([path])[0]["name"] == "n7"
+    torch.save({"name": "new"}, source / "7.pt")
+    os.utime(source / "7.pt", (LONG_AGO, LONG_AGO))
+    pack(str(source), str(target))
+    assert load_all([path])[0]["name"] == "new"
+    shutil.rmtree(target)
+    target.mkdir()
+    torch.save({"name": "plain"}, path)
+    assert load_all([path])[0]["name"] == "plain"
+
+
+def test_verify_compares_with_keys_and_dtype(source: Path, target: Path) -> None:
+    options: dict[str, Any] = {"keys": ["y"], "dtype": torch.float16}
+    pack(str(source), str(target), **options)
+    assert verify(str(source), str(target), **options) == {}
+    feature = torch.load(source / "7.pt")
+    torch.save({**feature, "y": feature["y"] + 1}, source / "7.pt")
+    assert set(verify(str(source), str(target), **options)) == {"7.pt"}
