@@ -128,9 +128,11 @@ class DiskDirectory:
             if name not in self._known:
                 try:
                     self._known[name] = Segment(os.path.join(self._segments_at, name))
+                except FileNotFoundError:  # another process has made room meanwhile
+                    continue
                 except (OSError, DamagedSegmentError):
                     self._known[name] = None
-        return [segment for name in names if (segment := self._known[name]) is not None]
+        return [one for name in names if (one := self._known.get(name)) is not None]
 
     def damaged(self) -> list[str]:
         """The names of segments that cannot be read, as `segments` has found."""
