@@ -7,6 +7,7 @@ from gpucache_pipes.files.batch_reader import BatchReader
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.npy import NpyReader
 from gpucache_pipes.files.packed.packed_directory import PackedPaths, find_packed, known_packed
+from gpucache_pipes.files.packed.packed_group import PackedGroup
 from gpucache_pipes.files.planned import PlannedFeature, PlanReader
 from gpucache_pipes.files.pt.fallback import by_torch_load
 from gpucache_pipes.files.pt.reader import PtReader
@@ -53,6 +54,11 @@ class FileOpener:
             others = (n for n, path in enumerate(paths) if self._suffix(path) != suffix)
             paths = paths[: next(others, len(paths))]
         return self._batch_readers[suffix].open(paths, progress)
+
+    def open_group(self, paths: list[str]) -> PackedGroup | None:
+        """See Source. Those of the packed directory of the first one."""
+        packed = known_packed(paths[0])
+        return None if packed is None else self._packed.open_group(packed, paths)
 
     def _suffix(self, path: str) -> str:
         if not path.endswith(self._suffixes):

@@ -13,6 +13,7 @@ from gpucache_pipes.files.formats import FileOpener
 from gpucache_pipes.files.links import LinkFinder
 from gpucache_pipes.files.packed import native
 from gpucache_pipes.files.packed.packed_directory import PackedDirectory, find_packed
+from gpucache_pipes.files.packed.packed_group import PackedGroup
 from gpucache_pipes.files.paths import URL
 from gpucache_pipes.files.selection import Selection
 from gpucache_pipes.files.source import LoadedFeature, OpenFeature, Progress, VersionedFeature
@@ -142,6 +143,12 @@ class LocalFiles:
     ) -> "list[VersionedFeature | None]":
         """See Source. A `load_fn` opens its files one by one."""
         return [] if self._load_fn is not None else self._opener.open_many(keys, progress)
+
+    def open_group(
+        self, keys: list[str], paths: Sequence[str], progress: Progress
+    ) -> PackedGroup | None:
+        """See Source. Those that are in a packed directory."""
+        return None if self._load_fn is not None else self._opener.open_group(keys)
 
     def version(self, key: str) -> bytes | None:
         """See Source. From device, inode, size and modification time.

@@ -24,7 +24,7 @@ from gpucache_pipes.device import HostBackend
 from gpucache_pipes.files import Layout
 from gpucache_pipes.files.packed import native
 from gpucache_pipes.store.announcement import Announcement
-from gpucache_pipes.store.held_files import HeldFiles, distinct_of
+from gpucache_pipes.store.columns import FeatureColumns, Held, distinct_of
 from gpucache_pipes.store.lock import StoreLock
 
 _log = logging.getLogger("gpucache_pipes")
@@ -110,7 +110,7 @@ class HostTier:
 
     # Reading
 
-    def hold(self, numbers: Sequence[int], held: HeldFiles) -> None:
+    def hold(self, numbers: Sequence[int], held: Held) -> None:
         """Pin those of these features that are here, and describe them in `held`.
 
         Whatever happens, the caller passes `held` to `let_go`.
@@ -128,9 +128,10 @@ class HostTier:
             if not len(here) or self._is_closed:
                 return
             held.batch = cache.open_batch(here, None, report=False)
+            self.hits += len(here)
             of = cache.layouts.of_places(entries.place[here])
             known, which = distinct_of(of)
-            held.fill(
+            held.columns = FeatureColumns(
                 here, [cache.layouts.layouts[n] for n in known.tolist()], which,
                 [entries.values.get(n, ()) for n in here.tolist()] if entries.values else [],
                 [entries.versions.get(n) for n in here.tolist()] if self._is_current else [],
@@ -147,7 +148,7 @@ class HostTier:
             and not self._is_current(entries.paths[n], entries.versions.get(n))
         ]  # fmt: skip
 
-    def copy(self, held: HeldFiles, memory: memoryview, offsets: Numbers) -> None:
+    def copy(self, held: FeatureColumns, memory: memoryview, offsets: Numbers) -> None:
         """Copy features that are held to these places in `memory`, without the interpreter lock."""
         entries, layouts = self.cache.entries, self.cache.layouts
         numbers = np.array(held.numbers, np.intp)
@@ -155,8 +156,7 @@ class HostTier:
         counts = layouts.pages[layouts.of_places(places)]
         size = self._memory.page_bytes
         first, lengths = runs_of(places, counts, numbers, entries.scattered)
-        known, which = held.layouts()
-        spans = np.array([layout.span for layout in known], np.int64)[which]
+        spans = held.spans
         # Runs are copied whole but for the last page of each feature.
         feature = np.repeat(np.arange(len(numbers)), _runs_each(counts, lengths))
         begins = np.cumsum(lengths) - lengths
@@ -168,7 +168,7 @@ class HostTier:
         if source is not None and len(moves):
             native.copy(source.numpy(), np.frombuffer(memory, np.uint8), moves)
 
-    def let_go(self, held: HeldFiles, promoted: Sequence[int] = ()) -> None:
+    def let_go(self, held: Held, promoted: Sequence[int] = ()) -> None:
         """Unpin what is held. Gives up what is cached on the device now, `promoted`."""
         if held.batch is None:
             return
@@ -177,7 +177,6 @@ class HostTier:
                 self.cache.release(np.array(promoted, np.intp))
             self.cache.close_batches([held.batch])
             held.batch = None
-            self.hits += len(held.numbers)
             self._settle()
 
     # Keeping

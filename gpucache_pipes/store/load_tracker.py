@@ -241,6 +241,12 @@ class LoadTracker:
         """End the loading of entries that no reader reads."""
         self.complete({}, failed=dict.fromkeys(numbers, error))
 
+    def restart(self, numbers: Sequence[int]) -> None:
+        """These entries, which have pages, are read anew: they have none any more."""
+        if numbers:
+            with self._lock:
+                self._cache.restart_loading(np.array(numbers, np.intp))
+
     def take_over(self, task: ReadTask, seconds: float) -> tuple[int, list[int]] | None:
         """Take a task from a reader that hangs: the entry that it is at, and the others.
 

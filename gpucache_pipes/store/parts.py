@@ -118,6 +118,7 @@ def make_parts(
         upload_bytes=_power_of_two_below(staging // (2 * most_threads)),
         revalidate=revalidate,
         host=host,
+        timed=read_timeout is not None,
     )
     loader = Loader(reader, shared.loads, backend, pool, most_threads, read_timeout)
     gatherer = Gatherer(shared.cache, backend)

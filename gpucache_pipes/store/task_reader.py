@@ -1,15 +1,12 @@
 """Opens the files of a read task, has pages assigned, reads into them, and reports."""
 
 from collections.abc import Container, Iterator, Sequence
-from functools import partial
 
 import numpy as np
 
-from gpucache_pipes.cache import Numbers
 from gpucache_pipes.device import Backend, Upload, ends_the_device, is_device_error
 from gpucache_pipes.files import OpenFeature, Source, VersionedFeature, read_many
-from gpucache_pipes.files.packed import native
-from gpucache_pipes.store.held_files import HeldFiles
+from gpucache_pipes.store.group_reader import GroupReader
 from gpucache_pipes.store.host_tier import HostTier
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.page_size import choose_page_bytes, pages_per_file
@@ -36,6 +33,7 @@ class TaskReader:
             memory is in proportion to it.
         revalidate: note the version of each file that is read.
         host: features in host memory.
+        timed: whether readers that hang are replaced.
 
     Attributes:
         running: tasks under way. Adding and discarding an item of a set is atomic; others iterate
@@ -55,6 +53,7 @@ class TaskReader:
         upload_bytes: int,
         revalidate: bool,
         host: HostTier | None = None,
+        timed: bool = False,
     ) -> None:
         self._source = source
         # Older sources have no such method.
@@ -67,6 +66,9 @@ class TaskReader:
         self._upload_bytes = upload_bytes
         self._revalidate = revalidate
         self._host = host
+        # Reading goes straight to pages, where a reader that was replaced must not write.
+        self._open_group = None if timed else getattr(source, "open_group", None)
+        self._groups = GroupReader(loads, backend, page_bytes, upload_bytes, host)
         self.running: set[ReadTask] = set()
         self.stopping = False
         self.opens_at_once = False
@@ -89,8 +91,7 @@ class TaskReader:
         self.running.add(task)
         try:
             caller.clear()
-            if self._host is not None:
-                numbers = self._read_from_host(self._host, numbers, task)
+            numbers = self._read_groups(numbers, task)
             while numbers:
                 features = self._open_many(numbers, task)
                 begun, numbers = numbers[: len(features)], numbers[len(features) :]
@@ -115,39 +116,21 @@ class TaskReader:
             self.running.discard(task)
             task.close_opened()
 
-    def _read_from_host(
-        self, host: HostTier, numbers: Sequence[int], task: ReadTask
-    ) -> Sequence[int]:
-        """Read those of these entries that are in host memory; returns the others."""
-        held = HeldFiles()
-        promoted: list[int] = []
+    def _read_groups(self, numbers: Sequence[int], task: ReadTask) -> Sequence[int]:
+        """Read those of these entries that other tiers have; returns the others."""
+        numbers = self._groups.from_host(numbers, task)
+        if not numbers or self._open_group is None:
+            return numbers
+        progress = task.begin_many(numbers)
         try:
-            host.hold(numbers, held)
-            if not held.numbers:
-                return numbers
-            found = set(held.numbers)
-            layouts, which = held.layouts()
-            spans = np.array([layout.span for layout in layouts], np.int64)[which]
-            choice = choose_page_bytes(spans.tolist(), (), 0) if spans.any() else 0
-            page_bytes = 0 if self._loads.page_limit() == 0 else self._page_bytes or choice
-            part = np.cumsum(spans) // max(1, self._upload_bytes)
-            for number in range(int(part[-1]) + 1):
-                group = held.only(part == number)
-                if not group.numbers:
-                    continue
-                placed, pages, failed = self._loads.place(task, group, page_bytes, 0.0)
-                upload = self._backend.upload(pages)
-                memory, offsets = upload.memory()
-                assert memory is not None
-                with trace("gpucache::upload"):
-                    host.copy(placed, memory, offsets)
-                    upload.finish()
-                cached, evicted = self._loads.are_cached(np.array(placed.numbers, np.intp))
-                promoted += np.array(placed.numbers)[cached & ~evicted].tolist()
-                self._loads.complete(task.left, placed, failed, read=False)
+            with trace("gpucache::read"):
+                group = self._open_group(*self._loads.identities(numbers), progress)
         finally:
-            host.let_go(held, promoted)
-        return [number for number in numbers if number not in found]
+            task.end()
+        if group is None:
+            return numbers
+        self.opens_at_once = True
+        return self._groups.from_segments(group, numbers, task, self._revalidate)
 
     def _open_many(
         self, numbers: Sequence[int], task: ReadTask
@@ -267,21 +250,13 @@ class TaskReader:
         features = [placed.features[n] for n in at]
         memory, offsets = upload.memory()
         places = offsets[np.array(at, np.intp) - begin]
-        cached, evicted = self._loads.are_cached(numbers)
-        kept = cached & ~evicted
-        if self._host is not None and memory is not None:
-            wanted = np.flatnonzero(~kept)
-            some = [features[n] for n in wanted.tolist()]
-            self._host.keep(
-                numbers[wanted],
-                [feature.layout for feature in some],
-                [feature.values for feature in some],
-                [placed.versions[at[n]] for n in wanted.tolist()] if placed.versions else [],
-                partial(_copy, some, memory, places[wanted]),
-                self._backend.page_bytes,
-                evict=self._loads.may_evict(numbers.tolist()),
-            )
-            kept |= self._host.are_here(numbers)
+        kept = self._groups.keep_on_host(
+            numbers, [feature.layout for feature in features],
+            [feature.values for feature in features],
+            [placed.versions[n] for n in at] if placed.versions else [],
+            memory if memory is not None else memoryview(b""), places,
+            places >= (0 if memory is not None else 1 << 62),
+        )  # fmt: skip
         if self._keep is not None:
             keys, _ = self._loads.identities(numbers.tolist())
             self._keep(
@@ -332,21 +307,6 @@ class TaskReader:
         overhead = max(0, min(feature.bytes_read - feature.layout.span for feature in fits))
         page_bytes = self._page_bytes or choose_page_bytes(spans, sizes, overhead)
         return page_bytes, pages_per_file(spans, sizes, overhead, page_bytes)
-
-
-def _copy(
-    features: Sequence[OpenFeature],
-    source: memoryview,
-    sources: Numbers,
-    positions: Sequence[int],
-    target: memoryview,
-    offsets: Numbers,
-) -> None:
-    """Copy those of the features at `sources` that have these positions to `offsets`."""
-    at = np.array(positions, np.intp)
-    spans = np.array([features[n].layout.span for n in positions], np.int64)
-    moves = np.stack([sources[at], offsets, spans], axis=1)
-    native.copy(source, np.frombuffer(target, np.uint8), moves)
 
 
 def _open_none(*arguments: object) -> "list[VersionedFeature | None]":

@@ -14,6 +14,7 @@ from gpucache_pipes.files.packed.codec import UnpackableError
 from gpucache_pipes.files.packed.disk_directory import DiskDirectory
 from gpucache_pipes.files.packed.index import CURRENT, STALE, UNCHECKED, Index
 from gpucache_pipes.files.packed.packed_features import PackedFeatures
+from gpucache_pipes.files.packed.packed_group import PackedGroup
 from gpucache_pipes.files.packed.packer import Packer
 from gpucache_pipes.files.packed.records import Named, Packable, copy_records
 from gpucache_pipes.files.packed.segment import DamagedSegmentError, name_hashes, record_bytes
@@ -132,6 +133,26 @@ class DiskCache:
                 self._opened.__dict__.get("versions", {}).pop(key, None)
                 return feature
         return self._below.open(key, path)
+
+    def open_group(
+        self, keys: list[str], paths: Sequence[str], progress: Progress
+    ) -> PackedGroup | None:
+        """See Source. Those that are in segments."""
+        index = self._packer.index
+        if not len(index):
+            return None
+        positions = self._usable(index, keys, progress)
+        numbers = np.flatnonzero(positions >= 0)
+        if not len(numbers):
+            return None
+        where = dict(zip(numbers.tolist(), positions[numbers].tolist(), strict=True))
+        group = PackedGroup(
+            index, self._files, positions[numbers], numbers.tolist(),
+            lambda n: self._version(index, where[n], keys[n]),
+            lambda n: self._count(-1),
+        )  # fmt: skip
+        self._count(len(group))
+        return group
 
     def open_many(
         self, keys: list[str], paths: Sequence[str], progress: Progress

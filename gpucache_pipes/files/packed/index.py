@@ -94,8 +94,13 @@ class Index:
 
     def locate(self, positions: Positions) -> tuple[list[int], list[int]]:
         """The numbers of the segments of these records, and their rows."""
+        numbers, rows = self.places(positions)
+        return numbers.tolist(), rows.tolist()
+
+    def places(self, positions: Positions) -> tuple[Positions, Positions]:
+        """The same as arrays."""
         numbers = np.searchsorted(self._bounds, positions, side="right") - 1
-        return numbers.tolist(), (positions - self._bounds[numbers]).tolist()
+        return numbers, positions - self._bounds[numbers]
 
     def record(self, position: int) -> tuple[Segment, Record]:
         """The segment of a record, and where it is in it. Raises DamagedSegmentError."""

@@ -79,6 +79,11 @@ def versions(paths: Sequence[str], progress: Progress) -> npt.NDArray[np.int64]:
     return found[:done]
 
 
+def is_native() -> bool:
+    """Whether there is native code."""
+    return _packed is not None
+
+
 def copy(source: Any, target: npt.NDArray[np.uint8], moves: npt.NDArray[np.int64]) -> None:
     """Copy bytes: triples of a position in `source`, one in `target`, and a count."""
     if native is not None:

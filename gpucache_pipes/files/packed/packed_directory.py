@@ -2,8 +2,10 @@
 
 import errno
 import fnmatch
+import glob
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ import numpy.typing as npt
 
 from gpucache_pipes.files.packed.index import Index
 from gpucache_pipes.files.packed.packed_features import PackedFeatures
+from gpucache_pipes.files.packed.packed_group import PackedGroup
 from gpucache_pipes.files.packed.segment import DamagedSegmentError, Segment, name_hashes
 from gpucache_pipes.files.packed.segment_files import SegmentFiles
 from gpucache_pipes.files.selection import Selection
@@ -152,17 +155,18 @@ def read_marker(root: str) -> dict[str, Any]:
 
 def packed_names(root: str, pattern: str, recursive: bool) -> list[str]:
     """The names in a packed directory that match, as `list_files` would find them as files."""
-    hidden = pattern.startswith(".")
-    found = []
-    for name in open_packed(os.path.realpath(root)).names():
-        directory, _, last = name.rpartition("/")
-        if (
-            (recursive or not directory)
-            and (hidden or not last.startswith("."))
-            and fnmatch.fnmatchcase(last, pattern)
-        ):
-            found.append(name)
-    return found
+    names = open_packed(os.path.realpath(root)).names()
+    end = pattern.removeprefix("*")
+    if end == pattern or not end or end != glob.escape(end) or "/" in end:
+        fits = re.compile(fnmatch.translate(pattern)).match
+        names = [name for name in names if fits(name.rpartition("/")[2])]
+    else:  # such as "*.pt"
+        names = [name for name in names if name.endswith(end)]
+    if not recursive:
+        names = [name for name in names if "/" not in name]
+    if pattern.startswith("."):
+        return names
+    return [name for name in names if name[name.rfind("/") + 1] != "."]
 
 
 def known_packed(key: str) -> PackedDirectory | None:
@@ -242,6 +246,18 @@ class PackedPaths:
         for n, feature in zip(numbers, found, strict=False):
             features[n] = feature
         return features
+
+    def open_group(self, directory: PackedDirectory, keys: Sequence[str]) -> PackedGroup | None:
+        """Those of these features that are in a directory; None if a selection is made of them."""
+        if self._selection is not None:
+            return None
+        positions = directory.positions(keys)
+        there = np.flatnonzero(positions >= 0)
+        where = dict(zip(there.tolist(), positions[there].tolist(), strict=True))
+        return PackedGroup(
+            directory.index, directory.files, positions[there], there.tolist(),
+            lambda n: directory.stored_version(where[n]), lambda n: None,
+        )  # fmt: skip
 
 
 def _damaged(key: str) -> NoReturn:

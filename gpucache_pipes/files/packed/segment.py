@@ -83,6 +83,26 @@ class Record(NamedTuple):
     values: tuple[Any, ...]
 
 
+class Records(NamedTuple):
+    """The same of several features, in columns.
+
+    Attributes:
+        starts: int64 [n].
+        nbytes: int64 [n].
+        checksums: uint32 [n].
+        layouts: different layouts.
+        which: which of them each feature has, int64 [n].
+        values: the plain values of each feature; empty if none has any.
+    """
+
+    starts: npt.NDArray[np.int64]
+    nbytes: npt.NDArray[np.int64]
+    checksums: npt.NDArray[np.uint32]
+    layouts: list[Layout]
+    which: npt.NDArray[np.int64]
+    values: list[tuple[Any, ...]]
+
+
 def record_bytes(layout: Layout) -> int:
     """The size of the record of a feature."""
     return -(-layout.span // ALIGNMENT) * ALIGNMENT
@@ -220,6 +240,27 @@ class Segment:
         if start + nbytes > self._data_bytes or len(values) != layout.plain:
             raise DamagedSegmentError("a record is not within its segment")
         return Record(DATA_START + start, nbytes, int(t["checksums"][row]), layout, values)
+
+    def records(self, rows: npt.NDArray[np.int64]) -> Records:
+        """The same of several features. Raises DamagedSegmentError if that is so of any of them."""
+        t = self._tables
+        of = t["layouts"][rows]
+        ordered = np.sort(of)
+        known = ordered[np.diff(ordered, prepend=-1) > 0]
+        which = np.searchsorted(known, of)
+        try:
+            layouts = [self._layout(number) for number in known.tolist()]
+            starts = t["starts"][rows]
+            nbytes = np.array([record_bytes(layout) for layout in layouts], np.int64)[which]
+            values: list[tuple[Any, ...]] = []
+            plain = np.array([layout.plain for layout in layouts], np.int64)[which]
+            if plain.any():
+                values = [self.record(row).values for row in rows.tolist()]
+        except (ValueError, ArithmeticError, MemoryError) as error:
+            raise DamagedSegmentError(str(error)) from error
+        if len(rows) and int((starts + nbytes).max()) > self._data_bytes:
+            raise DamagedSegmentError("a record is not within its segment")
+        return Records(starts + DATA_START, nbytes, t["checksums"][rows], layouts, which, values)
 
     def _layout(self, number: int) -> Layout:
         layout = self._layouts.get(number)
