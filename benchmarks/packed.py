@@ -2,9 +2,11 @@
 
 All contenders make the same batches, shuffled, in turns, each with a loader of its own; opening and
 listing are included. The page cache is warm, unless --cold drops the files from it before each turn
-(posix_fadvise; a bare sequential read of the same bytes is measured likewise).
+(posix_fadvise; a bare sequential read of the same bytes is measured likewise). With --packing:
+epochs over the files, with and without filling a disk cache beside; the time until the last batch.
 
-    python benchmarks/packed.py [--only small|ragged|large] [--rounds 5] [--cold] [--json FILE]
+    python benchmarks/packed.py [--only small|ragged|large] [--rounds 5] [--cold | --packing]
+        [--json FILE]
 """
 
 import argparse
@@ -76,22 +78,25 @@ class Case:
         pack(self.source, self.packed)
         for _ in self.ours(self.source, disk_cache=self.cache):
             pass
+        self.finish()
         self.fresh = 0
         self.root = root
 
     def ours(self, directory: str, **store_options: Any) -> Iterable[Any]:
-        """An epoch of a new store."""
+        """An epoch of a new store, which `finish` closes."""
         lister = PathLister(directory, batch_size=self.batch, shuffle=True)
-        with (
-            GPUFeatureStore("cpu", max_cache_bytes="2GiB", **store_options) as store,
-            GPUCachedPathDataLoader(lister, store=store, **self.options) as loader,
-        ):
-            yield from loader
+        self.store = GPUFeatureStore("cpu", max_cache_bytes="2GiB", **store_options)
+        yield from GPUCachedPathDataLoader(lister, store=self.store, **self.options)
 
-    def packing(self) -> Iterable[Any]:
-        """An epoch that fills a new disk cache; closing the store completes it."""
+    def finish(self) -> None:
+        """Close the last store."""
+        self.store.close()
+
+    def packing(self, **store_options: Any) -> Iterable[Any]:
+        """An epoch beside which a new disk cache is filled; closing the store completes it."""
         self.fresh += 1
-        return self.ours(self.source, disk_cache=f"{self.root}/fresh{self.fresh}")
+        cache = f"{self.root}/fresh{self.fresh}"
+        return self.ours(self.source, disk_cache=cache, **store_options)
 
     def contenders(self) -> dict[str, Callable[[], Iterable[Any]]]:
         """What is compared, by name."""
@@ -100,12 +105,21 @@ class Case:
                 Files(self.source), self.batch, shuffle=True, collate_fn=self.collate
             ),
             "files": lambda: self.ours(self.source),
-            "files, packing": self.packing,
             "disk cache, stat": lambda: self.ours(self.source, disk_cache=self.cache),
             "disk cache, never": lambda: self.ours(
                 self.source, disk_cache=self.cache, disk_cache_check="never"
             ),
             "packed directory": lambda: self.ours(self.packed),
+        }
+
+    def packers(self) -> dict[str, Callable[[], Iterable[Any]]]:
+        """What shows what packing costs: epochs with and without it."""
+        return {
+            "DataLoader, 0 workers": self.contenders()["DataLoader, 0 workers"],
+            "files": lambda: self.ours(self.source),
+            "files, packing": self.packing,
+            "load_fn=torch.load": lambda: self.ours(self.source, load_fn=torch.load),
+            "the same, packing": lambda: self.packing(load_fn=torch.load, disk_cache_key="1"),
         }
 
     def forget(self) -> None:
@@ -128,16 +142,17 @@ class Case:
         return time.perf_counter() - begin
 
 
-def measure(case: Case, rounds: int, cold: bool) -> dict[str, dict[str, float]]:
+def measure(case: Case, rounds: int, cold: bool, packing: bool) -> dict[str, dict[str, float]]:
     """Medians of all rounds: seconds, and times as fast as a DataLoader in the same round."""
     times: dict[str, list[float]] = {}
     for number in range(rounds + 1):
-        for name, make in case.contenders().items():
+        for name, make in (case.packers() if packing else case.contenders()).items():
             if cold:
                 case.forget()
             begin = time.perf_counter()
             labels = torch.cat([batch["label"].view(-1) for batch in make()])
             took = time.perf_counter() - begin
+            case.finish()
             assert sorted(labels.tolist()) == list(range(case.files))
             if number:  # the first round warms up
                 times.setdefault(name, []).append(took)
@@ -160,12 +175,13 @@ def main() -> None:
     parser.add_argument("--only", choices=list(SETS), action="append")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--packing", action="store_true", help="measure what packing costs")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     report = {}
     for name in args.only or SETS:
         with temporary_directory() as root:
-            report[name] = measure(Case(root, name), args.rounds, args.cold)
+            report[name] = measure(Case(root, name), args.rounds, args.cold, args.packing)
         print(f"{name}{', page cache dropped' if args.cold else ''}")
         for contender, figures in report[name].items():
             print(f"  {contender:24} {1000 * figures['seconds']:8.1f} ms {figures['ratio']:8.1f}")

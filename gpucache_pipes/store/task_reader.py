@@ -129,7 +129,7 @@ class TaskReader:
             task.end()
         if group is None:
             return numbers
-        self.opens_at_once = True
+        self.opens_at_once = self.opens_at_once or len(group) > 0
         return self._groups.from_segments(group, numbers, task, self._revalidate)
 
     def _open_many(

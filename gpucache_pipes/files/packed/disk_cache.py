@@ -117,6 +117,8 @@ class DiskCache:
 
     def open(self, key: str, path: str) -> OpenFeature:
         """See Source."""
+        if key in self._opened.__dict__.get("versions", ()):
+            return self._below.open(key, path)  # `open_many` has just looked for it
         index = self._packer.index
         [position] = self._usable(index, [key], Progress()).tolist()
         if position >= 0:

@@ -13,6 +13,7 @@ from gpucache_pipes.files.chunks import ScratchFeature
 from gpucache_pipes.files.layout import Layout
 from gpucache_pipes.files.packed import native
 from gpucache_pipes.files.packed.index import Index, Positions
+from gpucache_pipes.files.packed.packed_group import MOST_BYTES
 from gpucache_pipes.files.packed.segment import DamagedSegmentError, Record
 from gpucache_pipes.files.packed.segment_files import SegmentFiles
 from gpucache_pipes.files.planned import cut, fill
@@ -21,7 +22,7 @@ from gpucache_pipes.files.scratch import SCRATCH_BYTES, borrow
 from gpucache_pipes.files.selection import Selection
 from gpucache_pipes.files.source import OpenFeature, Progress, VersionedFeature
 
-_WHOLE = 1 << 20
+_WHOLE = MOST_BYTES
 """Bytes of a record that is read into scratch memory. Larger ones are read to their places."""
 
 _PIECE = 256 << 10

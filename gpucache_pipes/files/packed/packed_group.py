@@ -16,9 +16,13 @@ from gpucache_pipes.files.packed.segment import DamagedSegmentError, Records
 from gpucache_pipes.files.packed.segment_files import SegmentFiles
 from gpucache_pipes.files.source import Progress
 
+MOST_BYTES = 1 << 20
+"""Of a record in a group. Reading a larger one takes longer than the Python code for it, several
+readers can do it, and its checksum is computed piece by piece, while that is in the cache."""
+
 
 class PackedGroup:
-    """Those of some files that are in segments. See `Source.open_group`.
+    """Those of some files that are in segments, but for large ones. See `Source.open_group`.
 
     Args:
         index: has the records.
@@ -58,7 +62,9 @@ class PackedGroup:
                 continue  # each of them says what is wrong when it is opened by itself
         none = np.empty(0, np.int64)
         taken = np.concatenate([none, *[at for at, _, _ in parts]])
+        sizes = np.concatenate([none, *[found.nbytes for _, _, found in parts]])
         order = np.argsort(taken, kind="stable")
+        order = order[sizes[order] <= MOST_BYTES]
 
         def column(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
             joined = np.concatenate([none, *arrays])[order]

@@ -8,18 +8,24 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
 from gpucache_pipes.files.packed.disk_directory import DiskDirectory
 from gpucache_pipes.files.packed.index import Index
 from gpucache_pipes.files.packed.segment_files import SegmentFiles
-from gpucache_pipes.files.packed.segment_writer import Records, SegmentWriter
+from gpucache_pipes.files.packed.segment_writer import Records, SegmentWriter, joined_records
 
 _log = logging.getLogger("gpucache_pipes")
 
 _MOST_WAITING = 256 << 20
 """Bytes of records that wait to be written. Readers wait when there are more."""
+
+_WORTH_BYTES = 4 << 20
+_WORTH_RECORDS = 256
+_GATHER_SECONDS = 0.2
+"""What waits is written together: that much of it, or what has come in this time."""
 
 _SEGMENT_SECONDS = 60.0
 """A kill loses what was read in this time, at most."""
@@ -90,7 +96,9 @@ class Packer:
             if self.takes:
                 self._waiting.append(records)
                 self._nbytes += len(records.data)
-            self._changed.notify_all()
+                # The thread is not woken for each: it takes the interpreter from others.
+                if len(self._waiting) == 1 or self._is_worth_it():
+                    self._changed.notify_all()
 
     def flush(self) -> None:
         """Have the segment at hand completed, and find those of others.
@@ -165,7 +173,10 @@ class Packer:
     def _step(self) -> bool:
         """Write what has come. Returns False at the end."""
         with self._changed:
-            self._changed.wait_for(self._has_work, self._seconds_left())
+            if self._changed.wait_for(
+                lambda: self._has_work() or self._waiting, self._seconds_left()
+            ):
+                self._changed.wait_for(self._has_work, _GATHER_SECONDS)
             ending, flushes = self._ending, self._flushes
             waiting = list(self._waiting)
         try:
@@ -176,10 +187,10 @@ class Packer:
                 with self._changed:
                     self._looked = flushes
                     self._changed.notify_all()
-            for records in waiting:
+            if waiting:
                 if self._directory.writable:
-                    self._write(records)
-                self._taken(records)
+                    self._write(joined_records(waiting))
+                self._taken(waiting)
             if self._writer is not None and (
                 ending or flushes > self._flushed or self._seconds_left() == 0
             ):
@@ -192,7 +203,10 @@ class Packer:
             return not (ending and not self._waiting)
 
     def _has_work(self) -> bool:
-        return bool(self._waiting) or self._flushes > self._flushed or self._ending
+        return self._is_worth_it() or self._flushes > self._flushed or self._ending
+
+    def _is_worth_it(self) -> bool:
+        return self._nbytes > _WORTH_BYTES or len(self._waiting) > _WORTH_RECORDS
 
     def _seconds_left(self) -> float | None:
         """Until the segment at hand is completed. Without one, until the end is looked for."""
@@ -200,10 +214,11 @@ class Packer:
             return _LOOK_SECONDS
         return max(0.0, self._begun + _SEGMENT_SECONDS - time.monotonic())
 
-    def _taken(self, records: Records) -> None:
+    def _taken(self, waiting: Sequence[Records]) -> None:
         with self._changed:
-            self._waiting.popleft()
-            self._nbytes -= len(records.data)
+            for records in waiting:
+                self._waiting.popleft()
+                self._nbytes -= len(records.data)
             self._changed.notify_all()
 
     def _write(self, records: Records) -> None:

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +79,22 @@ class Records(NamedTuple):
             np.cumsum([0, *sizes], dtype=np.int64)[:-1],
             np.concatenate(parts) if parts else np.empty(0, np.uint8),
         )  # fmt: skip
+
+
+def joined_records(parts: Sequence[Records]) -> Records:
+    """Several groups of records as one. There is at least one group."""
+    if len(parts) == 1:
+        return parts[0]
+    begins = np.cumsum([0, *[len(part.data) for part in parts]])[:-1].tolist()
+    return Records(
+        [name for part in parts for name in part.names],
+        np.concatenate([part.hashes for part in parts]),
+        np.concatenate([part.versions for part in parts]),
+        [layout for part in parts for layout in part.layouts],
+        [values for part in parts for values in part.values],
+        np.concatenate([part.starts + at for part, at in zip(parts, begins, strict=True)]),
+        np.concatenate([part.data for part in parts]),
+    )
 
 
 @functools.lru_cache(maxsize=256)
