@@ -22,7 +22,8 @@ from _common import save, temporary_directory
 from torch.utils.data import DataLoader, Dataset
 
 from gpucache_pipes import GPUCachedPathDataLoader, GPUFeatureStore, PathLister
-from gpucache_pipes.files.packed.pack import pack
+from gpucache_pipes.files.packed import packed_directory
+from gpucache_pipes.files.packed.packing import pack
 
 Collate = Callable[[list[Any]], Any]
 
@@ -89,8 +90,9 @@ class Case:
         yield from GPUCachedPathDataLoader(lister, store=self.store, **self.options)
 
     def finish(self) -> None:
-        """Close the last store."""
+        """Close the last store, and forget the packed directory, as a new process would."""
         self.store.close()
+        packed_directory._known.clear()
 
     def packing(self, **store_options: Any) -> Iterable[Any]:
         """An epoch beside which a new disk cache is filled; closing the store completes it."""

@@ -5,7 +5,7 @@ each sample, like a feature extractor. It then trains a classifier on these file
 with a training and a validation pipeline that share one store, and once more with a DataLoader
 that reads every file by torch.load.
 
-    python examples/digits.py [--epochs 20] [--device auto] [--directory DIR]
+    python examples/digits.py [--epochs 20] [--device auto] [--directory DIR] [--disk-cache DIR]
 """
 
 import argparse
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--directory", type=Path, help="keep the feature files here")
+    parser.add_argument("--disk-cache", help="pack the features here, for later runs")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -118,7 +119,11 @@ def main() -> None:
         print(f"wrote {len(training) + len(validation) + len(test)} feature files")
 
         # The pipelines: two listers, one store, one line each for prefetching and collating.
-        store = GPUFeatureStore(None if args.device == "auto" else args.device)
+        store = GPUFeatureStore(
+            None if args.device == "auto" else args.device,
+            host_cache_bytes="50%",  # what does not fit on the GPU
+            disk_cache=args.disk_cache,  # a second run reads no file
+        )
 
         def pipeline(paths: list[str], shuffle: bool = False) -> Loader[Batch]:
             lister = PathLister(paths, batch_size=BATCH_SIZE, shuffle=shuffle, seed=0)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gpucache_pipes.batches import FeatureBatch, Padded
     from gpucache_pipes.cache import Trace, simulate
     from gpucache_pipes.errors import FeatureLoadError, PolicyError, RankError
+    from gpucache_pipes.files.packed.packing import pack
     from gpucache_pipes.nodes import GPUCollator, GPUPrefetcher, Lockstep, PathLister
     from gpucache_pipes.store import GPUFeatureStore, PendingBatch, StoreStats, Ticket
 
@@ -45,6 +46,7 @@ __all__ = [
     "StoreStats",
     "Ticket",
     "Trace",
+    "pack",
     "simulate",
 ]
 
@@ -67,6 +69,7 @@ _MODULES = {
     "Ticket": "store",
     "PendingBatch": "store",
     "Trace": "cache",
+    "pack": "files.packed.packing",
     "simulate": "cache",
 }
 

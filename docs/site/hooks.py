@@ -18,7 +18,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 MADE = {"index.md": "README.md", "changes.md": "CHANGELOG.md"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
-COMMANDS = ("inspect", "plan", "bench")
+COMMANDS = ("inspect", "plan", "pack", "bench")
 
 
 def repository() -> str:

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from gpucache_pipes.cli.conversion import parse_dtype
-from gpucache_pipes.files.packed.pack import PackReport, pack, verify
+from gpucache_pipes.files.packed.packing import PackReport, pack, verify
 from gpucache_pipes.store.progress import progress_bar
 from gpucache_pipes.units import counted, format_bytes, positive_int
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "cli": {"cli", "batches", "cache", "device", "files", "nodes", "store"},
     "testing": {"testing", "cache", "device", "files", "nodes", "store"},
     "former_names": set(),
-    "__init__": {"adapters", "batches", "cache", "nodes", "store"},
+    "__init__": {"adapters", "batches", "cache", "files", "nodes", "store"},
     "__main__": {"cli"},
     **{leaf: set() for leaf in LEAVES},
 }

@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 
+from gpucache_pipes.files.packed.readahead import ReadAhead
 from gpucache_pipes.files.packed.segment import Segment, open_quickly
 
 _MAX_OPEN = 400
@@ -33,6 +34,7 @@ class SegmentFiles:
     def __init__(self, opened: Callable[[Segment], None] | None = None) -> None:
         self._files: OrderedDict[Segment, SegmentFile] = OrderedDict()
         self._opened = opened
+        self._ahead = ReadAhead()
 
     def file(self, segment: Segment) -> SegmentFile:
         """The open file. Raises OSError if it is not there, or is another one by now."""
@@ -48,6 +50,7 @@ class SegmentFiles:
         # Where that fails, it is about to be removed, or the file system has no locks.
         with contextlib.suppress(OSError):
             fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        self._ahead.add(segment, file.fileno())
         self._files[segment] = file
         while len(self._files) > _MAX_OPEN:
             with contextlib.suppress(KeyError):  # another thread was faster
@@ -58,4 +61,5 @@ class SegmentFiles:
 
     def close(self) -> None:
         """Close those that no thread reads from."""
+        self._ahead.close()
         self._files.clear()

@@ -22,10 +22,9 @@ from gpucache_pipes import (
 )
 from gpucache_pipes.cli.main import main
 from gpucache_pipes.files import LocalFiles, file_size
-from gpucache_pipes.files.packed import pack as packing
-from gpucache_pipes.files.packed import packed_directory
-from gpucache_pipes.files.packed.pack import pack, verify
+from gpucache_pipes.files.packed import packed_directory, packing
 from gpucache_pipes.files.packed.packed_directory import MARKER
+from gpucache_pipes.files.packed.packing import pack, verify
 from gpucache_pipes.files.packed.segment import Segment
 from gpucache_pipes.testing.features import Pair, assert_same, features
 
@@ -261,7 +260,7 @@ def test_what_others_wrote_is_left_alone(source: Path, target: Path) -> None:
 
 def test_a_kill_leaves_what_was_complete(source: Path, target: Path) -> None:
     script = (
-        "import sys, os, signal; from gpucache_pipes.files.packed import pack as p; "
+        "import sys, os, signal; from gpucache_pipes.files.packed import packing as p; "
         "p._CHUNK_FILES = 2; "
         "p.pack(sys.argv[1], sys.argv[2], segment_bytes=1, "
         "progress=lambda done, total: done > 6 and os.kill(os.getpid(), signal.SIGKILL))"
