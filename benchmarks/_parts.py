@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 DEVICE_SCENARIOS = (
     "warm", "rows", "segments", "step", "cold", "cold_small", "cold_large", "overlap",
-    "small_kernels", "small_copies", "peak", "largest_batch",
+    "small_kernels", "small_copies", "host_tier", "peak", "largest_batch",
 )  # fmt: skip
 """Those of accelerator.py, in which a test finds the same ones."""
 

@@ -18,6 +18,9 @@ Files from the page cache:
 - small_kernels: the same with a step of many small kernels.
 - small_copies: the latency of a copy of 1 KiB while files are uploaded.
 
+- host_tier: batches from host memory below the device, of rows of 4 KiB, 64 KiB and 1 MiB, compared
+  with a copy from pinned memory. The aim is 0.8 of that for 64 KiB and more.
+
 Memory:
 
 - peak: the most memory that is reserved, compared with the budget.
@@ -37,6 +40,7 @@ from _common import parser_for, save
 from _device import Device, Figures
 from _memory import largest_batch, peak
 from _reading import cold, cold_large, cold_small, overlap, small_copies, small_kernels
+from _tiers import host_tier
 
 SCENARIOS: dict[str, Callable[[Device, float], Figures]] = {
     "warm": warm,
@@ -49,6 +53,7 @@ SCENARIOS: dict[str, Callable[[Device, float], Figures]] = {
     "overlap": overlap,
     "small_kernels": small_kernels,
     "small_copies": small_copies,
+    "host_tier": host_tier,
     "peak": peak,
     "largest_batch": largest_batch,
 }

@@ -17,7 +17,7 @@ from gpucache_pipes.cli.bench.figures import spread
 from gpucache_pipes.cli.bench.report import three_digits
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "tiers.md", ROOT / "README.md")
 MARKS = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CASES = {
     "first": "first epoch",
@@ -154,6 +154,38 @@ def gains() -> str:
     return "\n".join(lines)
 
 
+PACKED = {
+    "small": "4,000 files of 6 KB",
+    "ragged": "4,000 sequences of 8 KB, padded",
+    "large": "64 files of 4 MB",
+}
+
+
+def packed() -> str:
+    """First epochs over packed features, of `packed.py`."""
+    warm, cold, packing = load("packed"), load("packed-cold"), load("packed-packing")
+    names = ["files", "disk cache, stat", "disk cache, never", "packed directory"]
+    titles = ["`.pt` files", "disk cache", 'disk cache, check="never"', "packed directory"]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for report, state in ((warm, ""), (cold, ", page cache dropped")):
+        for key, title in PACKED.items():
+            figures = report["figures"][key]
+            cells = [three_digits(figures[name]["ratio"]) for name in names]
+            lines.append(f"| {title}{state} | {' | '.join(cells)} |")
+    lines.append(
+        "\nWhile a disk cache is filled beside, a first epoch takes this many times as long:\n"
+    )
+    lines += [f"| | {' | '.join(PACKED.values())} |", "|---" * (len(PACKED) + 1) + "|"]
+    for plain, beside, title in (
+        ("files", "files, packing", "`.pt` files in the page cache"),
+        ("load_fn=torch.load", "the same, packing", "`load_fn=torch.load`, 350 us a small file"),
+    ):
+        found = [packing["figures"][key] for key in PACKED]
+        cells = [three_digits(f[beside]["seconds"] / f[plain]["seconds"]) for f in found]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", source("packed", warm)])
+
+
 def aims() -> str:
     """The table of `aims.py`; what reaches its aim is bold."""
     report = load("aims")
@@ -176,7 +208,7 @@ def rows_as_table(rows: list[dict[str, Any]]) -> str:
 
 def render(page: str) -> str:
     """The page with all tables replaced by those of the reports."""
-    made = {"gains": gains, "aims": aims}
+    made = {"gains": gains, "aims": aims, "packed": packed}
     return MARKS.sub(lambda m: f"{m[1]}{made.get(m[2], partial(scenario, m[2]))()}\n{m[3]}", page)
 
 

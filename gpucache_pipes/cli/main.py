@@ -8,8 +8,14 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from gpucache_pipes import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpucache_pipes.cli import bench
 
 _COMMANDS = {
     "inspect": """examples:
@@ -194,6 +200,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> int:
     from gpucache_pipes.cli import bench, charts
+    from gpucache_pipes.files.packed.packed_directory import is_packed_file
     from gpucache_pipes.nodes import PathLister
     from gpucache_pipes.units import parse_bytes, positive_int
 
@@ -211,10 +218,28 @@ def _measure(args: argparse.Namespace) -> int:
     device = bench.find_device(args.device)
     paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
     sample = bench.sample(paths, args.files, most_bytes, seed=0)
+    if not is_packed_file(sample[0]):
+        return _compare(args, sample, len(paths), sizes, contenders, device)
+    with bench.unpacked(sample, not args.unsafe) as files:
+        contenders.append(bench.packed_contender(sample))
+        return _compare(args, files, len(paths), sizes, contenders, device)
+
+
+def _compare(
+    args: argparse.Namespace,
+    sample: Sequence[str],
+    known: int,
+    sizes: Sequence[int],
+    contenders: "Sequence[bench.Contender]",
+    device: "torch.device",
+) -> int:
+    """Measure and print; the exit status."""
+    from gpucache_pipes.cli import bench
+
     reports = []
     for size in sizes:
         with bench.Work(
-            sample, size, device, known=len(paths), epochs=args.epochs,
+            sample, size, device, known=known, epochs=args.epochs,
             weights_only=not args.unsafe, cold_storage=args.cold_storage,
         ) as work:  # fmt: skip
             if not args.json:

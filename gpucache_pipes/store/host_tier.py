@@ -16,7 +16,6 @@ from gpucache_pipes.cache import (
     Numbers,
     Policy,
     check_cache,
-    runs_of,
 )
 from gpucache_pipes.cache.entries import Entries
 from gpucache_pipes.cache.states import CACHED
@@ -25,6 +24,7 @@ from gpucache_pipes.files import Layout
 from gpucache_pipes.files.packed import native
 from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.columns import FeatureColumns, Held, distinct_of
+from gpucache_pipes.store.host_moves import moves_of
 from gpucache_pipes.store.lock import StoreLock
 
 _log = logging.getLogger("gpucache_pipes")
@@ -150,22 +150,9 @@ class HostTier:
 
     def copy(self, held: FeatureColumns, memory: memoryview, offsets: Numbers) -> None:
         """Copy features that are held to these places in `memory`, without the interpreter lock."""
-        entries, layouts = self.cache.entries, self.cache.layouts
-        numbers = np.array(held.numbers, np.intp)
-        places = entries.place[numbers]
-        counts = layouts.pages[layouts.of_places(places)]
-        size = self._memory.page_bytes
-        first, lengths = runs_of(places, counts, numbers, entries.scattered)
-        spans = held.spans
-        # Runs are copied whole but for the last page of each feature.
-        feature = np.repeat(np.arange(len(numbers)), _runs_each(counts, lengths))
-        begins = np.cumsum(lengths) - lengths
-        before = np.concatenate([[0], np.cumsum(counts)])[:-1][feature]
-        within = (begins - before) * size
-        nbytes = np.minimum(lengths * size, spans[feature] - within)
-        moves = np.stack([first * size, offsets[feature] + within, nbytes], axis=1)
         source = self._memory.memory()
-        if source is not None and len(moves):
+        if source is not None:
+            moves = moves_of(self.cache, held, self._memory.page_bytes, offsets)
             native.copy(source.numpy(), np.frombuffer(memory, np.uint8), moves)
 
     def let_go(self, held: Held, promoted: Sequence[int] = ()) -> None:
@@ -358,12 +345,3 @@ class HostTier:
             "host_cached_bytes": ledger.cached_bytes,
             "host_reserved_bytes": self._memory.reserved_bytes,
         }
-
-
-def _runs_each(counts: Numbers, lengths: Numbers) -> Numbers:
-    """How many runs of pages each feature has, whose runs have these lengths, end to end."""
-    ends = np.cumsum(counts)
-    of_runs = np.cumsum(lengths)
-    before = np.searchsorted(of_runs, ends - counts, side="right")
-    after = np.searchsorted(of_runs, ends, side="right")
-    return after - before

@@ -16,6 +16,7 @@ from gpucache_pipes.cli.bench.figures import (
 )
 from gpucache_pipes.cli.bench.loaders import BASELINE, OURS, with_readers
 from gpucache_pipes.cli.bench.report import advice, as_text, draw, headings
+from gpucache_pipes.cli.bench.unpacked import packed_contender, unpacked
 from gpucache_pipes.cli.bench.work import Work, sample
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "find_device",
     "free_bytes",
     "headings",
+    "packed_contender",
     "sample",
+    "unpacked",
     "with_readers",
 ]

@@ -1,6 +1,6 @@
 """Contenders without further requirements: gpucache_pipes, loaders of torch, a dict."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,16 @@ _README_BUDGET = 8 << 30
 
 
 def gpucache_pipes(
-    work: Work, share: float, own_collate: bool = False, readers: int | None = None
+    work: Work,
+    share: float,
+    own_collate: bool = False,
+    readers: int | None = None,
+    paths: Sequence[str] | None = None,
 ) -> Iterator[Run]:
     """The pipeline of the README, with a budget that holds everything or `share` of the data.
 
     With `own_collate` batches are made by the function that other contenders call as well. With
-    `readers` there are that many reader threads.
+    `readers` there are that many reader threads. `paths` are read in place of those of `work`.
     """
     collation = (
         {"collate_fn": work.collation.by_hand} if own_collate else work.collation.for_nodes()
@@ -34,7 +38,7 @@ def gpucache_pipes(
         weights_only=work.weights_only,
         reader_threads=readers,
     ) as store:
-        batches = tn.Loader(GPUCollator(GPUPrefetcher(work.lister(), store), **collation))
+        batches = tn.Loader(GPUCollator(GPUPrefetcher(work.lister(paths), store), **collation))
         after_first = store.stats()
 
         def epoch(number: int) -> Iterable[Any]:

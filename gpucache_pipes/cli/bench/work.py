@@ -145,10 +145,10 @@ class Work:
         largest = max(layout.span for layout in self.layouts)
         return max(int(share * self.feature_bytes), 2 * largest)
 
-    def lister(self) -> PathLister:
-        """A new lister that yields `batches`, epoch by epoch."""
+    def lister(self, paths: Sequence[str] | None = None) -> PathLister:
+        """A new lister that yields `batches`, epoch by epoch; or the same of other paths."""
         return PathLister(
-            self.paths,
+            self.paths if paths is None else paths,
             batch_size=self.batch_size,
             shuffle=True,
             seed=self.seed,

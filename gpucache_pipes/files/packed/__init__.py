@@ -4,7 +4,8 @@
 on a local disk, for later epochs, runs and processes.
 """
 
-from gpucache_pipes.files.packed.disk_cache import CHECKS, DiskCache
+from gpucache_pipes.files.packed.checks import CHECKS
+from gpucache_pipes.files.packed.disk_cache import DiskCache
 from gpucache_pipes.files.packed.disk_directory import DiskDirectory
 from gpucache_pipes.files.packed.packed_group import PackedGroup
 from gpucache_pipes.files.packed.packer import END_SECONDS

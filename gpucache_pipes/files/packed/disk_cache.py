@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpucache_pipes.files.packed.checks import Listings
+from gpucache_pipes.files.packed.checks import FileChecks
 from gpucache_pipes.files.packed.codec import UnpackableError
 from gpucache_pipes.files.packed.disk_directory import DiskDirectory
-from gpucache_pipes.files.packed.index import CURRENT, STALE, UNCHECKED, Index
+from gpucache_pipes.files.packed.index import STALE, Index
 from gpucache_pipes.files.packed.packed_features import PackedFeatures
 from gpucache_pipes.files.packed.packed_group import PackedGroup
 from gpucache_pipes.files.packed.packer import Packer
@@ -24,7 +24,6 @@ from gpucache_pipes.files.source import OpenFeature, Progress, Source, Versioned
 
 _log = logging.getLogger("gpucache_pipes")
 
-CHECKS = ("stat", "listing", "never")
 _UNKNOWN = (-1, -1)
 
 
@@ -58,18 +57,16 @@ class DiskCache:
         self._below = below
         self._directory = directory
         self._check = check
+        self._checks = FileChecks(below, check, always)
         self._prefix = prefix
-        self._always = always
         self._files = SegmentFiles(directory.used)
         self._features = PackedFeatures(self._files)
         self._packable = Packable()
         self._packer = Packer(directory, self._files)
-        self._listings = Listings()
         # The versions of files that this thread has opened below, by key.
         self._opened = threading.local()
         self._counting = threading.RLock()  # a signal handler may read in the midst of it
         self._expected: dict[object, int] = {}  # files, by pipeline
-        self._seen: dict[str, bytes | None] = {}  # versions, where files are always checked
         self.hits = 0
         self.unpackable = 0
         # Identity is the business of the source below.
@@ -111,7 +108,7 @@ class DiskCache:
 
     def file_versions(self, keys: Sequence[str], progress: Progress) -> npt.NDArray[np.int64]:
         """See Source."""
-        return self._versions(keys, progress, ())
+        return self._checks.versions(keys, progress, ())
 
     # Opening
 
@@ -212,60 +209,18 @@ class DiskCache:
             positions[:] = -1
             self._note(keys, progress)
             return positions
-        states = index.states[positions]
-        states[positions < 0] = STALE
-        if self._always:
-            states[states == CURRENT] = UNCHECKED
-        look = np.flatnonzero((states == UNCHECKED) & (self._check != "never"))
-        if len(look):
-            some = [keys[n] for n in look.tolist()]
-            if self._check == "listing":
-                same = np.array([self._listings.lists(key) for key in some], np.bool_)
-            else:
-                versions = self._versions(some, progress, look.tolist())
-                look = look[: len(versions)]
-                same = (versions == index.versions[positions[look]]).all(axis=1)
-                same &= versions[:, 1] >= 0
-            if self._always:
-                same &= self._are_seen(some)
-            states[look] = index.states[positions[look]] = np.where(same, CURRENT, STALE)
-        positions[states == STALE] = -1
-        if self._check == "stat":
-            unknown = np.flatnonzero((positions >= 0) & (states == UNCHECKED))
-            if len(unknown):  # the call ended early
-                positions = positions[: unknown[0]]
+        positions = self._checks.usable(index, positions, keys, progress)
         missing = np.flatnonzero(positions < 0).tolist()
         if missing:
             self._note([keys[n] for n in missing], progress, missing)
         return positions
-
-    def _are_seen(self, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Whether these files are the ones that this process saw first, by all that is known."""
-        now = [self._below.version(key) for key in keys]
-        return np.array(
-            [
-                version is not None and self._seen.setdefault(key, version) == version
-                for key, version in zip(keys, now, strict=True)
-            ],
-            np.bool_,
-        )
-
-    def _versions(
-        self, keys: Sequence[str], progress: Progress, numbers: Sequence[int]
-    ) -> npt.NDArray[np.int64]:
-        look = getattr(self._below, "file_versions", None)
-        if look is None:
-            return np.full((len(keys), 2), -1, np.int64)
-        progress.restart(numbers)
-        found: npt.NDArray[np.int64] = look(keys, progress)
-        return found
 
     def _note(
         self, keys: Sequence[str], progress: Progress | None = None, numbers: Sequence[int] = ()
     ) -> None:
         """Remember the versions of files that are about to be opened below."""
         if self._packer.takes:
-            found = self._versions(keys, progress or Progress(), numbers).tolist()
+            found = self._checks.versions(keys, progress or Progress(), numbers).tolist()
             versions = self._opened.__dict__.setdefault("versions", {})
             versions.update(zip(keys, map(tuple, found), strict=False))
 
@@ -274,7 +229,7 @@ class DiskCache:
         version = self._below.version(key)
         if self._check != "stat":
             return version
-        found = self._versions([key], Progress(), ())
+        found = self._checks.versions([key], Progress(), ())
         return version if (found == index.versions[position]).all() else None
 
     def _count(self, hits: int) -> None:

@@ -3,9 +3,10 @@
 import json
 import os
 import random
+import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import safe_open
 
 from gpucache_pipes.files import LoadedFeature, OpenFeature, Progress, read_many
 from gpucache_pipes.files.layout import build
-from gpucache_pipes.files.packed import native
+from gpucache_pipes.files.packed import native, readahead
 from gpucache_pipes.files.packed.codec import (
     LayoutKind,
     UnpackableError,
@@ -400,3 +401,49 @@ def test_progress_of_a_call_within_a_call() -> None:
     assert progress.current == 7
     progress.enter([4])
     assert progress.current == 4 and 0 <= progress.since < 60
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert condition()
+
+
+def test_read_ahead_reads_each_segment_once_and_closes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = write(tmp_path / "a.safetensors", records_of([torch.ones(700_000)]))
+    monkeypatch.setattr(readahead, "_is_cached", lambda fd, size: False)
+    read: list[int] = []
+    real = os.preadv
+    monkeypatch.setattr(readahead.os, "preadv", lambda *a: read.append(n := real(*a)) or n)
+    ahead = readahead.ReadAhead()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with Path(segment.path).open("rb") as file:
+        for _ in range(3):
+            ahead.add(segment, file.fileno())
+        wait_until(lambda: not ahead._is_running)
+    assert sum(read) == segment.file_bytes
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    ahead.close()
+    ahead._seen.clear()
+    with Path(segment.path).open("rb") as file:
+        ahead.add(segment, file.fileno())
+    assert not ahead._is_running and sum(read) == segment.file_bytes
+
+
+def test_read_ahead_leaves_what_is_cached_and_what_is_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = write(tmp_path / "a.safetensors", records_of([torch.ones(700)]))
+    ahead = readahead.ReadAhead()
+    with Path(segment.path).open("rb") as file:
+        ahead.add(segment, file.fileno())  # it was just written
+        assert not ahead._seen
+        monkeypatch.setattr(readahead, "_is_cached", lambda fd, size: False)
+        monkeypatch.setattr(readahead, "_available_bytes", lambda: 4 * segment.file_bytes - 4)
+        ahead.add(segment, file.fileno())
+        assert ahead._seen and not ahead._waiting and not ahead._is_running
+    monkeypatch.undo()
+    assert readahead._available_bytes() > 1 << 20 or not Path("/proc/meminfo").exists()
