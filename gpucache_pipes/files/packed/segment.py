@@ -188,7 +188,7 @@ class Segment:
             part = np.frombuffer(rest, dtype, (end - begin) // np.dtype(dtype).itemsize, begin)
             tables[name] = part.reshape(shape).copy()
         if not with_names:
-            del tables["names"]
+            del tables["names"], tables["name_ends"]
         self._tables: dict[str, npt.NDArray[Any]] = tables
         self.hashes: npt.NDArray[np.uint64] = tables.pop("hashes")
         self.versions: npt.NDArray[np.int64] = tables.pop("versions")
