@@ -117,10 +117,10 @@ def unreadable(rig: Rig) -> None:
 def cut_while_it_is_read(rig: Rig) -> None:
     """Somebody writes the file anew, shorter, between its directory and its bytes."""
 
-    def cut(fd: int, buffers: Any, offset: int) -> int:
+    def cut(fd: int, buffers: Any, offset: int, *rest: int) -> int:
         if os.fstat(fd).st_ino == inode:
             os.truncate(rig.bad, 4096)
-        return before(fd, buffers, offset)
+        return before(fd, buffers, offset, *rest)
 
     before, inode = os.preadv, os.stat(rig.bad).st_ino
     rig.hook(planned.os, "preadv", cut)
@@ -129,10 +129,10 @@ def cut_while_it_is_read(rig: Rig) -> None:
 
 def _faulty(number: int) -> Callable[[Rig], None]:
     def inject(rig: Rig) -> None:
-        def fail(fd: int, buffers: Any, offset: int) -> int:
+        def fail(fd: int, buffers: Any, offset: int, *rest: int) -> int:
             if os.fstat(fd).st_ino == inode:
                 raise OSError(number, os.strerror(number))
-            return before(fd, buffers, offset)
+            return before(fd, buffers, offset, *rest)
 
         before, inode = os.preadv, os.stat(rig.bad).st_ino
         rig.hook(planned.os, "preadv", fail)
@@ -149,6 +149,8 @@ def _load_fn(name: str, does: Callable[[], Any]) -> Callable[[Rig], None]:
             return does() if bad and path == rig.bad else torch.load(path)
 
         rig.options["load_fn"] = load
+        if "disk_cache" in rig.options:
+            rig.options["disk_cache_key"] = "faults"
         rig.mend = bad.clear
 
     inject.__name__ = name
@@ -229,11 +231,22 @@ def epoch(node: Any) -> list[Any]:
 
 
 @each_fault
-@pytest.mark.parametrize("kind", ["host", "staged"])
+@pytest.mark.parametrize("kind", ["host", "staged", "tiers"])
 @pytest.mark.parametrize("stage", ["cold", "cached by others", "mid-epoch", "no reader threads"])
 def test_a_fault_reaches_who_needs_the_file_and_nobody_else(
-    rig: Rig, fault: Callable[[Rig], None], kind_of_error: type[Exception], kind: str, stage: str
+    rig: Rig,
+    fault: Callable[[Rig], None],
+    kind_of_error: type[Exception],
+    kind: str,
+    stage: str,
+    tmp_path: Path,
 ) -> None:
+    if kind == "tiers":
+        kind = "staged"
+        rig.options.update(host_cache_bytes="1MiB", disk_cache=tmp_path / "cache")
+        for path in rig.paths:  # but for the bad one, which is too new for a disk cache
+            if path != rig.bad:
+                os.utime(path, (10**9, 10**9))
     rig.options["asynchronous"] = stage != "no reader threads"
     if stage == "no reader threads" and fault.__name__ == "load_fn exits":
         pytest.skip("in the caller's thread it is the caller who exits")
