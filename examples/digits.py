@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="keep the feature files here")
     parser.add_argument("--disk-cache", help="pack the features here, for later runs")
     args = parser.parse_args()
+    if args.disk_cache is not None and args.directory is None:
+        parser.error("--disk-cache is of use for files that stay: give --directory, too")
 
     with tempfile.TemporaryDirectory() as temporary:
         directory = args.directory or Path(temporary)

@@ -37,8 +37,9 @@ def open_disk_cache(source: Source, options: DiskOptions, revalidate: bool) -> D
             if value != usual:
                 raise ValueError(f"disk_cache_{name}={value!r} needs disk_cache=, a directory")
         return None
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise ValueError(f"disk_cache={path!r} must be the path of a directory")
+    where = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+    if not where or "\0" in where or "://" in where or os.path.isfile(where):
+        raise ValueError(f"disk_cache={path!r} must be the path of a directory on a local disk")
     if check not in CHECKS:
         raise ValueError(f"disk_cache_check={check!r} must be one of {', '.join(CHECKS)}")
     fingerprint = getattr(source, "fingerprint", None)
@@ -50,7 +51,6 @@ def open_disk_cache(source: Source, options: DiskOptions, revalidate: bool) -> D
             "that you change whenever that makes other features of the same files: else the old "
             "ones would come from the disk"
         )
-    where = os.fspath(path)
     budget = None
     if max_bytes is not None:
         budget = parse_bytes("disk_cache_bytes", max_bytes, lambda: _disk_bytes(where))

@@ -17,7 +17,6 @@ from gpucache_pipes.cache import (
     Policy,
     check_cache,
 )
-from gpucache_pipes.cache.entries import Entries
 from gpucache_pipes.cache.states import CACHED
 from gpucache_pipes.device import HostBackend
 from gpucache_pipes.files import Layout
@@ -48,7 +47,7 @@ class HostTier:
     Args:
         ledger: with the budget.
         policy: which features are evicted.
-        files: the entries of the store.
+        above: the cache on the device.
         is_current: whether the file of an entry is unchanged since it had a version; None if
             versions are not looked at.
 
@@ -62,17 +61,19 @@ class HostTier:
         self,
         ledger: Ledger,
         policy: Policy,
-        files: Entries,
+        above: Cache,
         is_current: Callable[[str, bytes | None], bool] | None,
     ) -> None:
         self.hits = 0
         self.lock = StoreLock()
         self._memory = HostBackend()
         self.cache = Cache(ledger, policy, self._memory.grow, self._memory.shrink)
-        self._files = files
+        self._files = above.entries
+        self._released_above = above.not_cached
         self._is_current = is_current
         self._clearing = False
         self._is_closed = False
+        self._has_warned = False
         # What the policy has to be told. Single operations on it are atomic.
         self._events: deque[tuple[Callable[..., None], Any, Any]] = deque(maxlen=_EVENTS)
 
@@ -198,11 +199,12 @@ class HostTier:
                 at = np.flatnonzero(np.isin(numbers, placed)).tolist()
                 self._fill(numbers, at, copy, values, versions, placed)
         except MemoryError as error:
-            _log.warning("no more host memory for the host cache: %s", error)
+            self._warn(error)
         finally:
             if placed:  # an error, or an interrupt
                 with self.lock:
                     self.cache.fail_loading(np.array(placed, np.intp))
+                    self._settle()
 
     def _place(
         self,
@@ -226,6 +228,8 @@ class HostTier:
                 absent = entries.state[numbers] == ABSENT
                 some, of = [], []
                 for n in np.flatnonzero(absent).tolist():
+                    if int(numbers[n]) in self._released_above:  # while they were being read
+                        continue
                     layout = layouts[n]
                     limit = cache.ledger.max_bytes
                     if layout.nbytes and (limit is None or layout.nbytes <= limit):
@@ -242,7 +246,8 @@ class HostTier:
                 if not plans or cache.allocator.fits(kinds):
                     cache.start_loading(these, evict=evict)
                     placed += some
-                    cache.allocator.allocate(these, kinds)
+                    for error in cache.allocator.allocate(these, kinds).values():
+                        self._warn(error)
                     unplaced = these[entries.state[these] == LOADING]
                     cache.fail_loading(unplaced)
                     left_out = set(unplaced.tolist())
@@ -252,6 +257,12 @@ class HostTier:
             tried += plans
             for announcement in plans:
                 announcement.build()
+
+    def _warn(self, error: BaseException) -> None:
+        """Log once that there is no memory. Errors of the policy are raised by the cache above."""
+        if isinstance(error, MemoryError) and not self._has_warned:
+            self._has_warned = True
+            _log.warning("no more host memory for host_cache_bytes: %s", error)
 
     def _set_page_bytes(self, page_bytes: int) -> None:
         ledger = self.cache.ledger
@@ -295,10 +306,11 @@ class HostTier:
     # The tier
 
     def are_here(self, numbers: Numbers) -> NDArray[np.bool_]:
-        """Which of these features are here."""
-        with self.lock:
-            self._catch_up()
-            return self.cache.are_cached(numbers)
+        """Which of these features are here. Takes no lock."""
+        entries = self.cache.entries
+        here: NDArray[np.bool_] = numbers < entries.count
+        here[here] = self.cache.are_cached(numbers[here])
+        return here
 
     def has_room(self) -> bool:
         """Whether the budget is not used up. Takes no lock."""

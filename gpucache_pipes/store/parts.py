@@ -107,7 +107,7 @@ def make_parts(
             _log.info("host_cache_bytes is ignored: the cache is in host memory already")
         else:
             is_current = top.is_current if revalidate else None
-            host = HostTier(host_ledger, host_policy, shared.cache.entries, is_current)
+            host = HostTier(host_ledger, host_policy, shared.cache, is_current)
             shared.cache.is_kept_below = host.has_room
     reader = TaskReader(
         top,
@@ -122,7 +122,9 @@ def make_parts(
     )
     loader = Loader(reader, shared.loads, backend, pool, most_threads, read_timeout)
     gatherer = Gatherer(shared.cache, backend)
-    requests = RequestManager(shared, top, loader, gatherer, revalidate=revalidate, host=host)
+    requests = RequestManager(
+        shared, top, loader, gatherer, revalidate=revalidate, host=host, disk=disk_cache
+    )
     shutdown = Shutdown(store, shared, loader, pool, backend, disk_cache, host)
     return Parts(backend, shared, loader, requests, shutdown, disk_cache, host)
 

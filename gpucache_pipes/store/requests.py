@@ -18,6 +18,7 @@ from gpucache_pipes.files import (
     Source,
     as_samples,
 )
+from gpucache_pipes.files.packed import DiskCache
 from gpucache_pipes.store.announcement import Announcement
 from gpucache_pipes.store.gather import Gatherer
 from gpucache_pipes.store.host_tier import HostTier
@@ -43,6 +44,7 @@ class RequestManager:
         gatherer: makes batches of them.
         revalidate: compare each requested file with the version that was read.
         host: features in host memory.
+        disk: the disk cache, if the source is one.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class RequestManager:
         *,
         revalidate: bool,
         host: HostTier | None = None,
+        disk: DiskCache | None = None,
     ) -> None:
         self._shared = shared
         self._host = host
+        self._disk = disk
         self._source = source
         self._loader = loader
         self._gatherer = gatherer
@@ -242,8 +246,8 @@ class RequestManager:
             self._host is not None and self._host.are_here(numbers).any()
         ):
             return True
-        holds = getattr(self._source, "holds", None)
-        return holds is not None and all(holds(self._shared.cache.entries.keys(numbers.tolist())))
+        keys = self._shared.cache.entries.keys(numbers.tolist())
+        return self._disk is not None and all(self._disk.holds(keys))
 
     def release(self, paths: Iterable[PathLike]) -> None:
         """See GPUFeatureStore."""
@@ -254,6 +258,8 @@ class RequestManager:
             self._shared.release(numbers)
             if self._host is not None:
                 self._host.release(self._shared.cache.entries.current(numbers))
+            if self._disk is not None:
+                self._disk.forget_checks(self._shared.cache.entries.keys(numbers.tolist()))
 
     def clear(self) -> None:
         """See GPUFeatureStore."""
@@ -262,14 +268,17 @@ class RequestManager:
             self._shared.memory.clear()
             if self._host is not None:
                 self._host.clear()
+            if self._disk is not None:
+                self._disk.forget_checks()
 
     def _postponed(self, call: Callable[[], None]) -> bool:
         """Postpone `call` if this thread is inside the lock, as below a signal handler."""
-        lock = self._shared.lock
-        if not lock.is_entered():
-            return False
-        lock.postpone(lambda: call() if self._shared.refusal.reason is None else None)
-        return True
+        locks = [self._shared.lock] + ([] if self._host is None else [self._host.lock])
+        for lock in locks:
+            if lock.is_entered():
+                lock.postpone(lambda: call() if self._shared.refusal.reason is None else None)
+                return True
+        return False
 
     def announce(
         self,
@@ -279,13 +288,12 @@ class RequestManager:
         """See GPUFeatureStore."""
         cache, memory = self._shared.cache, self._shared.memory
         builds_plan = cache.ledger.bounded and cache.log.uses_plans
-        expect_files = getattr(self._source, "expect_files", None)
-        if not builds_plan and not memory.lacks_size(owner) and expect_files is None:
+        if not builds_plan and not memory.lacks_size(owner) and self._disk is None:
             return
         if callable(upcoming):
             upcoming = upcoming()
-        if expect_files is not None and isinstance(upcoming, Upcoming):
-            expect_files(owner, len(upcoming.files.paths))
+        if self._disk is not None and isinstance(upcoming, Upcoming):
+            self._disk.expect_files(owner, len(upcoming.files.paths))
         if isinstance(upcoming, Upcoming):
             # One allocation for all files is the best.
             memory.expect_files(owner, len(upcoming.files.paths))

@@ -60,10 +60,10 @@ class Shutdown:
         self._loader.stop()
         if self._disk is not None:
             self._disk.end()
-        lock = self._shared.lock
-        if lock.is_entered():
-            lock.postpone(partial(self.close, seconds))
-            return
+        for lock in (self._shared.lock, None if self._host is None else self._host.lock):
+            if lock is not None and lock.is_entered():
+                lock.postpone(partial(self.close, seconds))
+                return
         deadline = time.monotonic() + seconds
         self._shared.await_uses(seconds)
         if os.getpid() != self._pid:

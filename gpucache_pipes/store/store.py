@@ -265,7 +265,10 @@ class GPUFeatureStore(DeviceSharing):
     # Inspection
 
     def __contains__(self, path: object) -> bool:
-        """Whether a request would read no file: it is in memory, or in the disk cache."""
+        """Whether a request would read no file: it is in memory, or in the disk cache.
+
+        What is in the disk cache may still turn out to be another file by now.
+        """
         return isinstance(path, (str, os.PathLike)) and self._requests.has(path)
 
     def __bool__(self) -> bool:
@@ -315,6 +318,8 @@ class GPUFeatureStore(DeviceSharing):
     def refuse_after_fork(self) -> None:
         """In a forked child: refuse all further calls."""
         self._shared.refuse_after_fork()
+        if self._host is not None:
+            self._host.lock.reset()
 
     def __enter__(self) -> Self:
         return self

@@ -23,6 +23,7 @@ from gpucache_pipes import FeatureLoadError, GPUFeatureStore, PathLister
 from gpucache_pipes.adapters import GPUCachedPathDataLoader
 from gpucache_pipes.files import LocalFiles, RowFiles
 from gpucache_pipes.files.packed import disk_directory, native, packer, segment_writer
+from gpucache_pipes.files.packed import readahead as disk_reader
 from gpucache_pipes.files.packed.segment import Segment
 from gpucache_pipes.store import Upcoming
 from gpucache_pipes.testing.features import Pair, assert_same
@@ -781,6 +782,60 @@ def test_hits_are_counted_once(make_files: Files, cache: Path) -> None:
     with GPUFeatureStore("cpu", disk_cache=cache) as store:
         read(store, paths, size=24)
         assert store.stats().disk_hits == 8
+
+
+@pytest.mark.parametrize("how", ["release", "clear"])
+def test_what_is_released_is_looked_at_again(make_files: Files, cache: Path, how: str) -> None:
+    [path] = make_files(1, lambda n: torch.tensor(0))
+    age(path)
+    for run in range(2):
+        with GPUFeatureStore("cpu", disk_cache=cache) as store:
+            assert int(store.get(path)) == 0
+            assert store.stats().disk_hits == run
+            if run:
+                torch.save(torch.tensor(5), path)
+                age(path, at=LONG_AGO + 1)
+                store.release([path]) if how == "release" else store.clear()
+                assert int(store.get(path)) == 5
+
+
+def test_an_error_of_the_disk_concerns_no_file(
+    make_files: Files, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where features lie in one piece nor where they do not."""
+    paths = make_files(16, lambda n: torch.full((40 * (1 + n % 4),), n, dtype=torch.uint8))
+    age(*paths)
+    with GPUFeatureStore("cpu", disk_cache=cache, page_bytes=16) as store:
+        read(store, paths)
+    monkeypatch.setattr(native, "_packed", None)
+
+    def broken(*arguments: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with GPUFeatureStore("cpu", disk_cache=cache, page_bytes=16) as store:
+        store.get_batch(paths[::3])
+        store.release(paths[::6])  # leaves holes among the pages
+        with monkeypatch.context() as patch:
+            patch.setattr(native.os, "preadv", broken)
+            patch.setattr(disk_reader, "_is_cached", lambda fd, size: True)
+            keep = native.read
+            patch.setattr(native, "read", lambda *a: keep(*a))
+            found = store.get_batch([path for n, path in enumerate(paths) if n % 3])
+        assert [int(feature[0]) for feature in found] == [n for n in range(16) if n % 3]
+
+
+def test_files_are_looked_at_once(
+    make_files: Files, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sized(make_files, 30)
+    with GPUFeatureStore("cpu", disk_cache=cache) as store:
+        read(store, paths[:10])
+    looked: list[str] = []
+    real = native.versions
+    monkeypatch.setattr(native, "versions", lambda keys, p: looked.extend(keys) or real(keys, p))
+    with GPUFeatureStore("cpu", disk_cache=cache) as store:
+        read(store, paths, size=30)
+    assert sorted(looked) == sorted(map(os.path.realpath, paths))
 
 
 @pytest.fixture(autouse=True)

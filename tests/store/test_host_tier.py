@@ -287,3 +287,74 @@ def test_threads_share_it() -> None:
             thread.join(60)
         assert not errors
         store.check()
+
+
+@pytest.mark.parametrize("how", ["release", "clear"])
+def test_what_is_released_while_it_is_read_is_not_kept(how: str) -> None:
+    go_on, begun = threading.Event(), threading.Event()
+    value = 0
+
+    def load(path: str) -> Any:
+        held = torch.tensor([value])
+        begun.set()
+        assert go_on.wait(30)
+        return held
+
+    with GPUFeatureStore(device_for("staged"), load_fn=load, host_cache_bytes="1MiB") as store:
+        batch = store.request(["/f/0"])
+        assert begun.wait(30)
+        store.release(["/f/0"]) if how == "release" else store.clear()
+        value = 77
+        go_on.set()
+        assert int(batch.result()[0]) == 0
+        assert "/f/0" not in store
+        assert int(store.get("/f/0")) == 77
+        store.check()
+
+
+def test_a_tier_that_lacks_memory_once_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = wide(20)
+    load, paths, _ = memory_of(items)
+    with GPUFeatureStore(
+        device_for("staged"), max_cache_items=2, load_fn=load, host_cache_bytes="1MiB"
+    ) as store:
+        tier = store._host
+        assert tier is not None
+        with monkeypatch.context() as patch:
+
+            def lacking(*arguments: Any) -> None:
+                tier.clear()
+                raise MemoryError("none left")
+
+            patch.setattr(tier, "_fill", lacking)
+            epoch(store, paths, items, range(20))
+        assert store.stats().host_items == 0
+        assert len(caplog.records) == 1 and "none left" in caplog.text
+        epoch(store, paths, items, range(20))
+        assert store.stats().host_items >= 17
+        store.check()
+
+
+def test_a_handler_inside_of_the_tier_may_release_clear_and_close() -> None:
+    items = wide(8)
+    load, paths, _ = memory_of(items)
+    store = GPUFeatureStore(
+        device_for("staged"), max_cache_items=2, load_fn=load, host_cache_bytes="1MiB"
+    )
+    epoch(store, paths, items, range(8))
+    tier = store._host
+    assert tier is not None
+    with tier.lock:  # as a signal handler finds it
+        store.release(paths[:4])
+        assert paths[0] in store
+        store.stats()
+    assert not any(path in store for path in paths[:4])
+    with tier.lock:
+        store.clear()
+    assert not any(path in store for path in paths)
+    with tier.lock:
+        store.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        store.get(paths[0])

@@ -249,7 +249,12 @@ def test_closing_twice_waits_for_the_first(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("kind", ["host", "staged"])
 @pytest.mark.parametrize(
     "options",
-    [{"max_cache_items": 3}, {"max_cache_items": 3, "asynchronous": False}, {}],
+    [
+        {"max_cache_items": 3},
+        {"max_cache_items": 3, "asynchronous": False},
+        {},
+        {"max_cache_items": 3, "host_cache_bytes": 400},
+    ],
     ids=str,
 )
 def test_all_that_a_handler_may_call(handled: Any, kind: str, options: dict[str, Any]) -> None:

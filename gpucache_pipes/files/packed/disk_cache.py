@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gpucache_pipes.files.packed.checks import FileChecks
 from gpucache_pipes.files.packed.codec import UnpackableError
 from gpucache_pipes.files.packed.disk_directory import DiskDirectory
-from gpucache_pipes.files.packed.index import STALE, Index
+from gpucache_pipes.files.packed.index import CURRENT, STALE, UNCHECKED, Index
 from gpucache_pipes.files.packed.packed_features import PackedFeatures
 from gpucache_pipes.files.packed.packed_group import PackedGroup
 from gpucache_pipes.files.packed.packer import Packer
@@ -110,6 +110,18 @@ class DiskCache:
         """See Source."""
         return self._checks.versions(keys, progress, ())
 
+    def forget_checks(self, keys: Sequence[str] | None = None) -> None:
+        """Look at these files again before their next use; None is all."""
+        index = None
+        while index is not self._packer.index:  # it may be replaced meanwhile
+            index = self._packer.index
+            at = np.arange(len(index))
+            if keys is not None:
+                at = index.find(name_hashes(keys, self._prefix))
+                at = at[at >= 0]
+            at = at[index.states[at] == CURRENT]
+            index.states[at] = UNCHECKED
+
     # Opening
 
     def open(self, key: str, path: str) -> OpenFeature:
@@ -138,6 +150,7 @@ class DiskCache:
     ) -> PackedGroup | None:
         """See Source. Those that are in segments."""
         index = self._packer.index
+        self._opened.versions = {}
         if not len(index):
             return None
         positions = self._usable(index, keys, progress)
@@ -157,7 +170,9 @@ class DiskCache:
         self, keys: list[str], paths: Sequence[str], progress: Progress
     ) -> "list[VersionedFeature | None]":
         """See Source. First those that are in segments, and then the others, in one go each."""
-        self._opened.versions = {}
+        known = self._opened.__dict__.get("versions", {})
+        if known and not any(key in known for key in keys):  # of an earlier task
+            self._opened.versions = {}
         index = self._packer.index
         positions = self._usable(index, keys, progress)
         end = len(positions)
@@ -220,6 +235,13 @@ class DiskCache:
     ) -> None:
         """Remember the versions of files that are about to be opened below."""
         if self._packer.takes:
+            known = self._opened.__dict__.setdefault("versions", {})
+            if known:
+                at = [n for n, key in enumerate(keys) if key not in known]
+                keys = [keys[n] for n in at]
+                numbers = [numbers[n] for n in at] if numbers else at
+            if not keys:
+                return
             found = self._checks.versions(keys, progress or Progress(), numbers).tolist()
             versions = self._opened.__dict__.setdefault("versions", {})
             versions.update(zip(keys, map(tuple, found), strict=False))
@@ -318,6 +340,7 @@ class DiskCache:
     def end(self) -> None:
         """Have the last segment completed in the background. Takes no lock."""
         self._packer.end()
+        self._files.end()
 
     def close(self, seconds: float) -> None:
         """Complete the last segment, at most this long, and close all."""

@@ -85,13 +85,20 @@ class PackedDirectory:
             self._names = sorted(found)
         return self._names
 
-    def name(self, key: str) -> str:
-        """The name of a feature whose path begins with the directory."""
-        return key[len(self.root) :].lstrip("/")
-
     def positions(self, keys: Sequence[str]) -> npt.NDArray[np.int64]:
-        """The positions of features in the index; -1 for those that there are not."""
-        return self.index.find(name_hashes([self.name(key) for key in keys]))
+        """The positions of features in the index; -1 for those that there are not.
+
+        Also for those that are not in this directory.
+        """
+        inside = self.root + "/"
+        cut = len(inside)
+        names = [key[cut:].lstrip("/") for key in keys if key.startswith(inside)]
+        found = self.index.find(name_hashes(names))
+        if len(names) == len(keys):
+            return found
+        positions = np.full(len(keys), -1, np.int64)
+        positions[[key.startswith(inside) for key in keys]] = found
+        return positions
 
     def position(self, key: str) -> int:
         """The position of one feature. Raises FileNotFoundError."""
@@ -121,6 +128,11 @@ def open_packed(root: str) -> PackedDirectory:
     if known is None or not known.is_current():
         known = _known[root] = PackedDirectory(root)
     return known
+
+
+def forget_packed(root: str) -> None:
+    """A directory has changed: look at it again."""
+    _known.pop(os.path.realpath(root), None)
 
 
 def is_packed(directory: str) -> bool:
@@ -210,6 +222,8 @@ class PackedPaths:
     def __init__(self, selection: Selection | None) -> None:
         self._selection = selection
         self._opened: dict[PackedDirectory, PackedFeatures] = {}
+        for directory in list(_known.values()):
+            directory.looked = 0.0  # look again, for a new store
 
     def _features(self, directory: PackedDirectory) -> PackedFeatures:
         features = self._opened.get(directory)

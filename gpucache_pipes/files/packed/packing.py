@@ -23,6 +23,7 @@ from gpucache_pipes.files.packed.packed_directory import (
     FORMAT,
     MARKER,
     PackedDirectory,
+    forget_packed,
     read_marker,
 )
 from gpucache_pipes.files.packed.records import Named, Packable, read_records
@@ -151,6 +152,7 @@ def pack(
                 except OSError:
                     writer.abandon()
         _write_marker(target, {**about, "segments": segments, "complete": not failed})
+        forget_packed(target)
     sizes = [os.stat(os.path.join(target, name)).st_size for name in segments]
     return PackReport(len(names), len(wanted), len(segments), sum(sizes), failed)
 

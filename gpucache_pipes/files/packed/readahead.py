@@ -1,11 +1,12 @@
 """Reads segments in order of the disk, into the page cache, ahead of those who read at random."""
 
+import io
 import os
 import threading
 from collections import deque
 from pathlib import Path
 
-from gpucache_pipes.files.packed.segment import Segment
+from gpucache_pipes.files.packed.segment import Segment, open_quickly
 
 _PIECE = 1 << 20
 _SAMPLES = 16
@@ -26,7 +27,7 @@ class ReadAhead:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[int, int]] = deque()  # descriptors, and sizes
+        self._waiting: deque[Segment] = deque()
         self._seen: set[tuple[int, int, int]] = set()
         self._room = -1
         self._is_running = False
@@ -43,16 +44,15 @@ class ReadAhead:
             if segment.file_bytes > self._room:
                 return
             self._room -= segment.file_bytes
+            self._waiting.append(segment)
+            if self._is_running:
+                return
+            thread = threading.Thread(target=self._run, name="gpucache-readahead", daemon=True)
             try:
-                self._waiting.append((os.dup(fd), segment.file_bytes))
-                if not self._is_running:
-                    thread = threading.Thread(
-                        target=self._run, name="gpucache-readahead", daemon=True
-                    )
-                    self._is_running = True
-                    thread.start()
-            except (OSError, RuntimeError):  # too many descriptors, or threads
-                self._is_running = False
+                thread.start()
+                self._is_running = True
+            except RuntimeError:  # there are too many threads
+                self._waiting.clear()
 
     def close(self) -> None:
         """Read nothing any more. Does not wait for the piece at hand."""
@@ -65,15 +65,17 @@ class ReadAhead:
                 if not self._waiting:
                     self._is_running = False
                     return
-                fd, size = self._waiting.popleft()
+                segment = self._waiting.popleft()
             try:
-                at = 0
-                while at < size and not self._is_closed:
-                    at += os.preadv(fd, [memory], at) or size
+                with io.FileIO(segment.path, opener=open_quickly) as file:
+                    at = 0
+                    while at < segment.file_bytes and not self._is_closed:
+                        count = os.preadv(file.fileno(), [memory], at)
+                        if not count:
+                            break
+                        at += count
             except OSError:
-                pass  # those who need the record will say so
-            finally:
-                os.close(fd)
+                pass  # those who need a record will say so
 
 
 def _is_cached(fd: int, size: int) -> bool:

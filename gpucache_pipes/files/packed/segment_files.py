@@ -59,6 +59,10 @@ class SegmentFiles:
             self._opened(segment)
         return file
 
+    def end(self) -> None:
+        """Read nothing ahead any more. Takes no lock."""
+        self._ahead.close()
+
     def close(self) -> None:
         """Close those that no thread reads from."""
         self._ahead.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from gpucache_pipes import (
 )
 from gpucache_pipes.cli.main import main
 from gpucache_pipes.files import LocalFiles, file_size
-from gpucache_pipes.files.packed import packed_directory, packing
+from gpucache_pipes.files.packed import native, packed_directory, packing
 from gpucache_pipes.files.packed.packed_directory import MARKER
 from gpucache_pipes.files.packed.packing import pack, verify
 from gpucache_pipes.files.packed.segment import Segment
@@ -351,3 +352,44 @@ def test_verify_compares_with_keys_and_dtype(source: Path, target: Path) -> None
     feature = torch.load(source / "7.pt")
     torch.save({**feature, "y": feature["y"] + 1}, source / "7.pt")
     assert set(verify(str(source), str(target), **options)) == {"7.pt"}
+
+
+@pytest.mark.parametrize("native_reader", [True, False])
+def test_paths_of_several_directories_in_one_request(
+    tmp_path: Path, native_reader: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equal and other lengths, packed and not, with the same names in all of them."""
+    if not native_reader:
+        monkeypatch.setattr(native, "native", None)
+        monkeypatch.setattr(native, "_packed", None)
+    held: dict[str, int] = {}
+    for number, name in enumerate(("one", "two", "six", "longer", "o", "oneone")):
+        source = tmp_path / f"source{number}"
+        source.mkdir()
+        for n in range(6):
+            torch.save(torch.tensor(100 * number + n), source / f"{n}.pt")
+            os.utime(source / f"{n}.pt", (LONG_AGO, LONG_AGO))
+        if number in (0, 1, 3, 5):
+            pack(str(source), str(tmp_path / name))
+        else:
+            source.rename(tmp_path / name)
+        held.update({str(tmp_path / name / f"{n}.pt"): 100 * number + n for n in range(6)})
+    for seed in range(4):
+        paths = random.Random(seed).sample(sorted(held), len(held))
+        for asynchronous in (True, False):
+            with GPUFeatureStore("cpu", asynchronous=asynchronous) as store:
+                ahead = [store.request(paths[at : at + 5]) for at in range(0, len(paths), 5)]
+                found = [int(feature) for batch in ahead for feature in batch.result()]
+                assert found == [held[path] for path in paths]
+
+
+def test_a_new_store_sees_what_was_packed_in_the_meantime(source: Path, target: Path) -> None:
+    pack(str(source), str(target))
+    assert load_all([f"{target}/7.pt"])[0]["name"] == "n7"
+    other = target.parent / "other"
+    torch.save({"name": "new"}, source / "7.pt")
+    os.utime(source / "7.pt", (LONG_AGO, LONG_AGO))
+    pack(str(source), str(other))
+    shutil.rmtree(target)
+    other.rename(target)
+    assert load_all([f"{target}/7.pt"])[0]["name"] == "new"
