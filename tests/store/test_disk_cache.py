@@ -153,7 +153,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(steps=st.lists(STEP, min_size=2, max_size=8), check=st.sampled_from(["stat", "listing"]))
 def test_no_run_gets_what_a_file_does_not_hold(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, Any]], check: str
@@ -360,7 +360,7 @@ def total(cache: Path) -> int:
     return sum(path.stat().st_size for path in segments(cache))
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(share=st.floats(0.15, 0.9), gpu=st.integers(1, 60), seed=st.integers(0, 99))
 def test_hits_over_epochs_are_those_of_both_tiers(
     tmp_path_factory: pytest.TempPathFactory, share: float, gpu: int, seed: int
@@ -585,7 +585,7 @@ def test_a_process_finds_what_another_writes_while_both_run(wide: list[str], cac
         later.communicate()
 
 
-@pytest.mark.parametrize("after", [0.0, 0.01, 0.03, 0.1, None])
+@pytest.mark.parametrize("after", [0.02, 0.1, None])
 def test_a_kill_loses_the_segment_in_hand_at_most(
     wide: list[str], cache: Path, after: float | None
 ) -> None:

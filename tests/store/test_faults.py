@@ -242,6 +242,8 @@ def test_a_fault_reaches_who_needs_the_file_and_nobody_else(
     tmp_path: Path,
 ) -> None:
     if kind == "tiers":
+        if stage == "cached by others":
+            pytest.skip("as in mid-epoch")
         kind = "staged"
         rig.options.update(host_cache_bytes="1MiB", disk_cache=tmp_path / "cache")
         for path in rig.paths:  # but for the bad one, which is too new for a disk cache

@@ -48,7 +48,7 @@ def epoch(store: Store, paths: list[str], items: list[Any], order: Any, size: in
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     gpu=st.integers(0, 70), host=st.integers(1, 70), seed=st.integers(0, 99),
     policy=st.sampled_from(["clairvoyant", "keep"]), asynchronous=st.booleans(),
@@ -101,7 +101,7 @@ def test_policies_that_replace_use_host_memory_too(policy: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     items=st.lists(features(), min_size=1, max_size=6), data=st.data(),
     page=st.sampled_from([None, 16, 64]), host=st.integers(1, 2000),
