@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types tests tests-python-reader coverage docs speed bench soak attack stress \
+.PHONY: demo test lint types tests tests-python-reader coverage docs speed bench soak attack kills stress \
 	gpu-check clean
 
 demo: $(INSTALLED)
@@ -49,6 +49,10 @@ bench: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(BIN)/python tests/soak.py --minutes 10 --json benchmarks/results/soak.json
+
+# A thousand processes that write into a disk cache are killed: two minutes.
+kills: $(INSTALLED)
+	$(BIN)/python tests/kills.py
 
 # Prints how to repeat a failure. Any duration: make attack MINUTES=600
 MINUTES ?= 10
