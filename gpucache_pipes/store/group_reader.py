@@ -107,7 +107,7 @@ class GroupReader:
         progress: Progress,
     ) -> list[int]:
         """Read features into their buffers; the entries of those that are damaged."""
-        memory, offsets = upload.memory()
+        memory, offsets = memory_of(upload, len(features.numbers))
         bad: list[int] = []
         whole = offsets >= 0
         if memory is not None and whole.any():
@@ -205,6 +205,12 @@ class GroupReader:
             self._backend.page_bytes, evict=self._loads.may_evict(numbers.tolist()),
         )  # fmt: skip
         return kept | self._host.are_here(numbers)
+
+
+def memory_of(upload: Upload, count: int) -> tuple[memoryview | None, Numbers]:
+    """`upload.memory()`, with a place for each of `count` features also where there is none."""
+    memory, offsets = upload.memory()
+    return memory, np.full(count, -1, np.int64) if memory is None else offsets
 
 
 def _copy(

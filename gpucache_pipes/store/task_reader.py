@@ -6,7 +6,7 @@ import numpy as np
 
 from gpucache_pipes.device import Backend, Upload, ends_the_device, is_device_error
 from gpucache_pipes.files import OpenFeature, Source, VersionedFeature, read_many
-from gpucache_pipes.store.group_reader import GroupReader
+from gpucache_pipes.store.group_reader import GroupReader, memory_of
 from gpucache_pipes.store.host_tier import HostTier
 from gpucache_pipes.store.load_tracker import LoadTracker
 from gpucache_pipes.store.page_size import choose_page_bytes, pages_per_file
@@ -248,7 +248,7 @@ class TaskReader:
         at = [n for n in range(begin, end) if placed.numbers[n] not in failed]
         numbers = np.array([placed.numbers[n] for n in at], np.intp)
         features = [placed.features[n] for n in at]
-        memory, offsets = upload.memory()
+        memory, offsets = memory_of(upload, end - begin)
         places = offsets[np.array(at, np.intp) - begin]
         kept = self._groups.keep_on_host(
             numbers, [feature.layout for feature in features],

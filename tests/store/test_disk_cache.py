@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from gpucache_pipes import FeatureLoadError, GPUFeatureStore, PathLister
 from gpucache_pipes.adapters import GPUCachedPathDataLoader
+from gpucache_pipes.device import host, staging
 from gpucache_pipes.files import LocalFiles, RowFiles
 from gpucache_pipes.files.packed import disk_directory, native, packer, segment_writer
 from gpucache_pipes.files.packed import readahead as disk_reader
@@ -836,6 +837,22 @@ def test_files_are_looked_at_once(
     with GPUFeatureStore("cpu", disk_cache=cache) as store:
         read(store, paths, size=30)
     assert sorted(looked) == sorted(map(os.path.realpath, paths))
+
+
+@pytest.mark.parametrize("kind", ["host", "staged"])
+def test_a_device_whose_uploads_have_buffers_only(
+    files: list[str], features: list[Any], cache: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Upload.memory` is optional."""
+    for upload in (host.HostUpload, staging.StagedUpload):
+        monkeypatch.setattr(upload, "memory", lambda self: (None, np.empty(0, np.int64)))
+    for hits in (0, len(files)):
+        with GPUFeatureStore(
+            device_for(kind), disk_cache=cache, host_cache_bytes="1MiB", max_cache_items=3
+        ) as store:
+            same(read(store, files), features)
+            assert store.stats().disk_hits == hits
+            store.check()
 
 
 @pytest.fixture(autouse=True)

@@ -152,6 +152,8 @@ def copy_records(
     data = np.zeros(total, np.uint8)
     moves: list[tuple[int, int, int]] = []
     for n, (layout, start) in enumerate(zip(layouts, starts.tolist(), strict=True)):
+        if not layout.span:
+            continue
         if memory is not None and offsets[n] >= 0:
             moves += [
                 (offsets[n] + begin, start + begin, end - begin)
