@@ -103,7 +103,7 @@ class Packer:
     def flush(self) -> None:
         """Have the segment at hand completed, and find those of others.
 
-        Waits for the latter, which takes milliseconds, and not for the former.
+        Waits for the latter, for two seconds at most, and not for the former.
         """
         with self._changed:
             if not self._ending:
