@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from gpucache_pipes.cli.bench.figures import environment
 
@@ -116,3 +117,16 @@ def save(path: str | None, figures: dict[str, Any]) -> None:
     if path:
         text = json.dumps({**environment(), "figures": figures}, indent=1)
         Path(path).write_text(text + "\n")
+
+
+class Files(Dataset[Any]):
+    """What people write by hand."""
+
+    def __init__(self, directory: str) -> None:
+        self.paths = sorted(str(path) for path in Path(directory).iterdir())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, at: int) -> Any:
+        return torch.load(self.paths[at])

@@ -3,7 +3,7 @@
 All contenders make the same batches, shuffled, in turns, each with a loader of its own; opening and
 listing are included. The page cache is warm, unless --cold drops the files from it before each turn
 (posix_fadvise; a bare sequential read of the same bytes is measured likewise). With --packing:
-epochs over the files, with and without filling a disk cache beside; the time until the last batch.
+the time until the last batch of an epoch over the files, with and without filling a disk cache.
 
     python benchmarks/packed.py [--only small|ragged|large] [--rounds 5] [--cold | --packing]
         [--json FILE]
@@ -18,27 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import save, temporary_directory
-from torch.utils.data import DataLoader, Dataset
+from _common import Files, save, temporary_directory
+from torch.utils.data import DataLoader
 
 from gpucache_pipes import GPUCachedPathDataLoader, GPUFeatureStore, PathLister
 from gpucache_pipes.files.packed import packed_directory
 from gpucache_pipes.files.packed.packing import pack
 
 Collate = Callable[[list[Any]], Any]
-
-
-class Files(Dataset[Any]):
-    """What people write by hand."""
-
-    def __init__(self, directory: str) -> None:
-        self.paths = sorted(str(path) for path in Path(directory).iterdir())
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, at: int) -> Any:
-        return torch.load(self.paths[at])
 
 
 def padded(features: list[Any]) -> Any:
@@ -95,7 +82,7 @@ class Case:
         packed_directory._known.clear()
 
     def packing(self, **store_options: Any) -> Iterable[Any]:
-        """An epoch beside which a new disk cache is filled; closing the store completes it."""
+        """An epoch that also fills a new disk cache; closing the store completes it."""
         self.fresh += 1
         cache = f"{self.root}/fresh{self.fresh}"
         return self.ours(self.source, disk_cache=cache, **store_options)

@@ -19,23 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import save, temporary_directory
-from torch.utils.data import DataLoader, Dataset
+from _common import Files, save, temporary_directory
+from torch.utils.data import DataLoader
 
 from gpucache_pipes import GPUCachedPathDataLoader, GPUFeatureStore, PathLister
-
-
-class Files(Dataset[Any]):
-    """What people write by hand."""
-
-    def __init__(self, directory: str) -> None:
-        self.paths = sorted(str(path) for path in Path(directory).iterdir())
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, at: int) -> Any:
-        return torch.load(self.paths[at])
 
 
 def by_dataloader(directory: str, size: int, workers: int) -> Iterator[Any]:

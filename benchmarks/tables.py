@@ -172,16 +172,14 @@ def packed() -> str:
             figures = report["figures"][key]
             cells = [three_digits(figures[name]["ratio"]) for name in names]
             lines.append(f"| {title}{state} | {' | '.join(cells)} |")
-    lines.append(
-        "\nWhile a disk cache is filled beside, a first epoch takes this many times as long:\n"
-    )
+    lines.append("\nA first epoch that also fills a disk cache takes this many times as long:\n")
     lines += [f"| | {' | '.join(PACKED.values())} |", "|---" * (len(PACKED) + 1) + "|"]
-    for plain, beside, title in (
+    for plain, packing_too, title in (
         ("files", "files, packing", "`.pt` files in the page cache"),
         ("load_fn=torch.load", "the same, packing", "`load_fn=torch.load`, 350 us a small file"),
     ):
         found = [packing["figures"][key] for key in PACKED]
-        cells = [three_digits(f[beside]["seconds"] / f[plain]["seconds"]) for f in found]
+        cells = [three_digits(f[packing_too]["seconds"] / f[plain]["seconds"]) for f in found]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", source("packed", warm)])
 

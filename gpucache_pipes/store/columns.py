@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpucache_pipes.cache import Numbers
+from gpucache_pipes.cache import Numbers, distinct
 from gpucache_pipes.files import Layout
 
 
@@ -81,7 +81,6 @@ class Held:
 
 
 def distinct_of(numbers: Numbers) -> tuple[Numbers, Numbers]:
-    """The different ones of these numbers, and which of them each is. See cache.distinct."""
-    ordered = np.sort(numbers)
-    known = ordered[np.diff(ordered, prepend=-1) > 0]
+    """The different ones of these numbers, and which of them each is."""
+    known = distinct(numbers)
     return known, np.searchsorted(known, numbers)

@@ -89,9 +89,6 @@ class DiskCache:
             "disk_bytes": self._directory.nbytes,
         }
 
-    def __len__(self) -> int:
-        return len(self._packer.index)
-
     def holds(self, keys: Sequence[str]) -> list[bool]:
         """Whether there are records of these files that may be used, as far as is known."""
         index = self._packer.index
