@@ -1,5 +1,6 @@
 """Feature files: where they are, what is in them, and how their bytes are read."""
 
+from gpucache_pipes.files.any_files import AnyFiles
 from gpucache_pipes.files.batch_reader import native_problem
 from gpucache_pipes.files.chunks import read_many
 from gpucache_pipes.files.failures import load_error
@@ -19,6 +20,8 @@ from gpucache_pipes.files.part_names import leaf_names, value_names
 from gpucache_pipes.files.path_table import PathLike, PathTable
 from gpucache_pipes.files.paths import NumberedPath, PathList, Paths, paths_without
 from gpucache_pipes.files.plain_paths import as_plain_data, from_plain_data
+from gpucache_pipes.files.remote.options import RemoteOptions, require_options
+from gpucache_pipes.files.remote.remote_files import RemoteFiles
 from gpucache_pipes.files.rows import RowFiles
 from gpucache_pipes.files.samples import Parts, Samples, as_samples, files_of, joined
 from gpucache_pipes.files.selection import Key, Selection
@@ -32,6 +35,7 @@ from gpucache_pipes.files.source import (
 
 __all__ = [
     "ALIGNMENT",
+    "AnyFiles",
     "Branch",
     "FileOpener",
     "Key",
@@ -47,6 +51,8 @@ __all__ = [
     "PathTable",
     "Paths",
     "Progress",
+    "RemoteFiles",
+    "RemoteOptions",
     "RowFiles",
     "Samples",
     "Selection",
@@ -67,5 +73,6 @@ __all__ = [
     "native_problem",
     "paths_without",
     "read_many",
+    "require_options",
     "value_names",
 ]

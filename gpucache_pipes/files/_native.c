@@ -7,6 +7,7 @@ again for each file, whose size is that of the open file by fstat. What fits no 
 Python.
 
     read(forms, paths, whole, scratch, rows, control)   files into scratch; a row for each
+    find(forms, scratch, rows)                          the forms of files that are in scratch
     copy(scratch, target, moves)                        leaves out of scratch, to their places
 
 Nothing here blocks a signal: a call that one interrupts returns early, and the caller calls again.
@@ -355,6 +356,38 @@ static PyObject *read_files(PyObject *module, PyObject *args)
     return PyErr_Occurred() ? NULL : PyLong_FromSsize_t(done);
 }
 
+static PyObject *find_forms(PyObject *module, PyObject *args)
+{
+    PyObject *items;
+    Forms forms = {0, 0, NULL};
+    Py_buffer scratch, table;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!y*w*:find", &PyTuple_Type, &items, &scratch, &table)) {
+        return NULL;
+    }
+    Py_ssize_t count = table.len / (COLUMNS * (Py_ssize_t)sizeof(int64_t));
+    int64_t *row = int64s(&table, count * COLUMNS);
+    if (row != NULL && forms_of(items, &forms) == 0) {
+        int sound = 1;
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; sound && i < count; i++, row += COLUMNS) {
+            if (row[STATUS] != LEFT_TO_PYTHON) {
+                sound = within(row[START], row[SIZE], scratch.len);
+                row[STATUS] = sound ? find(&forms, (const byte *)scratch.buf + row[START], row[SIZE])
+                                    : LEFT_TO_PYTHON;
+            }
+        }
+        Py_END_ALLOW_THREADS
+        if (!sound) {
+            PyErr_SetString(PyExc_ValueError, "a file is not within scratch");
+        }
+    }
+    PyMem_Free((void *)forms.form);
+    PyBuffer_Release(&scratch);
+    PyBuffer_Release(&table);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
 static PyObject *copy_files(PyObject *module, PyObject *args)
 {
     Py_buffer scratch, target, moves;
@@ -392,6 +425,10 @@ static PyMethodDef methods[] = {
      "Read files of at most `whole` bytes into scratch, and compare them with the forms. Returns\n"
      "how many there are before the one at which it stopped, because scratch is full, because of\n"
      "a signal, or because control[STOP] is not 0."},
+    {"find", find_forms, METH_VARARGS,
+     "find(forms, scratch, rows)\n\n"
+     "Compare files that are in scratch, as the rows say, with the forms, and note which they have.\n"
+     "Files that are left to Python are passed over."},
     {"copy", copy_files, METH_VARARGS,
      "copy(scratch, target, moves)\n\n"
      "Copy bytes out of scratch: int64 triples (start, offset in target, count)."},

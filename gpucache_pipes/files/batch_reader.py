@@ -14,6 +14,7 @@ Without the native module (see `native_problem`) all files are.
 import importlib
 import os
 import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -109,6 +110,33 @@ class BatchReader:
             )
         chunk.ended = time.time_ns()
         chunk.starts = chunk.rows[:end, START].tolist()
+        return self._features(chunk, end, progress, begin)
+
+    def open_read(
+        self, make: Callable[[Any, KnownForms, int], Chunk], files: int, progress: Progress
+    ) -> "list[VersionedFeature | None]":
+        """Open files that are read by somebody else, into the scratch memory of a chunk.
+
+        Args:
+            make: makes the chunk, and fills its rows: see `Chunk`.
+            files: how many at most.
+            progress: may say to stop.
+        """
+        known = self._known or KnownForms()
+        begin = time.monotonic_ns()
+        if not self._begun:
+            self._begun = True
+            files = min(files, _FIRST)
+        chunk = make(_native if self._known is not None else None, known, files)
+        end = len(chunk.starts)
+        if end and chunk.native is not None:
+            chunk.native.find(known.forms, chunk.memory, chunk.rows[:end])
+        return self._features(chunk, end, progress, begin)
+
+    def _features(
+        self, chunk: Chunk, end: int, progress: Progress, begin: int
+    ) -> "list[VersionedFeature | None]":
+        """The features in a chunk: `open` without the reading."""
         self._matched += int((chunk.rows[:end, STATUS] >= 0).sum())
         features: list[VersionedFeature | None] = []
         for number, (form, _, _, _, size, _) in enumerate(chunk.rows[:end].tolist()):
@@ -149,7 +177,7 @@ class BatchReader:
             return None  # PlanReader.open says what is wrong with the file
         if version:
             self._reader.remember(version, plan)
-        if plan.cost > MAX_PLAN_COST:
+        if plan.cost > MAX_PLAN_COST or self._known is None:
             return plan
         if self._tried <= _FREE_TRIES + self._of_families // 16:
             self._tried += 1

@@ -20,7 +20,7 @@ _ONE_BY_ONE = 4
 """Files of one plan that are not worth array operations."""
 
 # The columns of a row, and the values of STATUS that are not the number of a form: see _native.c.
-STATUS, START, _VERSION, _SIZE, _MTIME, _COLUMNS = 0, 1, slice(2, 6), 4, 5, 6
+STATUS, START, _VERSION, SIZE, _MTIME, _COLUMNS = 0, 1, slice(2, 6), 4, 5, 6
 UNKNOWN, LEFT_TO_PYTHON = -1, -2
 
 
@@ -43,6 +43,9 @@ class Scratch(Protocol):
     def version(self, number: int) -> bytes | None:
         """See VersionedFeature."""
 
+    def file_version(self, number: int) -> tuple[int, int] | None:
+        """See Source.tell_versions."""
+
 
 class Chunk:
     """The files of one call, in scratch memory, which is reused once they are dropped."""
@@ -59,13 +62,17 @@ class Chunk:
     def data(self, number: int) -> memoryview:
         """The bytes of a file."""
         row = self.rows[number]
-        return self.memory.data[int(row[START]) :][: int(row[_SIZE])]
+        return self.memory.data[int(row[START]) :][: int(row[SIZE])]
 
     def version(self, number: int) -> bytes | None:
         """The version of a file, see `version_of`; None if it may still change unnoticed."""
         row = self.rows[number]
         racy = is_racy_between(int(row[_MTIME]), self.begun, self.ended)
         return None if racy else row[_VERSION].tobytes()
+
+    def file_version(self, number: int) -> tuple[int, int] | None:
+        """See Scratch."""
+        return None
 
 
 class ScratchFeature:
@@ -103,6 +110,11 @@ class ScratchFeature:
     def version(self) -> bytes | None:
         """See VersionedFeature."""
         return self.chunk.version(self.number)
+
+    @property
+    def file_version(self) -> tuple[int, int] | None:
+        """See Source.tell_versions."""
+        return self.chunk.file_version(self.number)
 
     def read_into(self, buffers: Sequence[memoryview]) -> None:
         """See OpenFeature."""

@@ -60,6 +60,15 @@ class FileOpener:
         packed = known_packed(paths[0])
         return None if packed is None else self._packed.open_group(packed, paths)
 
+    def readers(self, path: str) -> tuple[PlanReader, BatchReader]:
+        """What reads the bytes of a file of this name, wherever they come from."""
+        suffix = self._suffix(path)
+        return self._readers.get(suffix, self._pt), self._batch_readers[suffix]
+
+    def is_pt(self, path: str) -> bool:
+        """Whether `torch.load` is asked about a file of this name that no reader knows."""
+        return not self._suffix(path)
+
     def _suffix(self, path: str) -> str:
         if not path.endswith(self._suffixes):
             return ""

@@ -3,6 +3,7 @@
 import fnmatch
 import glob
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,27 +12,41 @@ import numpy as np
 from gpucache_pipes.files.local import current_directory
 from gpucache_pipes.files.packed.packed_directory import MARKER, is_packed_file, packed_names
 from gpucache_pipes.files.paths import PathList, Paths
+from gpucache_pipes.files.remote.listing import find_objects
+from gpucache_pipes.files.remote.options import RemoteOptions
+from gpucache_pipes.files.remote.urls import is_url, local_path
 from gpucache_pipes.files.samples import Parts
 
 GLOB_CHARACTERS = frozenset("*?[")
+_MANGLED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/[^/]")
 
 
-def find_files(files: Any, pattern: str, recursive: bool) -> list[str]:
+def find_files(
+    files: Any, pattern: str, recursive: bool, remote: RemoteOptions | None = None
+) -> list[str]:
     """The files of a directory, of a glob, or one file, sorted; a sequence of paths as it is.
 
     Args:
-        files: a path or a glob; or a sequence of paths, which are not looked at.
+        files: a path, a URL or a glob; or a sequence of paths, which are not looked at.
         pattern: which names in a directory are meant.
         recursive: look into subdirectories too.
+        remote: how to list what a URL means.
+
+    Returns:
+        Paths; for a URL an ObjectList, which knows their sizes as long as it is held.
 
     Raises:
         FileNotFoundError: there are none.
         TypeError: an item of the sequence is not a path.
         OSError: a directory cannot be read.
+        ValueError, ImportError: see `find_objects`.
     """
     if isinstance(files, (str, os.PathLike)):
         where = os.fspath(files)
         if isinstance(where, str):
+            where = local_path(where)
+            if is_url(where):
+                return find_objects(where, pattern, recursive, remote or RemoteOptions())
             return list_files(where, pattern, recursive)
         raise TypeError(f"paths are str, not {where!r:.80}: os.fsdecode(path) makes it one")
     found = []
@@ -60,6 +75,8 @@ def _hint(path: Any) -> str:
 
 def directory_prefix(files: Any) -> str:
     """The path of a directory with a separator at its end; "" for everything else."""
+    if isinstance(files, str) and is_url(local_path(files)):
+        return "" if GLOB_CHARACTERS.intersection(files) else files.removesuffix("/") + "/"
     if isinstance(files, (str, os.PathLike)) and os.path.isdir(files):
         return os.path.join(os.fspath(files), "")
     return ""
@@ -127,7 +144,10 @@ def list_files(files: str, pattern: str, recursive: bool) -> list[str]:
         found = [path for path in glob.iglob(files, recursive=True) if not os.path.isdir(path)]
         where = f"for the glob {files!r}"
     else:
-        raise FileNotFoundError(f"no such file or directory: {files!r} (pattern {pattern!r})")
+        hint = ""
+        if _MANGLED.match(files):
+            hint = ": os.path and pathlib make one slash of the two of a URL, so give it as a str"
+        raise FileNotFoundError(f"no such file or directory: {files!r} (pattern {pattern!r}){hint}")
     if not found:
         raise FileNotFoundError(f"no files {where}")
     return sorted(found)

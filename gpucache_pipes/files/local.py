@@ -138,6 +138,10 @@ class LocalFiles:
         selection = self._selection
         return LoadedFeature(feature if selection is None else selection.feature(feature))
 
+    def probe(self, path: str) -> tuple[OpenFeature, str | None]:
+        """The feature in a file, and why `torch.load` read it, or None. Raises as `open` does."""
+        return self._opener.probe(path)
+
     def open_many(
         self, keys: list[str], paths: Sequence[str], progress: Progress
     ) -> "list[VersionedFeature | None]":
@@ -179,6 +183,10 @@ class LocalFiles:
         if self._load_fn is not None:
             return None
         return "" if self._selection is None else self._selection.text
+
+    def tell_versions(self, keys: Sequence[str]) -> list[bool]:
+        """See Source."""
+        return [False] * len(keys)
 
     def file_versions(self, keys: Sequence[str], progress: Progress) -> npt.NDArray[np.int64]:
         """See Source. Size and modification time, which network file systems do not change."""

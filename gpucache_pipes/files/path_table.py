@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from gpucache_pipes.files.paths import PathList, Paths
+from gpucache_pipes.files.paths import URL, PathList, Paths
 from gpucache_pipes.files.source import Source
 
 PathLike = str | os.PathLike[str]
@@ -154,7 +154,7 @@ class PathTable:
             return None
         count = len(paths)
         if (
-            not head.startswith("/")
+            not (head.startswith("/") or URL.match(head))
             or text.count("\0") != count + 1
             or text.count(f"\0{head}/") != count
             or text.count("/") != count * (head.count("/") + 1)

@@ -42,8 +42,10 @@ class PathList:
     @classmethod
     def here(cls, paths: list[str], parts: tuple[Any, ...] = ()) -> "PathList":
         """Paths that are meant in the current directory."""
-        # Strings that begin with a slash are neighbours in the order of strings.
-        absolute = not paths or (os.path.isabs(min(paths)) and os.path.isabs(max(paths)))
+        # Strings that begin with a slash, or with one scheme, are neighbours in their order.
+        first, last = (min(paths), max(paths)) if paths else ("/", "/")
+        url = URL.match(first)
+        absolute = last.startswith(url[0]) if url else os.path.isabs(first) and os.path.isabs(last)
         return cls(paths, None if absolute else os.getcwd(), parts)
 
 

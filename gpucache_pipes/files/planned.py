@@ -56,6 +56,9 @@ class Bytes:
             raise Unsupported("the file names bytes beyond its end")
         return self.whole[start : start + count]
 
+    def expect(self, ranges: "Sequence[tuple[int, int]]") -> None:
+        """Several of these ranges, (start, count), will be read: they may be fetched at once."""
+
     def unpack(self, layout: struct.Struct, start: int) -> tuple[Any, ...]:
         """Return the fields of the struct at `start`. Raises Unsupported if the file ends."""
         if self.whole is None or start + layout.size > self.size:

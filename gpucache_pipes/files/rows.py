@@ -156,6 +156,10 @@ class RowFiles:
         """See Source."""
         return "rows" + ("" if self._selection is None else self._selection.text)
 
+    def tell_versions(self, keys: Sequence[str]) -> list[bool]:
+        """See Source."""
+        return [False] * len(keys)
+
     def file_versions(self, keys: Sequence[str], progress: Progress) -> npt.NDArray[np.int64]:
         """See Source. Those of the files that the samples are in."""
         return self._files.file_versions([_split(key)[0] for key in keys], progress)

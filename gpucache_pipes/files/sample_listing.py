@@ -8,6 +8,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from gpucache_pipes.files.listing import directory_prefix, find_files
+from gpucache_pipes.files.remote.options import RemoteOptions
+from gpucache_pipes.files.remote.urls import is_url
 from gpucache_pipes.files.samples import Parts, columns_of, require_one_length
 
 _PATHS = (str, os.PathLike)
@@ -22,15 +24,19 @@ class Listing(NamedTuple):
         root: the directory below which the files are, or those of the first part, with a separator
             at its end; "" if unknown.
         given: whether the user has given the paths one by one.
+        lists: what `find_files` has returned, which may know the sizes of files while it is held.
     """
 
     paths: list[str]
     parts: Parts
     root: str
     given: bool
+    lists: tuple[list[str], ...] = ()
 
 
-def list_samples(source: Any, pattern: str, recursive: bool) -> Listing:
+def list_samples(
+    source: Any, pattern: str, recursive: bool, remote: RemoteOptions | None = None
+) -> Listing:
     """List the files of a directory or a glob, or take the paths of a sequence, as `find_files`.
 
     Each sample has several files if the source is a dict of such sources, or a sequence of dicts,
@@ -38,21 +44,21 @@ def list_samples(source: Any, pattern: str, recursive: bool) -> Listing:
     name below these, whatever its ending.
 
     Raises:
-        FileNotFoundError, TypeError, OSError: as `find_files`.
-        ValueError: parts that do not fit together; names a file that lacks a partner.
+        FileNotFoundError, TypeError, OSError, ImportError: as `find_files`.
+        ValueError: as that, or parts that do not fit together; names a file that lacks a partner.
     """
     if isinstance(source, Mapping):
-        return _of_columns(source, pattern, recursive)
+        return _of_columns(source, pattern, recursive, remote)
     if isinstance(source, _PATHS):
-        paths = find_files(source, pattern, recursive)
+        paths = find_files(source, pattern, recursive, remote)
         return Listing(paths, (), directory_prefix(source), False)
     if getattr(source, "ndim", 1) == 0:  # an array that is one str
-        return list_samples(source.item(), pattern, recursive)
+        return list_samples(source.item(), pattern, recursive, remote)
     first = next(iter(source), None)
     if not isinstance(first, _PATHS) and _is_row(first):
         columns = columns_of(source)
         _require_paths(columns, first)
-        return _of_columns(columns, pattern, recursive)
+        return _of_columns(columns, pattern, recursive, remote)
     return Listing(find_files(source, pattern, recursive), (), "", True)
 
 
@@ -85,7 +91,9 @@ def _looks_like_path(item: Any) -> bool:
     return isinstance(item, os.PathLike) or (isinstance(item, str) and ("." in item or "/" in item))
 
 
-def _of_columns(source: Mapping[Any, Any], pattern: str, recursive: bool) -> Listing:
+def _of_columns(
+    source: Mapping[Any, Any], pattern: str, recursive: bool, remote: RemoteOptions | None
+) -> Listing:
     parts = tuple(source)
     for name, column in source.items():
         is_name = isinstance(column, str) and not _looks_like_path(column)
@@ -107,18 +115,19 @@ def _of_columns(source: Mapping[Any, Any], pattern: str, recursive: bool) -> Lis
             f"{named[0]!r} is listed, and {other!r} is a column of paths: give columns for all "
             "parts, or a directory or a glob for each"
         )
-    columns = [find_files(source[name], pattern, recursive) for name in parts]
+    columns = [find_files(source[name], pattern, recursive, remote) for name in parts]
     if not named:
         require_one_length(dict(zip(parts, columns, strict=True)))
         return Listing(list(chain.from_iterable(columns)), parts, "", True)
     roots = [_root(source[name]) for name in parts]
-    return Listing(_by_name(parts, columns, roots), parts, roots[0], False)
+    paths = _by_name(parts, columns, roots)
+    return Listing(paths, parts, roots[0], False, tuple(columns))
 
 
 def _root(where: Any) -> str:
     """The directory below which a directory or a glob names files, with a separator at its end."""
-    if os.path.isdir(where):
-        return directory_prefix(where)
+    if root := directory_prefix(where):
+        return root
     path = os.fspath(where)
     if os.path.isfile(path):
         return str(path[: path.rfind(os.sep) + 1])
@@ -137,6 +146,8 @@ _ESCAPED = re.compile(r"\[([*?[])\]")
 
 def _name(path: str, root: str) -> str:
     """The name of a file below the root, without its ending, by which parts are matched."""
+    if is_url(path):
+        return os.path.splitext(path.removeprefix(root))[0]
     below = os.path.normpath(path)
     if root:
         below = below.removeprefix(os.path.join(os.path.normpath(root), ""))

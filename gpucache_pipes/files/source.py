@@ -107,7 +107,7 @@ class Progress:
         self.shared[2] = 1
 
 
-OPTIONAL = ("open_many", "file_versions", "fingerprint")
+OPTIONAL = ("open_many", "file_versions", "tell_versions", "fingerprint")
 """Members of `Source` that a source may lack."""
 
 
@@ -168,6 +168,14 @@ class Source(Protocol):
         """
         return np.full((len(keys), 2), -1, np.int64)
 
+    def tell_versions(self, keys: Sequence[str]) -> list[bool]:
+        """For a disk cache: of which of these files the features tell the version when opened.
+
+        As an attribute `file_version`: a pair as `file_versions` has it, or None. That is not asked
+        for before such files are opened, since it takes a request each.
+        """
+        return [False] * len(keys)
+
     @property
     def fingerprint(self) -> str | None:
         """For a disk cache: a text that differs for sources that make other features of a file.
@@ -187,7 +195,15 @@ class Source(Protocol):
 
 
 class LoadedFeature:
-    """An `OpenFeature` over a feature that is in host memory already, as a `load_fn` returns it."""
+    """An `OpenFeature` over a feature that is in host memory already, as a `load_fn` returns it.
+
+    Attributes:
+        version: of the file, see VersionedFeature; None if unknown.
+        file_version: see Source.tell_versions.
+    """
+
+    version: bytes | None = None
+    file_version: tuple[int, int] | None = None
 
     def __init__(self, feature: Any, bytes_read: int | None = None) -> None:
         tree, tensors, values = flatten(feature)

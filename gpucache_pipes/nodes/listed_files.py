@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gpucache_pipes.files import PathList, Paths, Samples, files_of, from_plain_data
+from gpucache_pipes.files import (
+    PathList,
+    Paths,
+    RemoteOptions,
+    Samples,
+    files_of,
+    from_plain_data,
+)
 from gpucache_pipes.files.listing import GivenPaths
 from gpucache_pipes.files.sample_listing import list_samples
 from gpucache_pipes.nodes.labels import Labels
@@ -16,14 +23,17 @@ class ListedFiles:
 
     Args:
         source: a directory, a glob, a sequence of paths, or a dict of these: see PathLister.
-        pattern, recursive, labels: see PathLister.
+        pattern, recursive, labels, remote: see PathLister.
 
     Raises:
         Exception: what `list_samples` and `Labels.of` raise.
     """
 
-    def __init__(self, source: Any, pattern: str, recursive: bool, labels: Any) -> None:
-        found = list_samples(source, pattern, recursive)
+    def __init__(
+        self, source: Any, pattern: str, recursive: bool, labels: Any, remote: RemoteOptions
+    ) -> None:
+        found = list_samples(source, pattern, recursive, remote)
+        self._lists = found.lists  # they know the sizes of objects
         self._given = GivenPaths(found.paths, found.parts)
         # What a state knows the list by. Files of parts that were listed have the names of those of
         # the first part.

@@ -1,7 +1,7 @@
 """PathLister: lists files, and yields their paths in the order of an epoch."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -9,15 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.files import PathList
+from gpucache_pipes.files import PathList, RemoteOptions, require_options
 from gpucache_pipes.nodes.buckets import Buckets
 from gpucache_pipes.nodes.listed_files import ListedFiles
 from gpucache_pipes.nodes.options import require_batches, require_consistent
 from gpucache_pipes.nodes.order import DrawnOrder, Order, SampledOrder, picked, requested
 from gpucache_pipes.nodes.resuming import resumed_position
 from gpucache_pipes.nodes.sharding import Shards, find_rank
-from gpucache_pipes.nodes.upstream import as_node, is_list
+from gpucache_pipes.nodes.upstream import as_node, as_path, is_list
 from gpucache_pipes.store import Upcoming
+from gpucache_pipes.store.progress import progress_bar
 from gpucache_pipes.units import counted, positive_int
 
 Source = str | os.PathLike[str] | Iterable[Any]
@@ -33,7 +34,8 @@ class PathLister(BaseNode[Any]):
     the order can be announced to the store's policy.
 
     Args:
-        source: a directory, a glob such as "data/**/*.pt", or a sequence of paths: a list of
+        source: a directory, a glob such as "data/**/*.pt", either of which may be a URL such as
+            "s3://bucket/features/", or a sequence of paths: a list of
             files, made once, in the constructor. Where a sample is several files, a dict of these,
             {"video": ..., "audio": ...}, or a sequence of dicts or tuples of paths; the files of
             directories and globs go together by name, whatever its ending. Or a stream: any other
@@ -94,8 +96,11 @@ class PathLister(BaseNode[Any]):
         labels: Any = None,
         bucket_by: str | Callable[[str], float] | None = None,
         if_files_changed: str = "raise",
+        storage_options: Mapping[str, Any] | None = None,
+        list_cache: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
+        require_options(storage_options)
         require_consistent(
             pattern, batch_size, drop_last, shuffle, seed, sampler, bucket_by, if_files_changed
         )
@@ -108,7 +113,9 @@ class PathLister(BaseNode[Any]):
         self._stream: BaseNode[Any] | None = None
         self._listed: ListedFiles | None = None
         if is_list(source):
-            self._listed = ListedFiles(source, pattern, recursive, labels)
+            with progress_bar(desc="listing", unit=" objects", delay=1) as bar:
+                remote = RemoteOptions(storage_options, list_cache, bar.update)
+                self._listed = ListedFiles(source, pattern, recursive, labels, remote)
             if self._files.parts and sampler is None:
                 require_batches(batch_size)
         elif shuffle or sampler is not None or bucket_by is not None or labels is not None:
@@ -223,7 +230,7 @@ class PathLister(BaseNode[Any]):
         count = self.batch_size or 1
         batch: Sequence[Any]
         if self._stream is not None:
-            batch = [_path(item) for item in islice(self._stream, count)]
+            batch = [as_path(item) for item in islice(self._stream, count)]
         else:
             assert self._order is not None
             end = self._position + count
@@ -339,9 +346,3 @@ class PathLister(BaseNode[Any]):
 
 
 _NONE = PathList([])
-
-
-def _path(item: Any) -> str:
-    if not isinstance(item, (str, os.PathLike)):
-        raise TypeError(f"the source of a PathLister must yield paths, not {item!r:.200}")
-    return os.fspath(item)

@@ -51,6 +51,13 @@ def is_list(source: Any) -> bool:
     return has_items and not isinstance(source, (BaseNode, Dataset))
 
 
+def as_path(item: Any) -> str:
+    """What a stream has yielded, as a path. Raises TypeError if it is none."""
+    if not isinstance(item, (str, os.PathLike)):
+        raise TypeError(f"the source of a PathLister must yield paths, not {item!r:.200}")
+    return os.fspath(item)
+
+
 class _OnePass(IterableWrapper[Any]):
     """A node over an iterator. A second epoch is an error; it would be silently empty."""
 

@@ -1,14 +1,14 @@
 """Makes the parts of a store, from the arguments that its user gives."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from gpucache_pipes.cache import Ledger, Policy, make_policy
 from gpucache_pipes.device import Backend, open_backend, resolve_device, total_host_bytes
-from gpucache_pipes.files import LocalFiles, Source
+from gpucache_pipes.files import AnyFiles, Source, require_options
 from gpucache_pipes.files.packed import DiskCache
 from gpucache_pipes.files.source import OPTIONAL
 from gpucache_pipes.store.disk import DiskOptions, open_disk_cache
@@ -56,6 +56,7 @@ def make_parts(
     keys: Any,
     dtype: Any,
     source: Source | None,
+    storage_options: Mapping[str, Any] | None,
     asynchronous: bool,
     reader_threads: int | None,
     page_bytes: int | None,
@@ -69,8 +70,9 @@ def make_parts(
     if load_fn is not None and not callable(load_fn):
         raise ValueError(f"load_fn={load_fn!r} must be callable")
     given = load_fn is not None or not weights_only or keys is not None or dtype is not None
-    if source is not None and given:
+    if source is not None and (given or storage_options is not None):
         raise ValueError("a source reads files itself: give load_fn, keys and the like to it")
+    require_options(storage_options)
     if source is not None:
         _require_source(source)
     require_timeout(read_timeout, asynchronous)
@@ -94,7 +96,9 @@ def make_parts(
     if host_cache_bytes is not None:
         host_budget = parse_bytes("host_cache_bytes", host_cache_bytes, total_host_bytes)
         host_ledger = Ledger(host_budget, None)
-    files: Source = LocalFiles(load_fn, weights_only, keys, dtype) if source is None else source
+    files = source
+    if files is None:
+        files = AnyFiles(load_fn, weights_only, keys, dtype, storage_options)
     disk_cache = open_disk_cache(files, disk, revalidate)
     top: Source = files if disk_cache is None else disk_cache
     pool = None

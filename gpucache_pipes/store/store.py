@@ -53,6 +53,9 @@ class GPUFeatureStore(DeviceSharing):
         dtype: floating tensors are converted to this dtype as they are read, as by `Tensor.to`:
             rounded to the nearest value, or inf. Or the dtypes of named tensors, by keys as above.
         source: where features come from, in place of the four above: see `files.Source`.
+        storage_options: for paths that are URLs, such as "s3://bucket/a.pt": arguments of obstore
+            for S3, Google Cloud Storage, Azure and HTTP, of fsspec for others. Without them the
+            environment tells, as it does the SDKs.
         asynchronous: read in background threads; False reads in the thread that requests.
         reader_threads: number of background threads; None finds 1 to 128 by measurement.
         page_bytes: size of a page, a multiple of 16; None fits it to the first features.
@@ -98,6 +101,7 @@ class GPUFeatureStore(DeviceSharing):
         keys: Key | Iterable[Key] | None = None,
         dtype: torch.dtype | Mapping[Key, torch.dtype] | None = None,
         source: Source | None = None,
+        storage_options: Mapping[str, Any] | None = None,
         asynchronous: bool = True,
         reader_threads: int | None = None,
         page_bytes: int | None = None,
@@ -113,9 +117,10 @@ class GPUFeatureStore(DeviceSharing):
         parts = make_parts(
             self, device, max_cache_bytes=max_cache_bytes, max_cache_items=max_cache_items,
             policy=policy, load_fn=load_fn, weights_only=weights_only, keys=keys, dtype=dtype,
-            source=source, asynchronous=asynchronous, reader_threads=reader_threads,
-            page_bytes=page_bytes, staging_bytes=staging_bytes, revalidate=revalidate,
-            read_timeout=read_timeout, host_cache_bytes=host_cache_bytes, disk=DiskOptions(
+            source=source, storage_options=storage_options, asynchronous=asynchronous,
+            reader_threads=reader_threads, page_bytes=page_bytes, staging_bytes=staging_bytes,
+            revalidate=revalidate, read_timeout=read_timeout, host_cache_bytes=host_cache_bytes,
+            disk=DiskOptions(
                 disk_cache, disk_cache_bytes, disk_cache_check, disk_cache_key
             ),
         )  # fmt: skip

@@ -18,6 +18,7 @@ class StoreOptions(TypedDict, total=False):
     keys: Key | Iterable[Key] | None
     dtype: torch.dtype | Mapping[Key, torch.dtype] | None
     source: Source | None
+    storage_options: Mapping[str, Any] | None
     asynchronous: bool
     reader_threads: int | None
     page_bytes: int | None

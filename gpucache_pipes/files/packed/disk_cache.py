@@ -79,6 +79,7 @@ class DiskCache:
         self.size: Callable[[str], int] = below.size
         self.sample_sizes: Callable[[Sequence[str]], list[int]] = below.sample_sizes
         self._open_below = getattr(below, "open_many", _open_none)
+        self._told = getattr(below, "tell_versions", None)
 
     def figures(self) -> dict[str, int]:
         """What it has done: see StoreStats."""
@@ -102,6 +103,10 @@ class DiskCache:
     def fingerprint(self) -> str | None:
         """See Source."""
         return self._prefix
+
+    def tell_versions(self, keys: Sequence[str]) -> list[bool]:
+        """See Source."""
+        return [False] * len(keys)
 
     def file_versions(self, keys: Sequence[str], progress: Progress) -> npt.NDArray[np.int64]:
         """See Source."""
@@ -230,8 +235,12 @@ class DiskCache:
     def _note(
         self, keys: Sequence[str], progress: Progress | None = None, numbers: Sequence[int] = ()
     ) -> None:
-        """Remember the versions of files that are about to be opened below."""
+        """Remember the versions of files that are about to be opened below, and do not tell."""
         if self._packer.takes:
+            if self._told is not None and any(told := self._told(keys)):
+                at = [n for n, is_told in enumerate(told) if not is_told]
+                keys = [keys[n] for n in at]
+                numbers = [numbers[n] for n in at] if numbers else at
             known = self._opened.__dict__.setdefault("versions", {})
             if known:
                 at = [n for n, key in enumerate(keys) if key not in known]
@@ -282,14 +291,14 @@ class DiskCache:
             kept_above: whether a tier above keeps each.
         """
         versions: dict[str, tuple[int, int]] = self._opened.__dict__.get("versions", {})
-        if not versions or not self._packer.takes:
+        if not self._packer.takes:
             return
         at: list[int] = []
         noted: list[tuple[int, int]] = []
         values: list[bytes] = []
         unpackable = 0
         for n, (key, feature) in enumerate(zip(keys, features, strict=True)):
-            version = versions.pop(key, None)
+            version = versions.pop(key, None) or getattr(feature, "file_version", None)
             if version is None or (version == _UNKNOWN and self._check != "never"):
                 continue
             if kept_above[n] and self._is_scarce(feature):

@@ -298,3 +298,7 @@ class _Records:
     def version(self, number: int) -> bytes | None:
         """See Scratch."""
         return self._version(self._numbers[number])
+
+    def file_version(self, number: int) -> tuple[int, int] | None:
+        """See Scratch. It need not be packed again."""
+        return None

@@ -83,7 +83,9 @@ class FileTemplate:
         self._places: tuple[tuple[object, ...], ...] | None = None
         at = 0
         pickle = None
-        for name, record in self._directory.records.items():
+        records = self._directory.records
+        file.expect([(header, LOCAL_HEADER_BYTES) for header, _, _ in records.values()])
+        for name, record in records.items():
             header, _, size = record
             if header < at:
                 raise Unsupported("records overlap, or are in another order than torch.save writes")
@@ -264,6 +266,7 @@ class _Comparison:
         if file.whole is not None:
             fields: Sequence[bytes] = self._struct.unpack_from(file.whole)
         else:
+            file.expect(self._pieces)
             fields = [file.read(at, count) for at, count in self._pieces]
         if self._constants(fields) != self._expected:
             return None

@@ -1,0 +1,103 @@
+"""The exceptions of client libraries in the words of this package, without credentials.
+
+Texts of clients hold what servers answer: the id of the access key, strings that were signed, and
+internal addresses. So they are not passed on, not even as a cause; what matters of them is: the
+status, the code of the error, and how often the client has tried.
+"""
+
+import asyncio
+import errno
+import re
+from typing import NamedTuple
+
+_STATUS = re.compile(r"status code: (\d{3})|\b[sS]tatus(?: code)?[:= ]+(\d{3})\b")
+_CODE = re.compile(r"<Code>(\w{1,60})</Code>")
+_RETRIES = re.compile(r"after (\d+) retries")
+_NO_CREDENTIALS = ("169.254.169.254", "169.254.170.2", "metadata.google", "latest/api/token")
+_WAY_OUT = "credentials come from storage_options= or, as the SDKs have it, from the environment"
+
+
+class Failure(NamedTuple):
+    """An exception of a client.
+
+    Attributes:
+        error: what to raise instead.
+        again: whether asking again may help, and the client has not done so itself.
+        no_ranges: whether the server cannot send a part of an object.
+    """
+
+    error: Exception
+    again: bool = False
+    no_ranges: bool = False
+
+
+def translate(error: BaseException, url: str) -> Failure:
+    """What an exception of a client means for the object or the prefix at `url`."""
+    name = type(error).__name__
+    text = str(error)
+    status, code, tried = _found(text)
+    what = " ".join(filter(None, [status, code])) or name
+    if name == "PanicException":
+        return Failure(forked(url))
+    if code in ("NoSuchBucket", "ContainerNotFound") or "specified bucket does not exist" in text:
+        return Failure(FileNotFoundError(errno.ENOENT, "No such bucket", url))
+    if status == "404" or isinstance(error, FileNotFoundError) or name == "NotFoundError":
+        return Failure(FileNotFoundError(errno.ENOENT, "No such object", url))
+    if any(mark in text for mark in _NO_CREDENTIALS) or name in (
+        "NoCredentialsError", "DefaultCredentialsError"
+    ):  # fmt: skip
+        return Failure(PermissionError(errno.EACCES, f"no credentials were found: {_WAY_OUT}", url))
+    if (
+        status in ("401", "403")
+        or isinstance(error, PermissionError)
+        or name in ("PermissionDeniedError", "UnauthenticatedError")
+    ):
+        denied = f"access is denied ({what}): {_WAY_OUT}"
+        return Failure(PermissionError(errno.EACCES, denied, url))
+    if "Received non-partial response" in text or "Range request not supported" in text:
+        return Failure(OSError(errno.ENOTSUP, "the server sends no ranges", url), no_ranges=True)
+    if name in ("UnknownConfigurationKeyError", "InvalidPathError"):
+        # The first line names the key or the path, never its value.
+        return Failure(ValueError(f"{text.splitlines()[0]} ({url!r}, storage_options)"))
+    if isinstance(error, (ValueError, TypeError, ImportError)) and not status:
+        return Failure(ValueError(f"{name}: the client refuses {url!r} or its storage_options"))
+    return _transient(error, url, text, status, what, tried)
+
+
+def forked(url: str) -> RuntimeError:
+    """The threads of a client library do not exist in this process."""
+    return RuntimeError(
+        f"cannot read {url!r} in a process that was forked from one that has used object storage: "
+        'use multiprocessing_context="spawn" or "forkserver"'
+    )
+
+
+def _transient(
+    error: BaseException, url: str, text: str, status: str, what: str, tried: int
+) -> Failure:
+    """What may pass: the network, or a server that is busy."""
+    # obstore retries what has no answer yet, and says so; not an answer that breaks off.
+    again = "Error performing" not in text
+    after = f" after {tried} retries" if tried else ""
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)) or "timed out" in text:
+        return Failure(TimeoutError(errno.ETIMEDOUT, f"no answer in time{after}", url), again)
+    if status:
+        answer = OSError(errno.EIO, f"the server answers {what}{after}", url)
+        return Failure(answer, again and status in ("408", "429", "500", "502", "503", "504"))
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        # Of fsspec: whether it may pass is not known.
+        return Failure(OSError(error.errno or errno.EIO, f"{what} of the client", url), True)
+    broken = ConnectionError(errno.ECONNRESET, f"the connection failed{after}", url)
+    return Failure(broken, again)
+
+
+def _found(text: str) -> tuple[str, str, int]:
+    """The status, the code and the number of retries in the text of a client; "" and 0 if none."""
+    status = _STATUS.search(text)
+    code = _CODE.search(text)
+    tried = _RETRIES.search(text)
+    return (
+        (status[1] or status[2]) if status else "",
+        code[1] if code else "",
+        int(tried[1]) if tried else 0,
+    )
