@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types tests tests-python-reader coverage docs speed bench soak attack kills stress \
+.PHONY: demo test lint types tests test-remote tests-python-reader coverage docs speed bench soak attack kills stress \
 	gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
-test: lint types tests
+test: lint types tests test-remote
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -20,7 +20,11 @@ types: $(INSTALLED)
 
 # Two processes, with one thread of torch each.
 tests: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --ignore=tests/remote
+
+# With a server of objects on this machine. The tests without one are among the others.
+test-remote: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/remote
 
 # Once more without the native reader, as where there is no compiler.
 tests-python-reader: $(INSTALLED)

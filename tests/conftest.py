@@ -21,6 +21,8 @@ from gpucache_pipes.files import batch_reader
 from gpucache_pipes.store import GPUFeatureStore, process_hooks
 from gpucache_pipes.testing import SimulatedRuntime
 
+pytest_plugins = ["remote.fixtures"]
+
 LONG_COLLECTION = 0.03
 """Seconds for the garbage of one test. It takes longer only if modules have been imported."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from gpucache_pipes.files import FileOpener, OpenFeature, build, copy_value, load_error
+from gpucache_pipes.files import AnyFiles, OpenFeature, build, copy_value, load_error
 from gpucache_pipes.files.listing import GivenPaths, find_files
 from gpucache_pipes.units import counted
 
@@ -111,7 +111,7 @@ class FeatureFile:
     """Reads features to the CPU. It can be pickled, without what it has learnt about files."""
 
     def __init__(self) -> None:
-        self._opener = FileOpener(weights_only=True)
+        self._files = AnyFiles()
 
     def __call__(self, path: str) -> Any:
         """The feature, each of its tensors with memory of its own.
@@ -122,7 +122,7 @@ class FeatureFile:
             MemoryError: for a lack of memory.
         """
         try:
-            opened = self._opener.open(path)
+            opened = self._files.probe(path)[0]
             try:
                 return _read(opened)
             finally:

@@ -1,6 +1,6 @@
 """What a conversion by `dtype=` does to the values of features: `inspect --dtype`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def conversion_errors(
-    paths: Sequence[str], dtype: torch.dtype, weights_only: bool = True
+    paths: Sequence[str],
+    dtype: torch.dtype,
+    weights_only: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare the floating tensors of files with what is left of them after a conversion.
 
@@ -29,6 +32,7 @@ def conversion_errors(
         paths: feature files that can be loaded; about 256 of them are looked at.
         dtype: what the tensors are converted to.
         weights_only: as in `torch.load`.
+        storage_options: see GPUFeatureStore.
 
     Returns:
         For each leaf, by name: its dtype and the new one, the number of elements, the largest
@@ -37,7 +41,11 @@ def conversion_errors(
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     with GPUFeatureStore(
-        "cpu", max_cache_items=1, weights_only=weights_only, asynchronous=False
+        "cpu",
+        max_cache_items=1,
+        weights_only=weights_only,
+        storage_options=storage_options,
+        asynchronous=False,
     ) as store:
         for path in paths[:: max(1, len(paths) // _SAMPLED)]:
             tree, tensors, _ = flatten(store.get(path))

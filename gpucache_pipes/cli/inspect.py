@@ -2,15 +2,14 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpucache_pipes.batches import key_of
 from gpucache_pipes.files import (
-    FileOpener,
+    AnyFiles,
     Layout,
     OpenFeature,
-    file_size,
     leaf_names,
     native_problem,
     value_names,
@@ -19,16 +18,21 @@ from gpucache_pipes.store.page_size import choose_page_bytes
 from gpucache_pipes.store.progress import progress_bar
 from gpucache_pipes.units import counted, format_bytes
 
+StorageOptions = Mapping[str, Any] | None
+
 _SHOWN = 5
 """Kinds in a report, and failures in its text."""
 
 
-def inspect_file(path: str, weights_only: bool = True) -> dict[str, Any]:
+def inspect_file(
+    path: str, weights_only: bool = True, storage_options: StorageOptions = None
+) -> dict[str, Any]:
     """Describe one file.
 
     Args:
-        path: a feature file.
+        path: a feature file, or the URL of one.
         weights_only: as in `torch.load`.
+        storage_options: see GPUFeatureStore.
 
     Returns:
         A report that `json.dumps` accepts. `fast` says whether the file is read without
@@ -37,11 +41,12 @@ def inspect_file(path: str, weights_only: bool = True) -> dict[str, Any]:
     Raises:
         Exception: what opening the file raises.
     """
-    feature, reason = FileOpener(weights_only).probe(path)
+    files = AnyFiles(weights_only=weights_only, storage_options=storage_options)
+    feature, reason = files.probe(path)
     feature.close()
     return {
         "path": path,
-        "file_bytes": file_size(path),
+        "file_bytes": files.size(path),
         "feature_bytes": feature.layout.nbytes,
         "fast": reason is None,
         "reason": reason,
@@ -51,7 +56,10 @@ def inspect_file(path: str, weights_only: bool = True) -> dict[str, Any]:
 
 
 def inspect_files(
-    paths: Sequence[str], weights_only: bool = True, progress: bool = True
+    paths: Sequence[str],
+    weights_only: bool = True,
+    progress: bool = True,
+    storage_options: StorageOptions = None,
 ) -> dict[str, Any]:
     """Describe a data set.
 
@@ -59,13 +67,14 @@ def inspect_files(
         paths: feature files.
         weights_only: as in `torch.load`.
         progress: show a progress bar on stderr.
+        storage_options: see GPUFeatureStore.
 
     Returns:
         A report that `json.dumps` accepts: sizes, the most frequent kinds of features with the
         ranges of their shapes, the files that cannot be opened with their errors, and the
         recommended page size and budget.
     """
-    opener = FileOpener(weights_only)
+    source = AnyFiles(weights_only=weights_only, storage_options=storage_options)
     layouts: Counter[Layout] = Counter()
     values: dict[Layout, list[dict[str, str]]] = {}
     reasons: Counter[str] = Counter()
@@ -74,9 +83,9 @@ def inspect_files(
     spans: list[int] = []
     for path in progress_bar(paths, desc="inspecting", unit="file", shown=progress):
         try:
-            feature, reason = opener.probe(path)
+            feature, reason = source.probe(path)
             feature.close()
-            file_bytes += file_size(path)
+            file_bytes += source.size(path)
         except Exception as error:
             failures.append({"path": path, "error": f"{type(error).__name__}: {error}"})
             continue

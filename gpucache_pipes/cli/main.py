@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gpucache_pipes import __version__
+from gpucache_pipes.cli import storage
 
 if TYPE_CHECKING:
     import torch
@@ -143,11 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("path", metavar="source", help="a directory of feature files")
             command.add_argument("target", help="the directory to make of it")
         else:
-            command.add_argument("path", help="a feature file, a directory or a glob")
+            command.add_argument("path", help="a feature file, a directory or a glob, or a URL")
         command.add_argument("--pattern", default="*.pt", help="which files of a directory")
         command.add_argument("--recursive", action="store_true", help="subdirectories too")
         command.add_argument("--unsafe", action="store_true", help="weights_only=False")
         command.add_argument("--json", action="store_true", help="for programs")
+        if command is not packing:
+            storage.add_option(command)
     args = parser.parse_args(arguments)
     if args.command is None:
         parser.print_help()
@@ -162,7 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         text = _as_flags(str(error))
-        print(text if repr(args.path) in text else f"{args.path}: {text}", file=sys.stderr)
+        from gpucache_pipes.files.remote.urls import redacted
+
+        named = redacted(args.path)
+        print(text if repr(named) in text else f"{named}: {text}", file=sys.stderr)
         return 1
     return status
 
@@ -263,23 +269,35 @@ def _compare(
     return int(any(report["contenders"][bench.OURS.name]["problem"] for report in reports))
 
 
+def _paths(args: argparse.Namespace) -> Sequence[str]:
+    """All files that the arguments of a command name."""
+    from gpucache_pipes.nodes import PathLister
+
+    options = storage.storage_options(args.storage_option)
+    lister = PathLister(
+        args.path, pattern=args.pattern, recursive=args.recursive, storage_options=options
+    )
+    return lister.paths
+
+
 def _inspect(args: argparse.Namespace) -> int:
     # Imported here, so that --help does not wait for the import of torch.
     from gpucache_pipes.cli import conversion, inspect
     from gpucache_pipes.files.listing import is_feature_file
-    from gpucache_pipes.nodes import PathLister
 
     dtype = None if args.dtype is None else conversion.parse_dtype(args.dtype)
-    if is_feature_file(args.path):
-        paths: Sequence[str] = [args.path]
-        report = inspect.inspect_file(args.path, not args.unsafe)
+    options = storage.storage_options(args.storage_option)
+    paths: Sequence[str] = [args.path]
+    if not is_feature_file(args.path):
+        paths = _paths(args)
+    if list(paths) == [args.path]:
+        report = inspect.inspect_file(args.path, not args.unsafe, options)
         text = inspect.file_as_text(report)
     else:
-        paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
-        report = inspect.inspect_files(paths, not args.unsafe, progress=not args.json)
+        report = inspect.inspect_files(paths, not args.unsafe, not args.json, options)
         text = inspect.files_as_text(report)
     if dtype is not None and not report.get("failures"):
-        report["conversion"] = conversion.conversion_errors(paths, dtype, not args.unsafe)
+        report["conversion"] = conversion.conversion_errors(paths, dtype, not args.unsafe, options)
         text += "\n" + conversion.as_text(report["conversion"])
     _print(json.dumps(report, indent=1) if args.json else text)
     return 1 if report.get("failures") else 0
@@ -287,7 +305,6 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from gpucache_pipes.cli import charts, plan
-    from gpucache_pipes.nodes import PathLister
     from gpucache_pipes.units import parse_bytes
 
     memory = None if args.gpu_memory is None else parse_bytes("--gpu-memory", args.gpu_memory)
@@ -302,7 +319,7 @@ def _plan(args: argparse.Namespace) -> int:
     if args.plot is not None:
         charts.require_plot(args.plot)  # before the simulation, which takes long
     report = plan.plan(
-        PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths,
+        _paths(args),
         memory=memory,
         below=below,
         epochs=args.epochs,
@@ -310,6 +327,7 @@ def _plan(args: argparse.Namespace) -> int:
         seed=args.seed,
         weights_only=not args.unsafe,
         progress=not args.json,
+        storage_options=storage.storage_options(args.storage_option),
     )
     if args.plot is not None:
         charts.draw_plan(report, args.plot)

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpucache_pipes.cache import Trace, simulate
-from gpucache_pipes.files import FileOpener, file_size
+from gpucache_pipes.files import AnyFiles
 from gpucache_pipes.store.progress import progress_bar
 from gpucache_pipes.units import format_bytes
 
@@ -31,6 +31,7 @@ def plan(
     seed: int = 0,
     weights_only: bool = True,
     progress: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Simulate each policy with caches of several sizes.
 
@@ -47,6 +48,7 @@ def plan(
         seed: of the orders and of the sample.
         weights_only: as in `torch.load`, for the files that are opened.
         progress: show a progress bar on stderr.
+        storage_options: see GPUFeatureStore.
 
     Returns:
         A report that `json.dumps` accepts. Each of its `rows` holds, for one size of the cache, the
@@ -60,7 +62,7 @@ def plan(
         raise ValueError(
             f"epochs={epochs}: at least 2 are needed, since the first one reads everything"
         )
-    sizes = _feature_bytes(paths, weights_only)
+    sizes = _feature_bytes(paths, weights_only, storage_options)
     total = sum(sizes)
     sample = sizes
     if len(sizes) > _MOST_FILES:
@@ -95,19 +97,21 @@ def plan(
     }
 
 
-def _feature_bytes(paths: Sequence[str], weights_only: bool) -> list[int]:
+def _feature_bytes(
+    paths: Sequence[str], weights_only: bool, storage_options: Mapping[str, Any] | None
+) -> list[int]:
     """Bytes of tensors of each file: its size, less the median overhead of `_OPENED` files."""
-    opener = FileOpener(weights_only)
+    files = AnyFiles(weights_only=weights_only, storage_options=storage_options)
     overheads = []
     for path in paths[:: -(-len(paths) // _OPENED)]:
         try:
-            feature, _ = opener.probe(path)
+            feature, _ = files.probe(path)
         except Exception as error:
             raise ValueError(f"{path!r} cannot be read: {error}") from error
         feature.close()
-        overheads.append(file_size(path) - feature.layout.span)
+        overheads.append(files.size(path) - feature.layout.span)
     overhead = int(statistics.median(overheads))
-    return [max(1, file_size(path) - overhead) for path in paths]
+    return [max(1, files.size(path) - overhead) for path in paths]
 
 
 def _trace(files: int, epochs: int, shuffle: bool, seed: int, known: bool) -> Trace:

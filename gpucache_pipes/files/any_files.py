@@ -51,6 +51,10 @@ class AnyFiles:
         others = (n for n, key in enumerate(keys) if self._is_remote(key) != remote)
         return self._remote if remote else self._local, next(others, len(keys))
 
+    def end(self) -> None:
+        """The store that has made it is closed."""
+        self._remote.end()
+
     # Identity
 
     def absolute(self, path: str, cwd: str) -> str:

@@ -4,6 +4,7 @@ import os
 
 from gpucache_pipes.errors import FeatureLoadError, PolicyError
 from gpucache_pipes.files.local import is_same_file
+from gpucache_pipes.files.remote.urls import redacted
 
 
 def load_error(path: str, cause: BaseException) -> Exception:
@@ -13,6 +14,7 @@ def load_error(path: str, cause: BaseException) -> Exception:
     clauses written for plain `torch.load` keep working; the rest is a FeatureLoadError. Each
     consumer gets an exception of its own: two threads must not share one traceback.
     """
+    path = redacted(path)
     if isinstance(cause, FileNotFoundError):
         reason = cause.strerror or "No such file"
         if cause.filename not in (None, path) and not is_same_file(cause.filename, path):

@@ -47,7 +47,11 @@ class Buckets:
 
     @classmethod
     def of(
-        cls, paths: Sequence[Any], by: str | Callable[[Any], float], batch_size: int
+        cls,
+        paths: Sequence[Any],
+        by: str | Callable[[Any], float],
+        batch_size: int,
+        size_of: Callable[[str], int] = file_size,
     ) -> "Buckets":
         """Buckets by the sizes of files.
 
@@ -57,6 +61,7 @@ class Buckets:
                 number. A file whose size cannot be read counts as empty, which is logged; the
                 request of its batch will raise the error.
             batch_size: files per batch.
+            size_of: the size of a file in bytes. Raises OSError or ValueError.
 
         Raises:
             ValueError: any other `by`.
@@ -64,9 +69,9 @@ class Buckets:
         """
         if by == "file_size":
             if isinstance(paths, Samples):
-                sizes = np.array(_file_sizes(paths.paths)).reshape(len(paths.parts), -1)
+                sizes = np.array(_file_sizes(paths.paths, size_of)).reshape(len(paths.parts), -1)
                 return cls(sizes.sum(0).tolist(), batch_size)
-            return cls(_file_sizes(paths), batch_size)
+            return cls(_file_sizes(paths, size_of), batch_size)
         if not callable(by):
             raise ValueError(f'bucket_by={by!r} must be "file_size" or a function of the path')
         given = []
@@ -103,11 +108,11 @@ class Buckets:
         return positions[self._sizes[positions].argsort(stable=True)]
 
 
-def _file_sizes(paths: Sequence[str]) -> list[int]:
+def _file_sizes(paths: Sequence[str], size_of: Callable[[str], int]) -> list[int]:
     sizes, failed = [], []
     for path in paths:
         try:
-            sizes.append(file_size(path))
+            sizes.append(size_of(path))
         except (OSError, ValueError) as error:  # ValueError: no name that the system could have
             sizes.append(0)
             failed.append(error)

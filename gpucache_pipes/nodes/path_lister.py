@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.files import PathList, RemoteOptions, require_options
+from gpucache_pipes.files import AnyFiles, PathList, RemoteOptions, require_options
 from gpucache_pipes.nodes.buckets import Buckets
 from gpucache_pipes.nodes.listed_files import ListedFiles
 from gpucache_pipes.nodes.options import require_batches, require_consistent
@@ -127,7 +127,8 @@ class PathLister(BaseNode[Any]):
             self._stream = as_node(source)  # type: ignore[arg-type]
         self._buckets = None
         if bucket_by is not None and batch_size is not None:
-            self._buckets = Buckets.of(self.paths, bucket_by, batch_size)
+            size = AnyFiles(storage_options=storage_options).size
+            self._buckets = Buckets.of(self.paths, bucket_by, batch_size, size)
         # The rank may become known only after the lister was made.
         self._rank_unknown = num_shards is None and sampler is None and self._stream is None
         self._shard = shard

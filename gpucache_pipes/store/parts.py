@@ -129,7 +129,8 @@ def make_parts(
     requests = RequestManager(
         shared, top, loader, gatherer, revalidate=revalidate, host=host, disk=disk_cache
     )
-    shutdown = Shutdown(store, shared, loader, pool, backend, disk_cache, host)
+    made = files if isinstance(files, AnyFiles) and source is None else None
+    shutdown = Shutdown(store, shared, loader, pool, backend, disk_cache, host, made)
     return Parts(backend, shared, loader, requests, shutdown, disk_cache, host)
 
 

@@ -8,6 +8,7 @@ import weakref
 from functools import partial
 
 from gpucache_pipes.device import Backend
+from gpucache_pipes.files import AnyFiles
 from gpucache_pipes.files.packed import END_SECONDS, DiskCache
 from gpucache_pipes.store.host_tier import HostTier
 from gpucache_pipes.store.loader import Loader
@@ -26,6 +27,7 @@ class Shutdown:
     Args:
         store: the store, to which only a weak reference is kept.
         shared, loader, pool, backend, disk, host: its parts.
+        files: the source that the store has made; None if it was given one.
     """
 
     def __init__(
@@ -37,14 +39,16 @@ class Shutdown:
         backend: Backend,
         disk: DiskCache | None,
         host: HostTier | None,
+        files: AnyFiles | None,
     ) -> None:
         self._shared = shared
         self._loader = loader
         self._backend = backend
         self._disk = disk
         self._host = host
+        self._files = files
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(store, _release, self._pid, pool, backend, disk)
+        self._finalizer = weakref.finalize(store, _release, self._pid, pool, backend, disk, files)
         self._finalizer.atexit = False
         self._done = threading.Event()
         self._closing_thread: int | None = None
@@ -82,6 +86,8 @@ class Shutdown:
                 self._host.close()
         finally:
             self._done.set()
+            if self._files is not None:
+                self._files.end()
             if self._disk is not None:
                 self._disk.close(END_SECONDS)
 
@@ -96,8 +102,16 @@ class Shutdown:
             self._backend.close()
 
 
-def _release(pid: int, pool: ReaderPool | None, backend: Backend, disk: DiskCache | None) -> None:
+def _release(
+    pid: int,
+    pool: ReaderPool | None,
+    backend: Backend,
+    disk: DiskCache | None,
+    files: AnyFiles | None,
+) -> None:
     if os.getpid() == pid:
+        if files is not None:
+            files.end()
         if disk is not None:
             disk.end()
         # Not here, if a reader can do it: the garbage collector may have called this in the midst

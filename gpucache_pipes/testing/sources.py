@@ -220,7 +220,7 @@ class SourceContract:
         source, [path] = self.make_source(tmp_path, _FEW[:1])
         key = source.key(path)
         for number in range(20):
-            feature = _FEW[number % len(_FEW)]
+            feature = _FEW[(number + 1) % len(_FEW)]  # a version may be made of the bytes
             before = source.version(key)
             self.change(source, path, feature)
             assert before is None or not source.is_current(path, before), "a change goes unseen"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import sample
 
-from gpucache_pipes import GPUFeatureStore
+from gpucache_pipes import FeatureLoadError, GPUFeatureStore
 from gpucache_pipes.testing import assert_same
 
 Files = Callable[..., list[str]]
@@ -150,8 +150,8 @@ def test_load_fn_gets_each_path_as_it_was_written(
         assert feature["path"] == "a.pt"
 
 
-def test_a_url_without_a_source_for_it_is_missing_under_its_own_name() -> None:
+def test_a_url_of_an_unknown_scheme_is_an_error_under_its_own_name() -> None:
     with GPUFeatureStore("cpu") as store:
-        with pytest.raises(FileNotFoundError) as missing:
-            store.get("s3://bucket/x.pt")
-        assert missing.value.filename == "s3://bucket/x.pt"
+        with pytest.raises(FeatureLoadError, match="knows 'nothing'") as missing:
+            store.get("nothing://bucket/x.pt")
+        assert missing.value.path == "nothing://bucket/x.pt"

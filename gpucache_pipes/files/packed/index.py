@@ -60,6 +60,13 @@ class Index:
         self.segments[number].stale.add(row)
         self.states[position] = STALE
 
+    def mark_current(self, segment: Segment) -> None:
+        """The files of all records of a segment are known to be those that were packed."""
+        for other, begin, end in self._parts():
+            if other is segment:
+                states = self.states[begin:end]
+                states[states == UNCHECKED] = CURRENT
+
     def carry_over(self) -> None:
         """Note what other indices have been told of records that must not be used."""
         for segment, begin, _ in self._parts():

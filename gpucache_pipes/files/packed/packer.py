@@ -281,6 +281,7 @@ class Packer:
         self._refresh(changed=True)
         for segment in self.index.segments:
             if segment.path == path:
+                self.index.mark_current(segment)  # its files were looked at when they were read
                 with contextlib.suppress(OSError):
                     self._files.file(segment)  # else it could make room for the next one
 

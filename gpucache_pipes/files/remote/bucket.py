@@ -2,6 +2,7 @@
 
 import logging
 import operator
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,11 +11,13 @@ from typing import Any, NamedTuple
 
 from gpucache_pipes.files.remote.clients import Client, Got, NoRangesError, Options, open_client
 from gpucache_pipes.files.remote.object_list import LISTS, ObjectList
-from gpucache_pipes.files.remote.urls import HTTP, Location
+from gpucache_pipes.files.remote.urls import HTTP, Location, locate
 from gpucache_pipes.files.remote.versions import UNKNOWN_VERSION, ObjectVersion
 from gpucache_pipes.files.remote.workers import SMALL_AT_ONCE, Turns, Workers
 
 _log = logging.getLogger("gpucache_pipes")
+
+_PLAIN = re.compile(r"(?:\w[^/?@:]*/)*\w[^/?@:]*")
 
 WHOLE_BYTES = 1 << 20
 """Objects of up to this size are asked for whole."""
@@ -178,3 +181,34 @@ def _can_check(got: Got) -> bool:
 
 def _digest(got: Got) -> bytes:
     return md5(got.data, usedforsecurity=False).digest()
+
+
+class Buckets:
+    """The buckets of a source, made when they are first needed. For any number of threads.
+
+    Args:
+        options, verify, workers: see Bucket.
+    """
+
+    def __init__(self, options: Options, verify: bool, workers: Workers) -> None:
+        self._options = options
+        self._verify = verify
+        self._workers = workers
+        # Single operations of a dict are atomic; of two buckets that threads make, one stays.
+        self._known: dict[str, Bucket] = {}
+
+    def place(self, url: str) -> tuple[Bucket, str]:
+        """The bucket of an object, and its name there. Raises as `locate` and `open_client`."""
+        # Most URLs have nothing that `locate` would look at in more detail.
+        root, _, name = url[8:].partition("/")
+        bucket = self._known.get(url[:8] + root)
+        if bucket is not None and bucket.names_are_plain and _PLAIN.fullmatch(name):
+            return bucket, name
+        location = locate(url)
+        if not location.name:
+            raise ValueError(f"the URL {url!r} names no object")
+        bucket = self._known.get(location.root)
+        if bucket is None:
+            bucket = Bucket(location, self._options, self._verify, self._workers)
+            bucket = self._known.setdefault(location.root, bucket)
+        return bucket, location.name

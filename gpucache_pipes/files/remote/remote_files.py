@@ -1,7 +1,5 @@
 """RemoteFiles: a source of features in object storage, named by URLs."""
 
-import re
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,13 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpucache_pipes.files.chunks import LEFT_TO_PYTHON, SIZE, START, STATUS, UNKNOWN, Chunk
+from gpucache_pipes.files.chunks import Chunk
 from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.formats import FileOpener
 from gpucache_pipes.files.forms import KnownForms
 from gpucache_pipes.files.planned import Bytes, PlanReader
 from gpucache_pipes.files.plans import ReadPlan
-from gpucache_pipes.files.remote.bucket import WHOLE_BYTES, Answer, Bucket
+from gpucache_pipes.files.remote.bucket import Answer, Bucket, Buckets
 from gpucache_pipes.files.remote.clients import Options
 from gpucache_pipes.files.remote.objects import (
     ChangedError,
@@ -23,15 +21,13 @@ from gpucache_pipes.files.remote.objects import (
     RemoteBytes,
     RemoteFeature,
 )
+from gpucache_pipes.files.remote.small_objects import SmallObjects
 from gpucache_pipes.files.remote.temporary import load_from_copy
-from gpucache_pipes.files.remote.urls import locate
-from gpucache_pipes.files.remote.versions import UNKNOWN_VERSION, ObjectVersion
+from gpucache_pipes.files.remote.versions import ObjectVersion
 from gpucache_pipes.files.remote.workers import Workers
 from gpucache_pipes.files.selection import Selection
 from gpucache_pipes.files.source import OpenFeature, Progress, VersionedFeature
 
-_ALIGNMENT = 64
-_PLAIN = re.compile(r"(?:[\w][^/?@:]*/)*[\w][^/?@:]*")
 _SAMPLED = 64
 _MOST_SMALL = 128
 """Requests for small objects in flight."""
@@ -69,17 +65,18 @@ class RemoteFiles:
         dtype: Any = None,
         verify: bool = True,
     ) -> None:
-        self._options = dict(storage_options or {})
         self._weights_only = weights_only
         self._selection = Selection.of(keys, dtype)
         self._opener = FileOpener(weights_only, self._selection)
-        self._verify = verify
-        # Single operations of a dict are atomic; of two buckets that threads make, one stays.
-        self._buckets: dict[str, Bucket] = {}
-        self._workers = Workers(_MOST_SMALL, "gpucache-request")
         self._large = Workers(_MOST_LARGE, "gpucache-range")
-        # What this thread has got and not yet opened, by key.
-        self._got = threading.local()
+        self._workers = Workers(_MOST_SMALL, "gpucache-request")
+        self._buckets = Buckets(dict(storage_options or {}), verify, self._workers)
+        self._small = SmallObjects(self._buckets)
+
+    def end(self) -> None:
+        """Have the threads that make requests end. Later requests start new ones."""
+        self._workers.end()
+        self._large.end()
 
     # Identity
 
@@ -107,7 +104,7 @@ class RemoteFiles:
 
     def probe(self, url: str) -> tuple[OpenFeature, str | None]:
         """The feature, and why `torch.load` read it, or None. Raises OSError, ValueError."""
-        got = self._answers().pop(url, None)
+        got = self._small.take(url)
         for remaining in reversed(range(_TRIES)):
             try:
                 return self._open(url, got)
@@ -118,7 +115,7 @@ class RemoteFiles:
         raise AssertionError("unreachable")
 
     def _open(self, url: str, got: Answer | None) -> tuple[OpenFeature, str | None]:
-        bucket, name = self._place(url)
+        bucket, name = self._buckets.place(url)
         reader, _ = self._opener.readers(url)
         listed = bucket.listed(url)
         if got is None and listed is not None and bucket.is_large(listed):
@@ -188,133 +185,35 @@ class RemoteFiles:
     def open_many(
         self, keys: list[str], paths: Sequence[str], progress: Progress
     ) -> "list[VersionedFeature | None]":
-        """See Source. Small objects, whose bytes are asked for one after the other.
+        """See Source. Small objects, several of which are asked for at the same time.
 
         What it cannot open is kept for `open`, so that nothing is asked for twice.
         """
         _, batch_reader = self._opener.readers(keys[0])
-        others = (
-            n for n, key in enumerate(keys) if self._opener.readers(key)[1] is not batch_reader
-        )
+        readers = map(self._opener.readers, keys)
+        others = (n for n, (_, reader) in enumerate(readers) if reader is not batch_reader)
         keys = keys[: next(others, len(keys))]
-        answers = self._answers()
-        for key in answers.keys() - set(keys):  # of an earlier task
-            answers.pop(key, None)
-        chunks: list[_ObjectChunk] = []
+        self._small.begin(keys)
 
         def make(native: Any, known: KnownForms, files: int) -> Chunk:
-            chunk = _ObjectChunk(native, known, files)
-            chunks.append(chunk)
-            self._fill(chunk, keys[:files], answers, progress)
-            return chunk
+            return self._small.chunk(native, known, keys[:files], progress)
 
         features = batch_reader.open_read(make, len(keys), progress)
-        for n, feature in enumerate(features):
-            if feature is None and keys[n] not in answers:
-                data = bytes(chunks[0].data(n))
-                answers[keys[n]] = Answer(data, chunks[0].versions[n])
+        for key, feature in zip(keys, features, strict=False):
+            if feature is not None:
+                self._small.take(key)
         return features
-
-    def _fill(
-        self, chunk: "_ObjectChunk", keys: list[str], answers: dict[str, Answer], progress: Progress
-    ) -> None:
-        """Get objects into scratch memory, until that is full or `progress` says to stop."""
-        memory = chunk.memory.data
-        used, sizes = 0, []
-        full = False
-        for n, got in enumerate(self._get_many(keys, answers, len(memory), progress)):
-            size = 0 if got.data is None or len(got.data) > WHOLE_BYTES else len(got.data)
-            full = full or size > len(memory) - used
-            if not size or full:
-                answers[keys[n]] = got
-                if full:
-                    continue  # it is there for the next call
-            chunk.starts.append(used)
-            chunk.versions.append(got.version)
-            sizes.append(size)
-            if size:
-                memory[used : used + size] = memoryview(got.data)
-                used += -(-size // _ALIGNMENT) * _ALIGNMENT
-        rows = chunk.rows[: len(sizes)]
-        rows[:, START], rows[:, SIZE] = chunk.starts, sizes
-        rows[:, STATUS] = np.where(rows[:, SIZE] > 0, UNKNOWN, LEFT_TO_PYTHON)
-
-    def _get_many(
-        self, keys: Sequence[str], answers: dict[str, Answer], room: int, progress: Progress
-    ) -> list[Answer]:
-        """Get the first of these objects, but those that are large, or were got before.
-
-        A large one in memory, since its server sends no ranges, is the last one.
-        """
-        found: dict[int, Answer] = {}
-        asked: list[int] = []
-        names: list[str] = []
-        first: Bucket | None = None
-        for n, key in enumerate(keys):
-            got = answers.pop(key, None)
-            if got is None:
-                try:
-                    bucket, name = self._place(key)
-                except (OSError, ValueError, ImportError) as error:
-                    found[n] = Answer(None, UNKNOWN_VERSION, error)
-                    continue
-                listed = bucket.listed(key)
-                if listed is None or not bucket.is_large(listed):
-                    if first not in (None, bucket):
-                        break
-                    first = bucket
-                    asked.append(n)
-                    names.append(name)
-                    continue
-                got = Answer(None, listed)
-            found[n] = got
-        if first is not None:
-            begin = time.monotonic_ns()
-
-            def begins(at: int, moment: int) -> bool:
-                progress.begin(asked[at], moment - begin)
-                return not progress.stopped
-
-            got_many = first.get_many(names, room - _ALIGNMENT * len(asked), begins)
-            found.update((asked[at], answer) for at, answer in got_many.items())
-        result = []
-        for n in range(len(keys)):
-            if n not in found:
-                break
-            result.append(found[n])
-        for n, key in enumerate(keys[len(result) :], len(result)):
-            if n in found:
-                answers[key] = found[n]  # for the next call
-        return result
-
-    def _answers(self) -> dict[str, Answer]:
-        answers: dict[str, Answer] = self._got.__dict__.setdefault("answers", {})
-        return answers
-
-    def _place(self, url: str) -> tuple[Bucket, str]:
-        # Most URLs have nothing that `locate` would look at in more detail.
-        root, _, name = url[8:].partition("/")
-        root = url[:8] + root
-        bucket = self._buckets.get(root)
-        if bucket is not None and bucket.names_are_plain and _PLAIN.fullmatch(name):
-            return bucket, name
-        location = locate(url)
-        bucket = self._buckets.get(location.root)
-        if bucket is None:
-            bucket = Bucket(location, self._options, self._verify, self._workers)
-            bucket = self._buckets.setdefault(location.root, bucket)
-        return bucket, location.name
 
     # Versions and sizes
 
     def _look(self, url: str) -> ObjectVersion:
         """What is known of an object, or else what the server says. Raises OSError, ValueError."""
-        bucket, name = self._place(url)
+        bucket, name = self._buckets.place(url)
         return bucket.listed(url) or bucket.head(name)
 
     def version(self, key: str) -> bytes | None:
         """See Source. Asks the server, unless the object was just got."""
-        got = self._answers().get(key)
+        got = self._small.peek(key)
         if got is not None and got.error is None and got.version.size >= 0:
             return got.version.packed
         return self._packed_now(key)
@@ -325,7 +224,7 @@ class RemoteFiles:
 
     def _packed_now(self, url: str) -> bytes | None:
         try:
-            bucket, name = self._place(url)
+            bucket, name = self._buckets.place(url)
             return bucket.head(name).packed
         except (OSError, ValueError, ImportError, RuntimeError):
             return None
@@ -370,25 +269,9 @@ class RemoteFiles:
         sizes = []
         for path in paths[:: max(1, len(paths) // _SAMPLED)]:
             try:
-                listed = self._place(path)[0].listed(path)
+                listed = self._buckets.place(path)[0].listed(path)
             except (OSError, ValueError, ImportError, RuntimeError):
                 continue
             if listed is not None and listed.size >= 0:
                 sizes.append(listed.size)
         return sizes
-
-
-class _ObjectChunk(Chunk):
-    """Objects in scratch memory."""
-
-    def __init__(self, native: Any, known: KnownForms, files: int) -> None:
-        super().__init__(native, known, files)
-        self.versions: list[ObjectVersion] = []
-
-    def version(self, number: int) -> bytes | None:
-        """See Scratch."""
-        return self.versions[number].packed
-
-    def file_version(self, number: int) -> tuple[int, int] | None:
-        """See Scratch."""
-        return self.versions[number].stored

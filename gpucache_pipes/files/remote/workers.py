@@ -2,6 +2,7 @@
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -9,11 +10,51 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-_IDLE_SECONDS = 10.0
+_IDLE_SECONDS = 1.0
 """After which a thread ends that has nothing to do."""
 
 SMALL_AT_ONCE = 16
 """Small objects that one reader asks for at the same time."""
+
+
+class _Crew:
+    """The threads of a Workers, which do not keep that alive.
+
+    Attributes:
+        jobs: for them; None says that there will be no more.
+        lock: held while a job is added, or a thread ends. Reentrant: a finalizer may end it.
+        threads: those that run.
+        ended: whether there will be no more jobs.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.lock = threading.RLock()
+        self.threads: set[threading.Thread] = set()
+        self.ended = False
+
+    def end(self) -> None:
+        """There will be no more jobs."""
+        with self.lock:
+            self.ended = True
+            self.jobs.put(None)
+
+    def run(self) -> None:
+        """Run jobs until there are none for a while."""
+        while True:
+            try:
+                job = self.jobs.get(timeout=_IDLE_SECONDS)
+            except Empty:
+                with self.lock:
+                    if not self.jobs.empty():
+                        continue
+                    self.threads.discard(threading.current_thread())
+                return
+            if job is None:
+                self.jobs.put(None)  # for the next thread
+                return
+            job()
+            del job
 
 
 class Workers:
@@ -30,30 +71,36 @@ class Workers:
     def __init__(self, most: int, name: str) -> None:
         self._most = most
         self._name = name
-        self._begin()
+        self._begin_anew()
 
-    def _begin(self) -> None:
+    def _begin_anew(self) -> None:
         self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        # Threads, and those of them that wait for a job, less the jobs that wait for a thread.
-        self._count = [0, 0]
+        self._crew = _Crew()
+        weakref.finalize(self, self._crew.end).atexit = False
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run a job in some thread, as soon as one is free. It must not raise."""
         if os.getpid() != self._process:  # after a fork there are no threads
-            self._begin()
-        with self._lock:
-            self._count[1] -= 1
-            starts = self._count[1] < 0 and self._count[0] < self._most
-            if starts:
-                self._count[0] += 1
-                self._count[1] += 1
-        self._jobs.put(job)
-        if starts:
-            # Not of `self`: threads do not keep it alive.
-            arguments = (self._jobs, self._lock, self._count)
-            threading.Thread(target=_run, args=arguments, name=self._name, daemon=True).start()
+            self._begin_anew()
+        while True:
+            crew = self._crew
+            with crew.lock:
+                if crew.ended:
+                    continue
+                crew.jobs.put(job)
+                # A thread too many does no harm: it ends when it has nothing to do.
+                if crew.jobs.empty() or len(crew.threads) >= self._most:
+                    return
+                thread = threading.Thread(target=crew.run, name=self._name, daemon=True)
+                crew.threads.add(thread)
+                thread.start()
+                return
+
+    def end(self) -> None:
+        """Have the threads end after the jobs that were submitted. New jobs start new ones."""
+        crew = self._crew
+        self._begin_anew()
+        crew.end()
 
     def begin(self, request: Callable[[Any], Any], item: Any) -> "Future[Any]":
         """The result of `request(item)`, once there is one."""
@@ -79,23 +126,6 @@ class Workers:
         finally:
             for future in pending:
                 future.cancel()
-
-
-def _run(jobs: SimpleQueue[Callable[[], None]], lock: threading.Lock, count: list[int]) -> None:
-    while True:
-        try:
-            job = jobs.get(timeout=_IDLE_SECONDS)
-        except Empty:
-            with lock:
-                if count[1] <= 0:  # a job is on its way
-                    continue
-                count[0] -= 1
-                count[1] -= 1
-            return
-        job()
-        del job
-        with lock:
-            count[1] += 1
 
 
 def _fulfil(future: Future[Any], request: Callable[[Any], Any], item: Any) -> None:

@@ -1,0 +1,133 @@
+"""Small objects, many of which are got at once into scratch memory."""
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gpucache_pipes.files.chunks import LEFT_TO_PYTHON, SIZE, START, STATUS, UNKNOWN, Chunk
+from gpucache_pipes.files.forms import KnownForms
+from gpucache_pipes.files.remote.bucket import WHOLE_BYTES, Answer, Bucket, Buckets
+from gpucache_pipes.files.remote.versions import UNKNOWN_VERSION, ObjectVersion
+from gpucache_pipes.files.source import Progress
+
+_ALIGNMENT = 64
+
+
+class ObjectChunk(Chunk):
+    """Objects in scratch memory."""
+
+    def __init__(self, native: Any, known: KnownForms, files: int) -> None:
+        super().__init__(native, known, files)
+        self.versions: list[ObjectVersion] = []
+
+    def version(self, number: int) -> bytes | None:
+        """See Scratch."""
+        return self.versions[number].packed
+
+    def file_version(self, number: int) -> tuple[int, int] | None:
+        """See Scratch."""
+        return self.versions[number].stored
+
+
+class SmallObjects:
+    """Gets objects, and keeps for each thread what it has got and not used yet.
+
+    Args:
+        buckets: answer.
+    """
+
+    def __init__(self, buckets: Buckets) -> None:
+        self._buckets = buckets
+        self._got = threading.local()
+
+    def _answers(self) -> dict[str, Answer]:
+        answers: dict[str, Answer] = self._got.__dict__.setdefault("answers", {})
+        return answers
+
+    def begin(self, urls: Sequence[str]) -> None:
+        """Go on with these objects in this thread: drop what it has got of others."""
+        answers = self._answers()
+        if answers:
+            for url in answers.keys() - set(urls):
+                answers.pop(url, None)
+
+    def take(self, url: str) -> Answer | None:
+        """What this thread has got of an object, once."""
+        return self._answers().pop(url, None)
+
+    def peek(self, url: str) -> Answer | None:
+        """What this thread has got of an object."""
+        return self._answers().get(url)
+
+    def chunk(
+        self, native: Any, known: KnownForms, urls: Sequence[str], progress: Progress
+    ) -> ObjectChunk:
+        """The first of these objects in scratch memory, but those that are large.
+
+        All of them can be taken afterwards. There are as many as scratch has room for, or fewer, if
+        `progress` says to stop.
+        """
+        chunk = ObjectChunk(native, known, len(urls))
+        memory = chunk.memory.data
+        answers = self._answers()
+        used, sizes, full = 0, [], False
+        for url, got in zip(urls, self._get(urls, len(memory), progress), strict=False):
+            answers[url] = got
+            size = 0 if got.data is None or len(got.data) > WHOLE_BYTES else len(got.data)
+            full = full or size > len(memory) - used
+            if full:
+                continue  # it is there for the next call
+            chunk.starts.append(used)
+            chunk.versions.append(got.version)
+            sizes.append(size)
+            if size:
+                memory[used : used + size] = memoryview(got.data)
+                used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        rows = chunk.rows[: len(sizes)]
+        rows[:, START], rows[:, SIZE] = chunk.starts, sizes
+        rows[:, STATUS] = np.where(rows[:, SIZE] > 0, UNKNOWN, LEFT_TO_PYTHON)
+        return chunk
+
+    def _get(self, urls: Sequence[str], room: int, progress: Progress) -> list[Answer]:
+        """Get the first of these objects, but those that are large, or were got before.
+
+        Those of one bucket, as far as they go.
+        """
+        answers = self._answers()
+        found: dict[int, Answer] = {}
+        asked: list[int] = []
+        names: list[str] = []
+        first: Bucket | None = None
+        for n, url in enumerate(urls):
+            got = answers.get(url)
+            if got is None:
+                try:
+                    bucket, name = self._buckets.place(url)
+                except (OSError, ValueError, ImportError) as error:
+                    found[n] = Answer(None, UNKNOWN_VERSION, error)
+                    continue
+                listed = bucket.listed(url)
+                if listed is None or not bucket.is_large(listed):
+                    if first not in (None, bucket):
+                        break
+                    first = bucket
+                    asked.append(n)
+                    names.append(name)
+                    continue
+                got = Answer(None, listed)
+            found[n] = got
+        if first is not None:
+            begin = time.monotonic_ns()
+
+            def begins(at: int, moment: int) -> bool:
+                progress.begin(asked[at], moment - begin)
+                return not progress.stopped
+
+            answered = first.get_many(names, room - _ALIGNMENT * len(asked), begins)
+            for at, got in answered.items():
+                found[asked[at]] = answers[urls[asked[at]]] = got
+        end = next((n for n in range(len(urls)) if n not in found), len(urls))
+        return [found[n] for n in range(end)]

@@ -1,0 +1,56 @@
+"""Objects over plain HTTP, by a list of URLs: no listing, no etags, no ranges."""
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpucache_pipes import FeatureLoadError, GPUFeatureStore, PathLister
+from gpucache_pipes.testing.features import assert_same
+
+OPTIONS = {"client_options": {"allow_http": True}}
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[str]:
+    handler = partial(_Quiet, directory=str(tmp_path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_features_by_their_urls(root: str, tmp_path: Path) -> None:
+    small, large = {"x": torch.arange(9.0)}, {"x": torch.arange(700_000)}
+    for name, feature in (("a b.pt", small), ("large.pt", large), ("c.pt", small)):
+        torch.save(feature, tmp_path / name)
+    urls = [f"{root}/a%20b.pt", f"{root}/large.pt", f"{root}/c.pt"]
+    lister = PathLister(urls, batch_size=3)
+    with GPUFeatureStore("cpu", storage_options=OPTIONS) as store:
+        for batch in [*lister, urls]:
+            found = store.get_batch(batch)
+            for feature, expected in zip(found, (small, large, small), strict=True):
+                assert_same(feature, expected)
+            store.clear()
+        with pytest.raises(FileNotFoundError, match=r"none\.pt"):
+            store.get(f"{root}/none.pt")
+
+
+def test_a_signed_url_is_refused_without_its_signature(root: str) -> None:
+    signed = f"{root}/a.pt?X-Amz-Signature=abc123"
+    with GPUFeatureStore("cpu", storage_options=OPTIONS) as store:
+        with pytest.raises(FeatureLoadError, match="holds credentials or a signature") as raised:
+            store.get(signed)
+        assert "abc123" not in str(raised.value) and "abc123" not in repr(raised.value)
