@@ -4,14 +4,18 @@ import argparse
 import io
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gpucache_pipes import __version__
-from gpucache_pipes.cli import storage
+from gpucache_pipes.cli.arguments import (
+    add_storage_options,
+    as_flags,
+    storage_options,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +36,8 @@ _COMMANDS = {
   gpucache-pipes pack features/ packed/ --recursive --verify""",
     "bench": """examples:
   gpucache-pipes bench features/ --batch-size 32,256 --only DataLoader
-  gpucache-pipes bench features/ --cold-storage --readers 1,4,16""",
+  gpucache-pipes bench features/ --cold-storage --readers 1,4,16
+  gpucache-pipes bench s3://bucket/features/ --storage-option region=eu-west-1""",
 }
 
 _EXAMPLES = """examples:
@@ -150,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--unsafe", action="store_true", help="weights_only=False")
         command.add_argument("--json", action="store_true", help="for programs")
         if command is not packing:
-            storage.add_option(command)
+            add_storage_options(command)
     args = parser.parse_args(arguments)
     if args.command is None:
         parser.print_help()
@@ -164,35 +169,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        text = _as_flags(str(error))
+        text = as_flags(str(error))
         from gpucache_pipes.files.remote.urls import redacted
 
         named = redacted(args.path)
         print(text if repr(named) in text else f"{named}: {text}", file=sys.stderr)
         return 1
     return status
-
-
-def whole_numbers(text: str) -> list[int]:
-    """The numbers of a list such as "8,32". Raises ArgumentTypeError for anything else."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no list of whole numbers, such as 8,32,256"
-        ) from None
-
-
-def _as_flags(text: str) -> str:
-    """An error of the package in the words of the command line.
-
-    >>> _as_flags("epochs=1: too few (recursive=True looks deeper)")
-    '--epochs 1: too few (--recursive looks deeper)'
-    """
-    for name in ("device", "epochs", "pattern", "recursive", "seed"):
-        text = text.replace(f"{name}=True", f"--{name}")
-        text = re.sub(rf"(?<![\w-]){name}=", f"--{name} ", text)
-    return text.replace("weights_only=False", "--unsafe (weights_only=False)")
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -206,8 +189,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace) -> int:
     from gpucache_pipes.cli import bench, charts
+    from gpucache_pipes.files import AnyFiles
     from gpucache_pipes.files.packed.packed_directory import is_packed_file
-    from gpucache_pipes.nodes import PathLister
+    from gpucache_pipes.files.remote.urls import is_url
     from gpucache_pipes.units import parse_bytes, positive_int
 
     if not 0 < args.cache <= 1:
@@ -217,14 +201,19 @@ def _measure(args: argparse.Namespace) -> int:
     sizes = [positive_int("--batch-size", size) for size in args.batch_size or [256]]
     most_bytes = parse_bytes("--bytes", args.bytes)
     readers = args.readers or ([1, 4, 16] if args.cold_storage else [])
-    contenders = bench.choose(args.only)
+    remote = is_url(args.path)
+    if remote and args.cold_storage:
+        raise ValueError("--cold-storage is for local files: nothing of an object is in memory")
+    known = (bench.objects_contenders(),) if remote else ()
+    contenders = bench.choose(args.only, *known)
     contenders += [bench.with_readers(positive_int("--readers", number)) for number in readers]
     if args.plot is not None:
         charts.require_plot(args.plot)  # before the measurement, which takes long
     device = bench.find_device(args.device)
-    paths = PathLister(args.path, pattern=args.pattern, recursive=args.recursive).paths
-    sample = bench.sample(paths, args.files, most_bytes, seed=0)
-    if not is_packed_file(sample[0]):
+    paths = _paths(args)
+    size_of = AnyFiles(storage_options=storage_options(args.storage_option)).size
+    sample = bench.sample(paths, args.files, most_bytes, 0, size_of)
+    if remote or not is_packed_file(sample[0]):
         return _compare(args, sample, len(paths), sizes, contenders, device)
     with bench.unpacked(sample, not args.unsafe) as files:
         contenders.append(bench.packed_contender(sample))
@@ -247,6 +236,7 @@ def _compare(
         with bench.Work(
             sample, size, device, known=known, epochs=args.epochs,
             weights_only=not args.unsafe, cold_storage=args.cold_storage,
+            storage_options=storage_options(args.storage_option),
         ) as work:  # fmt: skip
             if not args.json:
                 _print(f"{work}\n")
@@ -273,7 +263,7 @@ def _paths(args: argparse.Namespace) -> Sequence[str]:
     """All files that the arguments of a command name."""
     from gpucache_pipes.nodes import PathLister
 
-    options = storage.storage_options(args.storage_option)
+    options = storage_options(args.storage_option)
     lister = PathLister(
         args.path, pattern=args.pattern, recursive=args.recursive, storage_options=options
     )
@@ -286,7 +276,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from gpucache_pipes.files.listing import is_feature_file
 
     dtype = None if args.dtype is None else conversion.parse_dtype(args.dtype)
-    options = storage.storage_options(args.storage_option)
+    options = storage_options(args.storage_option)
     paths: Sequence[str] = [args.path]
     if not is_feature_file(args.path):
         paths = _paths(args)
@@ -327,7 +317,7 @@ def _plan(args: argparse.Namespace) -> int:
         seed=args.seed,
         weights_only=not args.unsafe,
         progress=not args.json,
-        storage_options=storage.storage_options(args.storage_option),
+        storage_options=storage_options(args.storage_option),
     )
     if args.plot is not None:
         charts.draw_plan(report, args.plot)

@@ -12,6 +12,7 @@ from gpucache_pipes.files.formats import FileOpener
 from gpucache_pipes.files.listing import find_files
 from gpucache_pipes.files.local import LocalFiles, file_size
 from gpucache_pipes.files.planned import PlannedFeature
+from gpucache_pipes.files.remote.urls import is_url
 from gpucache_pipes.files.row_plans import RowPlans
 from gpucache_pipes.files.selection import Selection
 from gpucache_pipes.files.source import OpenFeature, Progress, VersionedFeature
@@ -22,6 +23,7 @@ _MAX_COST = 256 << 20
 
 _SAMPLED = 64
 _DIGITS = 18
+_LOCAL = "RowFiles reads local files, not {!r}: copy them, or save one object for each sample"
 
 
 class RowFiles:
@@ -56,6 +58,8 @@ class RowFiles:
         Reads the header of each file. Raises as PathLister does, and ValueError for a file that
         has no rows.
         """
+        if isinstance(files, str) and is_url(files):
+            raise ValueError(_LOCAL.format(files))
         found = find_files(files, pattern, recursive)
         return [f"{file}#{number}" for file in found for number in range(self.count(file))]
 
@@ -93,6 +97,8 @@ class RowFiles:
     def open(self, key: str, path: str) -> OpenFeature:
         """See Source. Raises ValueError for a path that names no sample of its file."""
         file, number = _split(key)
+        if is_url(file):
+            raise ValueError(_LOCAL.format(file))
         if number is None:
             raise ValueError(
                 f"{path!r} names no sample: RowFiles takes the path of a file, '#' and a position, "

@@ -15,6 +15,7 @@ from gpucache_pipes.cli.bench.figures import (
     free_bytes,
 )
 from gpucache_pipes.cli.bench.loaders import BASELINE, OURS, with_readers
+from gpucache_pipes.cli.bench.objects import objects_contenders
 from gpucache_pipes.cli.bench.report import advice, as_text, draw, headings
 from gpucache_pipes.cli.bench.unpacked import packed_contender, unpacked
 from gpucache_pipes.cli.bench.work import Work, sample
@@ -34,6 +35,7 @@ __all__ = [
     "find_device",
     "free_bytes",
     "headings",
+    "objects_contenders",
     "packed_contender",
     "sample",
     "unpacked",

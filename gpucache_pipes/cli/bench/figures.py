@@ -47,11 +47,14 @@ def bench(work: Work, *, contenders: Sequence[Contender] = (), **options: Any) -
     return as_json(work, measure(work, installed, **options), missing)
 
 
-def choose(names: Sequence[str] | None) -> list[Contender]:
+def choose(
+    names: Sequence[str] | None, contenders: Sequence[Contender] = CONTENDERS
+) -> list[Contender]:
     """The contenders whose names begin with one of `names`, with OURS and BASELINE.
 
     Args:
         names: beginnings of names; None or empty means all contenders.
+        contenders: all of them.
 
     Raises:
         ValueError: a name matches no contender.
@@ -60,12 +63,13 @@ def choose(names: Sequence[str] | None) -> list[Contender]:
     ['gpucache_pipes', 'DataLoader, 0 workers', 'preadv of the bytes']
     """
     if not names:
-        return CONTENDERS.copy()
+        return list(contenders)
     for name in names:
-        if not any(contender.name.startswith(name) for contender in CONTENDERS):
-            known = ", ".join(contender.name for contender in CONTENDERS)
+        if not any(contender.name.startswith(name) for contender in contenders):
+            known = ", ".join(contender.name for contender in contenders)
             raise ValueError(f"--only: {name!r} is none of the contenders: {known}")
-    return [c for c in CONTENDERS if c.name.startswith(tuple(names)) or c in (OURS, BASELINE)]
+    always = (OURS.name, BASELINE.name)
+    return [c for c in contenders if c.name.startswith(tuple(names)) or c.name in always]
 
 
 def find_device(name: str) -> torch.device:

@@ -37,6 +37,7 @@ def gpucache_pipes(
         max_cache_bytes=budget,
         weights_only=work.weights_only,
         reader_threads=readers,
+        storage_options=work.storage_options,
     ) as store:
         batches = tn.Loader(GPUCollator(GPUPrefetcher(work.lister(paths), store), **collation))
         after_first = store.stats()

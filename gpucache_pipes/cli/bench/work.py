@@ -1,9 +1,10 @@
 """What all contenders get: the same files, in the same batches, for the same device."""
 
+import io
 import os
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from gpucache_pipes.cli.bench.collation import Collation, checksum
-from gpucache_pipes.files import FileOpener, Layout, file_size, leaf_names
+from gpucache_pipes.files import AnyFiles, Layout, file_size, leaf_names
+from gpucache_pipes.files.remote.urls import is_url
 from gpucache_pipes.nodes import PathLister
 from gpucache_pipes.units import format_bytes
 
@@ -21,29 +23,40 @@ _MOST_EPOCHS = 11
 """Epochs of a run with everything cached: the first ones are slower than the others."""
 
 
-def load(path: str, weights_only: bool = True, mmap: bool = False) -> Any:
+def load(
+    file: str | io.BytesIO, weights_only: bool = True, mmap: bool = False, name: str = ""
+) -> Any:
     """Load a feature with the library that defines the format of the file.
 
     Args:
-        path: a `.safetensors` or `.npy` file, or one that `torch.load` reads.
+        file: a `.safetensors` or `.npy` file, or one that `torch.load` reads; or its bytes.
         weights_only: as in `torch.load`.
         mmap: as in `torch.load`.
+        name: of the file, if its bytes are given.
 
     Raises:
         Exception: what the library raises.
     """
-    if path.endswith(".safetensors"):
+    name = file if isinstance(file, str) else name
+    if name.endswith(".safetensors"):
+        from safetensors.torch import load as load_bytes
         from safetensors.torch import load_file
 
-        return load_file(path)
-    if path.endswith(".npy"):
+        return load_file(file) if isinstance(file, str) else load_bytes(file.getvalue())
+    if name.endswith(".npy"):
         import numpy as np
 
-        return torch.from_numpy(np.load(path))
-    return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=mmap)
+        return torch.from_numpy(np.load(file))
+    return torch.load(file, map_location="cpu", weights_only=weights_only, mmap=mmap)
 
 
-def sample(paths: Sequence[str], most_files: int, most_bytes: int, seed: int) -> list[str]:
+def sample(
+    paths: Sequence[str],
+    most_files: int,
+    most_bytes: int,
+    seed: int,
+    size_of: Callable[[str], int] = file_size,
+) -> list[str]:
     """Draw a random sample of files.
 
     Args:
@@ -51,6 +64,7 @@ def sample(paths: Sequence[str], most_files: int, most_bytes: int, seed: int) ->
         most_files: largest number of files.
         most_bytes: largest total size. Two files are drawn even if they are larger.
         seed: of the draw.
+        size_of: the size of a file in bytes.
 
     Returns:
         Some of `paths`, in their order.
@@ -62,7 +76,7 @@ def sample(paths: Sequence[str], most_files: int, most_bytes: int, seed: int) ->
     chosen: list[int] = []
     total = 0
     for number in drawn:
-        total += file_size(paths[number])
+        total += size_of(paths[number])
         if len(chosen) == most_files or (len(chosen) > 1 and total > most_bytes):
             break
         chosen.append(number)
@@ -82,6 +96,7 @@ class Work:
         seed: of the order of the files, which is new in each epoch.
         weights_only: as in `torch.load`.
         cold_storage: evict the files from the page cache before each epoch.
+        storage_options: for URLs: see GPUFeatureStore.
         threads: threads of other loaders that have some.
         on_accelerator: whether `device` is not the CPU.
         layouts: of all features.
@@ -102,6 +117,7 @@ class Work:
     seed: int = 0
     weights_only: bool = True
     cold_storage: bool = False
+    storage_options: Mapping[str, Any] | None = None
     threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
 
     def __post_init__(self) -> None:
@@ -111,6 +127,7 @@ class Work:
             )
         self.known = self.known or len(self.paths)
         self.on_accelerator = self.device.type != "cpu"
+        self._prepared: dict[str, Any] = {}
         self.layouts, values = self._open_all()
         self.feature_bytes = sum(layout.span for layout in self.layouts)
         lister = self.lister()
@@ -120,15 +137,14 @@ class Work:
             self.batches.append(list(lister))
         examples = [self.load(path) for path in self.batches[0][0][:8]]
         self.collation = Collation.of(self.layouts, values, examples)
-        self._prepared: dict[str, Any] = {}
         self._scratch = tempfile.TemporaryDirectory(prefix="gpucache-bench-")
 
     def _open_all(self) -> tuple[list[Layout], list[tuple[Any, ...]]]:
-        opener = FileOpener(self.weights_only)
+        files = AnyFiles(weights_only=self.weights_only, storage_options=self.storage_options)
         layouts, values = [], []
         for path in self.paths:
             try:
-                feature, _ = opener.probe(path)
+                feature, _ = files.probe(path)
             except Exception as error:
                 raise ValueError(
                     f"{path!r} cannot be read: {error}; `inspect` lists all such files"
@@ -158,7 +174,12 @@ class Work:
 
     def load(self, path: str) -> Any:
         """Load one feature, as most training scripts do."""
-        return load(path, self.weights_only)
+        if not is_url(path):
+            return load(path, self.weights_only)
+        from gpucache_pipes.cli.bench.objects import fetch_by_obstore
+
+        fetch = self.prepared("a client", lambda: fetch_by_obstore(self.storage_options or {}))
+        return load(io.BytesIO(fetch(path)), self.weights_only, name=path)
 
     def load_batch(self, paths: Sequence[str]) -> Any:
         """Load and collate a batch in host memory, which is pinned if there is an accelerator."""

@@ -29,6 +29,7 @@ from gpucache_pipes.files.packed.packed_directory import (
 from gpucache_pipes.files.packed.records import Named, Packable, read_records
 from gpucache_pipes.files.packed.segment import DamagedSegmentError, Segment, name_hashes
 from gpucache_pipes.files.packed.segment_writer import Records, SegmentWriter, sync_directory
+from gpucache_pipes.files.remote.urls import is_url
 from gpucache_pipes.files.source import Progress
 
 _SEGMENT_BYTES = 1 << 30
@@ -159,6 +160,8 @@ def pack(
 
 def _require_apart(source: str, target: str) -> None:
     """Raise ValueError unless `target` is another directory, and neither is in the other."""
+    if is_url(source):
+        raise ValueError(f"pack reads local files, not {source!r}: disk_cache= packs objects")
     if not os.path.exists(source):
         raise FileNotFoundError(f"no such directory: {source!r}")
     if not os.path.isdir(source):

@@ -1,12 +1,13 @@
-"""`--storage-option`: options of object storage on the command line."""
+"""Values on the command line, and errors in its words."""
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 
-def add_option(command: argparse.ArgumentParser) -> None:
+def add_storage_options(command: argparse.ArgumentParser) -> None:
     """Let a command take `--storage-option NAME=VALUE`, any number of times."""
     command.add_argument(
         "--storage-option",
@@ -43,3 +44,25 @@ def _pair(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def whole_numbers(text: str) -> list[int]:
+    """The numbers of a list such as "8,32". Raises ArgumentTypeError for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of whole numbers, such as 8,32,256"
+        ) from None
+
+
+def as_flags(text: str) -> str:
+    """An error of the package in the words of the command line.
+
+    >>> as_flags("epochs=1: too few (recursive=True looks deeper)")
+    '--epochs 1: too few (--recursive looks deeper)'
+    """
+    for name in ("device", "epochs", "pattern", "recursive", "seed"):
+        text = text.replace(f"{name}=True", f"--{name}")
+        text = re.sub(rf"(?<![\w-]){name}=", f"--{name} ", text)
+    return text.replace("weights_only=False", "--unsafe (weights_only=False)")
