@@ -166,6 +166,30 @@ def test_an_object_that_changes_between_two_ranges(put: Put, remote: Options, pr
         assert store.get(url)["x"].unique().tolist() == [1.0]
 
 
+@pytest.mark.parametrize("before", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("after", [{"x": torch.ones(3)}, {"x": torch.ones(500_000)}, LARGE, None])
+def test_an_object_that_changes_between_listing_and_reading(
+    before: Any, after: Any, put: Put, weed: Any, remote: Options, proxy: Proxy
+) -> None:
+    url = put("a.pt", before)
+    lister = PathLister(url.rpartition("/")[0], batch_size=1, storage_options=remote)
+    if after is None:
+        import obstore
+        from obstore.store import S3Store
+
+        obstore.delete(S3Store("tests", **options(weed.port)), url.removeprefix("s3://tests/"))
+    else:
+        put("a.pt", after)
+    with GPUFeatureStore("cpu", storage_options=remote) as store:
+        [batch] = list(lister)
+        if after is None:
+            with pytest.raises(FileNotFoundError, match=r"a\.pt"):
+                store.get_batch(batch)
+        else:
+            assert_same(store.get_batch(batch)[0], after)
+    assert len(proxy.take()) < 20
+
+
 @pytest.fixture
 def rclone(tmp_path: Path) -> Iterator[Rclone]:
     """A server over the files of `tmp_path/served/bucket`."""

@@ -72,7 +72,10 @@ class Client(Protocol):
         """An answer of what `get_turns` has found. Raises as `get`."""
 
     def get_range(self, name: str, start: int, end: int) -> tuple[Any, ObjectVersion]:
-        """Bytes `start` to `end` of an object, and its version. Raises NoRangesError."""
+        """Bytes `start` to `end` of an object, and its version. Raises NoRangesError.
+
+        Fewer bytes only if its version says that it is smaller.
+        """
 
     def head(self, name: str) -> ObjectVersion:
         """The version of an object."""

@@ -17,6 +17,15 @@ _NO_CREDENTIALS = ("169.254.169.254", "169.254.170.2", "metadata.google", "lates
 _WAY_OUT = "credentials come from storage_options= or, as the SDKs have it, from the environment"
 
 
+class ChangedError(OSError):
+    """An object is another one than a moment ago, or than a listing says."""
+
+
+def changed(url: str) -> ChangedError:
+    """The object changed between two requests for it."""
+    return ChangedError(errno.ESTALE, "the object changed while it was read", url)
+
+
 class Failure(NamedTuple):
     """An exception of a client.
 
@@ -54,6 +63,8 @@ def translate(error: BaseException, url: str) -> Failure:
     ):
         denied = f"access is denied ({what}): {_WAY_OUT}"
         return Failure(PermissionError(errno.EACCES, denied, url))
+    if status == "416":  # its end is before what was asked for
+        return Failure(changed(url))
     if "Received non-partial response" in text or "Range request not supported" in text:
         return Failure(OSError(errno.ENOTSUP, "the server sends no ranges", url), no_ranges=True)
     if name in ("UnknownConfigurationKeyError", "InvalidPathError"):

@@ -1,6 +1,5 @@
 """Objects as features: small ones whole, large ones by the ranges that their leaves span."""
 
-import errno
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -10,6 +9,7 @@ from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout
 from gpucache_pipes.files.planned import Bytes, cut, fill
 from gpucache_pipes.files.plans import Extent, ReadPlan
+from gpucache_pipes.files.remote.errors import changed
 from gpucache_pipes.files.remote.pieces import Piece, pieces_of
 from gpucache_pipes.files.remote.versions import ObjectVersion
 from gpucache_pipes.files.remote.workers import Workers
@@ -23,15 +23,6 @@ _AT_ONCE = 4
 
 Read = Callable[[int, int], tuple[Any, ObjectVersion]]
 """`read(start, end)` gives bytes of an object, and its version."""
-
-
-class ChangedError(OSError):
-    """The object is another one than a moment ago."""
-
-
-def changed(url: str) -> ChangedError:
-    """The object changed between two requests for it."""
-    return ChangedError(errno.ESTALE, "the object changed while it was read", url)
 
 
 class MemoryFeature:

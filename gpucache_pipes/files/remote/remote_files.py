@@ -15,12 +15,8 @@ from gpucache_pipes.files.planned import Bytes, PlanReader
 from gpucache_pipes.files.plans import ReadPlan
 from gpucache_pipes.files.remote.bucket import Answer, Bucket, Buckets
 from gpucache_pipes.files.remote.clients import Options
-from gpucache_pipes.files.remote.objects import (
-    ChangedError,
-    MemoryFeature,
-    RemoteBytes,
-    RemoteFeature,
-)
+from gpucache_pipes.files.remote.errors import ChangedError
+from gpucache_pipes.files.remote.objects import MemoryFeature, RemoteBytes, RemoteFeature
 from gpucache_pipes.files.remote.small_objects import SmallObjects
 from gpucache_pipes.files.remote.temporary import load_from_copy
 from gpucache_pipes.files.remote.versions import ObjectVersion
@@ -104,24 +100,24 @@ class RemoteFiles:
 
     def probe(self, url: str) -> tuple[OpenFeature, str | None]:
         """The feature, and why `torch.load` read it, or None. Raises OSError, ValueError."""
+        bucket, name = self._buckets.place(url)
         got = self._small.take(url)
+        listed = bucket.listed(url)
+        if got is None and listed is not None and bucket.is_large(listed):
+            got = Answer(None, listed)
         for remaining in reversed(range(_TRIES)):
             try:
-                return self._open(url, got)
+                return self._open(url, bucket, name, bucket.get(name) if got is None else got)
             except ChangedError:
-                got = None
+                got = None  # what was listed or got before holds no more
                 if not remaining:
                     raise
         raise AssertionError("unreachable")
 
-    def _open(self, url: str, got: Answer | None) -> tuple[OpenFeature, str | None]:
-        bucket, name = self._buckets.place(url)
+    def _open(
+        self, url: str, bucket: Bucket, name: str, got: Answer
+    ) -> tuple[OpenFeature, str | None]:
         reader, _ = self._opener.readers(url)
-        listed = bucket.listed(url)
-        if got is None and listed is not None and bucket.is_large(listed):
-            got = Answer(None, listed)
-        if got is None:
-            got = bucket.get(name)
         if got.error is not None:
             raise got.error
         try:
