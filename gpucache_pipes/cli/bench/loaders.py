@@ -1,6 +1,6 @@
 """Contenders without further requirements: gpucache_pipes, loaders of torch, a dict."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,15 +75,26 @@ class Batches:
         return len(self.chosen)
 
 
-def _dataloader(workers: int, mmap: bool = False) -> Opener:
+def dataloader(
+    workers: int, dataset_of: Callable[[Work], Dataset[Any]], context: str | None = None
+) -> Opener:
+    """A DataLoader with this many workers over a data set of single features.
+
+    Args:
+        workers: processes; 0 loads in the consumer's.
+        dataset_of: makes the data set, which is indexed by path.
+        context: how processes are started; None is the default of the system.
+    """
+
     def run(work: Work, share: float) -> Iterator[Run]:
         sampler = Batches()
         stacked = work.collation.mode == "stack"
         loader = DataLoader(
-            Files(work.weights_only, mmap),
+            dataset_of(work),
             batch_sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
+            multiprocessing_context=context if workers else None,
             pin_memory=work.on_accelerator,
             # The default collation writes to shared memory directly when it runs in a worker.
             collate_fn=None if stacked else work.collation.by_hand,
@@ -96,6 +107,10 @@ def _dataloader(workers: int, mmap: bool = False) -> Opener:
         yield Run(epoch)
 
     return run
+
+
+def _over_files(workers: int, mmap: bool = False) -> Opener:
+    return dataloader(workers, lambda work: Files(work.weights_only, mmap))
 
 
 def _torchdata(work: Work, share: float) -> Iterator[Run]:
@@ -139,7 +154,7 @@ def with_readers(threads: int) -> Contender:
 
 
 OURS = Contender("gpucache_pipes", "ours", gpucache_pipes, caches=True)
-BASELINE = Contender("DataLoader, 0 workers", "peer", _dataloader(0))
+BASELINE = Contender("DataLoader, 0 workers", "peer", _over_files(0))
 LOADERS = [
     OURS,
     Contender(
@@ -149,9 +164,9 @@ LOADERS = [
         caches=True,
     ),
     BASELINE,
-    Contender("DataLoader, torch.load(mmap=True)", "peer", _dataloader(0, mmap=True)),
+    Contender("DataLoader, torch.load(mmap=True)", "peer", _over_files(0, mmap=True)),
     *(
-        Contender(f"DataLoader, {workers} workers", "peer", _dataloader(workers))
+        Contender(f"DataLoader, {workers} workers", "peer", _over_files(workers))
         for workers in (2, 4, 8)
     ),
     Contender("torchdata ParallelMapper", "peer", _torchdata),

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from gpucache_pipes.cli.bench.contender import Contender, Opener, Run
-from gpucache_pipes.cli.bench.loaders import BASELINE, LOADERS, OURS, Batches
+from gpucache_pipes.cli.bench.loaders import BASELINE, LOADERS, OURS, dataloader
 from gpucache_pipes.cli.bench.work import Work, load
 from gpucache_pipes.files.remote.clients import open_client
 from gpucache_pipes.files.remote.urls import locate
@@ -72,27 +72,12 @@ class Objects(Dataset[Any]):
 
 
 def _dataloader(workers: int, make: Callable[[Options], Fetch]) -> Opener:
-    def run(work: Work, share: float) -> Iterator[Run]:
-        sampler = Batches()
-        stacked = work.collation.mode == "stack"
-        loader = DataLoader(
-            Objects(work.storage_options or {}, work.weights_only, make),
-            batch_sampler=sampler,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            # Clients have threads, which a fork would not copy.
-            multiprocessing_context="forkserver" if workers else None,
-            pin_memory=work.on_accelerator,
-            collate_fn=None if stacked else work.collation.by_hand,
-        )
-
-        def epoch(number: int) -> Iterable[Any]:
-            sampler.chosen = work.batches[number]
-            return map(work.upload, loader)
-
-        yield Run(epoch)
-
-    return run
+    # Clients have threads, which a fork would not copy.
+    return dataloader(
+        workers,
+        lambda work: Objects(work.storage_options or {}, work.weights_only, make),
+        "forkserver",
+    )
 
 
 def _requests(work: Work, share: float) -> Iterator[Run]:

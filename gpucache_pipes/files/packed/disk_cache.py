@@ -4,7 +4,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from gpucache_pipes.files.packed.checks import FileChecks
 from gpucache_pipes.files.packed.codec import UnpackableError
 from gpucache_pipes.files.packed.disk_directory import DiskDirectory
-from gpucache_pipes.files.packed.index import CURRENT, STALE, UNCHECKED, Index
+from gpucache_pipes.files.packed.index import STALE, Index
 from gpucache_pipes.files.packed.packed_features import PackedFeatures
 from gpucache_pipes.files.packed.packed_group import PackedGroup
 from gpucache_pipes.files.packed.packer import Packer
@@ -78,7 +77,7 @@ class DiskCache:
         self.is_current: Callable[[str, bytes | None], bool] = below.is_current
         self.size: Callable[[str], int] = below.size
         self.sample_sizes: Callable[[Sequence[str]], list[int]] = below.sample_sizes
-        self._open_below = getattr(below, "open_many", _open_none)
+        self._open_below: Any = getattr(below, "open_many", lambda *arguments: [])
         self._told = getattr(below, "tell_versions", None)
 
     def figures(self) -> dict[str, int]:
@@ -117,12 +116,7 @@ class DiskCache:
         index = None
         while index is not self._packer.index:  # it may be replaced meanwhile
             index = self._packer.index
-            at = np.arange(len(index))
-            if keys is not None:
-                at = index.find(name_hashes(keys, self._prefix))
-                at = at[at >= 0]
-            at = at[index.states[at] == CURRENT]
-            index.states[at] = UNCHECKED
+            index.forget(None if keys is None else name_hashes(keys, self._prefix))
 
     # Opening
 
@@ -353,7 +347,3 @@ class DiskCache:
         self._packer.end()
         self._packer.join(seconds)
         self._files.close()
-
-
-def _open_none(*arguments: Any) -> "list[VersionedFeature | None]":
-    return []

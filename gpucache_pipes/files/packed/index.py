@@ -67,6 +67,12 @@ class Index:
                 states = self.states[begin:end]
                 states[states == UNCHECKED] = CURRENT
 
+    def forget(self, hashes: npt.NDArray[np.uint64] | None) -> None:
+        """It is not known any more whether these records are current; None is all."""
+        at = np.arange(len(self)) if hashes is None else self.find(hashes)
+        at = at[at >= 0]
+        self.states[at[self.states[at] == CURRENT]] = UNCHECKED
+
     def carry_over(self) -> None:
         """Note what other indices have been told of records that must not be used."""
         for segment, begin, _ in self._parts():
