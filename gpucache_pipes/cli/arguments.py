@@ -32,6 +32,8 @@ def storage_options(pairs: Sequence[tuple[str, Any]] | None) -> dict[str, Any] |
         *parents, last = name.split(".")
         for parent in parents:
             at = at.setdefault(parent, {})
+            if not isinstance(at, dict):
+                raise ValueError(f"--storage-option {name}: {parent} has a value of its own")
         at[last] = value
     return options
 
@@ -40,10 +42,13 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError("write NAME=VALUE, such as region=eu-west-1")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    # Not numbers: the client libraries take text for them, and the id of a key may look like one.
+    if value in ("true", "false", "null") or value.startswith(("{", "[")):
+        try:
+            return name, json.loads(value)
+        except ValueError:
+            pass
+    return name, value
 
 
 def whole_numbers(text: str) -> list[int]:

@@ -165,7 +165,7 @@ class BatchReader:
 
     def _parse(self, chunk: Chunk, number: int) -> ReadPlan | None:
         """The read plan of a file in scratch; None if it is Unsupported."""
-        version = chunk.version(number)
+        version = chunk.plan_key(number)
         plan = self._reader.remembered(version) if version else None
         if plan is not None:
             return plan

@@ -70,6 +70,10 @@ class Chunk:
         racy = is_racy_between(int(row[_MTIME]), self.begun, self.ended)
         return None if racy else row[_VERSION].tobytes()
 
+    def plan_key(self, number: int) -> bytes | None:
+        """By what the read plan of a file is remembered; None if it is not."""
+        return self.version(number)
+
     def file_version(self, number: int) -> tuple[int, int] | None:
         """See Scratch."""
         return None

@@ -115,7 +115,11 @@ def _of_columns(
             f"{named[0]!r} is listed, and {other!r} is a column of paths: give columns for all "
             "parts, or a directory or a glob for each"
         )
-    columns = [find_files(source[name], pattern, recursive, remote) for name in parts]
+    remote = remote or RemoteOptions()
+    columns = [
+        find_files(source[name], pattern, recursive, remote.of_part(number))
+        for number, name in enumerate(parts)
+    ]
     if not named:
         require_one_length(dict(zip(parts, columns, strict=True)))
         return Listing(list(chain.from_iterable(columns)), parts, "", True)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.files import AnyFiles, PathList, RemoteOptions, require_options
+from gpucache_pipes.files import AnyFiles, PathList, RemoteOptions
 from gpucache_pipes.nodes.buckets import Buckets
 from gpucache_pipes.nodes.listed_files import ListedFiles
 from gpucache_pipes.nodes.options import require_batches, require_consistent
@@ -100,7 +100,7 @@ class PathLister(BaseNode[Any]):
         list_cache: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        require_options(storage_options)
+        remote = RemoteOptions.of(storage_options, list_cache)
         require_consistent(
             pattern, batch_size, drop_last, shuffle, seed, sampler, bucket_by, if_files_changed
         )
@@ -114,7 +114,7 @@ class PathLister(BaseNode[Any]):
         self._listed: ListedFiles | None = None
         if is_list(source):
             with progress_bar(desc="listing", unit=" objects", delay=1) as bar:
-                remote = RemoteOptions(storage_options, list_cache, bar.update)
+                remote = remote._replace(progress=bar.update)
                 self._listed = ListedFiles(source, pattern, recursive, labels, remote)
             if self._files.parts and sampler is None:
                 require_batches(batch_size)

@@ -279,6 +279,51 @@ def test_read_timeout_ends_waiting_for_an_answer(put: Put, remote: Options, prox
         assert store.get(urls[2])["n"] == 2
 
 
+def test_a_request_that_is_repeated_and_stalls_fails_no_other_file(
+    put: Put, remote: Options, proxy: Proxy
+) -> None:
+    urls = [put(f"{n}.pt", {"n": n}) for n in range(6)]
+    seen: Counter[str] = Counter()
+
+    def flip_then_stall(request: Request) -> Fault:
+        seen[request.name] += 1
+        if not request.name.endswith("0.pt"):
+            return None
+        return "flip" if seen[request.name] == 1 else "stall"
+
+    with GPUFeatureStore(
+        "cpu", storage_options=remote, read_timeout=0.5, reader_threads=1
+    ) as store:
+        store.get(put("other.pt", {"n": 9}))
+        proxy.fault = flip_then_stall
+        lister = PathLister(urls, batch_size=6)
+        loader = NodeLoader(GPUCollator(GPUPrefetcher(lister, store, on_error="skip")))
+        assert [batch["n"].tolist() for batch in loader] == [[1, 2, 3, 4, 5]]
+        proxy.release.set()
+
+
+def test_an_interrupt_ends_the_requests_and_keeps_no_answers(
+    put: Put, remote: Options, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpucache_pipes.files.remote.small_objects import SmallObjects
+
+    urls = [put(f"{n}.pt", {"n": n}) for n in range(40)]
+    get = SmallObjects._get
+
+    def interrupted(*arguments: Any) -> Any:
+        get(*arguments)
+        raise KeyboardInterrupt
+
+    with GPUFeatureStore("cpu", storage_options=remote, asynchronous=False) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(SmallObjects, "_get", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.get_batch(urls)
+        for n in range(40):
+            put(f"{n}.pt", {"n": 100 + n})
+        assert [feature["n"] for feature in store.get_batch(urls)] == list(range(100, 140))
+
+
 def test_local_files_and_objects_in_one_batch(put: Put, remote: Options, tmp_path: Path) -> None:
     paths = []
     for n in range(20):

@@ -1,5 +1,6 @@
 """Objects over plain HTTP, by a list of URLs: no listing, no etags, no ranges."""
 
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -48,9 +49,24 @@ def test_features_by_their_urls(root: str, tmp_path: Path) -> None:
             store.get(f"{root}/none.pt")
 
 
+def test_objects_of_one_size_and_time_are_not_confused(root: str, tmp_path: Path) -> None:
+    """Plain values are in the read plan, and a server of files tells versions by time and size."""
+    for n in range(8):
+        torch.save({"x": torch.full((9,), float(n)), "n": n, "name": f"s{n}"}, tmp_path / f"{n}.pt")
+        os.utime(tmp_path / f"{n}.pt", (1e9, 1e9))
+    urls = [f"{root}/{n}.pt" for n in range(8)]
+    with GPUFeatureStore("cpu", storage_options=OPTIONS) as store:
+        for _ in range(2):
+            found = [*store.get_batch(urls), *map(store.get, urls)]
+            assert [(f["n"], f["name"], f["x"][0].item()) for f in found] == [
+                (n, f"s{n}", float(n)) for n in range(8)
+            ] * 2
+            store.clear()
+
+
 def test_a_signed_url_is_refused_without_its_signature(root: str) -> None:
     signed = f"{root}/a.pt?X-Amz-Signature=abc123"
     with GPUFeatureStore("cpu", storage_options=OPTIONS) as store:
-        with pytest.raises(FeatureLoadError, match="holds credentials or a signature") as raised:
+        with pytest.raises(FeatureLoadError, match="holds credentials, a signature") as raised:
             store.get(signed)
         assert "abc123" not in str(raised.value) and "abc123" not in repr(raised.value)

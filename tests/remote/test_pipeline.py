@@ -1,6 +1,8 @@
 """Pipelines over URLs give what they give over local files, with as few requests as they need."""
 
 import io
+import multiprocessing
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -335,7 +337,7 @@ def test_a_listing_leaves_out_large_subdirectories(
 ) -> None:
     from gpucache_pipes.files.remote import listing
 
-    monkeypatch.setattr(listing, "_PAGES_TO_SKIP", 5)
+    monkeypatch.setattr(listing, "_MOST_BELOW", 5)
     wanted = [put("a.pt", raw=b"-"), put("z.pt", raw=b"-")]
     inside = [put(f"sub/{n}.pt", raw=b"-") for n in range(20)]
     prefix = wanted[0].rpartition("/")[0]
@@ -344,6 +346,96 @@ def test_a_listing_leaves_out_large_subdirectories(
     assert list(every) == sorted([*wanted, *inside])
     glob = PathLister(prefix + "/**/1*.pt", storage_options=remote).paths
     assert list(glob) == sorted(url for url in inside if "/1" in url)
+
+
+def test_a_list_cache_of_several_parts_and_of_another_server(
+    put: Put, remote: Options, proxy: Proxy, tmp_path: Path
+) -> None:
+    for n in range(3):
+        put(f"v/{n}.pt", FEATURES[n])
+        root = put(f"a/{n}.pt", FEATURES[n]).rpartition("/a/")[0]
+    source = {"v": root + "/v", "a": root + "/a"}
+    for times in (2, 0):
+        proxy.take()
+        PathLister(source, batch_size=1, storage_options=remote, list_cache=tmp_path / "list")
+        assert len(proxy.take()) == times
+    other = Proxy(proxy.upstream)
+    given = {**remote, "endpoint": f"http://127.0.0.1:{other.port}"}
+    PathLister(root + "/v", storage_options=remote, list_cache=tmp_path / "one")
+    PathLister(root + "/v", storage_options=given, list_cache=tmp_path / "one")
+    assert len(other.take()) == 1  # the file is of another endpoint
+    other.close()
+
+
+def test_a_damaged_list_cache_is_named(put: Put, remote: Options, tmp_path: Path) -> None:
+    prefix = put("a.pt", FEATURES[0]).rpartition("/")[0]
+    cache = tmp_path / "list"
+    PathLister(prefix, storage_options=remote, list_cache=cache)
+    good = cache.read_bytes()
+    for at in range(0, len(good), 7):
+        cache.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
+        try:
+            assert len(PathLister(prefix, storage_options=remote, list_cache=cache).paths) == 1
+        except ValueError as error:
+            assert "list' is not a list of objects, or a damaged one" in str(error)  # noqa: PT017
+    for bad in ("", 5, tmp_path):
+        with pytest.raises(ValueError, match="must be the path of a file"):
+            PathLister(prefix, storage_options=remote, list_cache=bad)  # type: ignore[arg-type]
+
+
+def test_the_latest_listing_counts(put: Put, remote: Options, tmp_path: Path) -> None:
+    url = put("a.pt", {"x": torch.zeros(600_000)})
+    prefix = url.rpartition("/")[0]
+    with GPUFeatureStore("cpu", storage_options=remote, disk_cache=tmp_path / "cache") as store:
+        first = PathLister(prefix, storage_options=remote)
+        assert store.get(url)["x"].sum() == 0
+        assert store._disk is not None and store._disk.wait(20)
+    put("a.pt", {"x": torch.ones(600_000)})
+    second = PathLister(prefix, storage_options=remote)
+    with GPUFeatureStore("cpu", storage_options=remote, disk_cache=tmp_path / "cache") as store:
+        assert store.get(url)["x"].sum() == 600_000
+    assert first.paths == second.paths
+
+
+@pytest.mark.parametrize("what", ["store", "lister", "used"])
+def test_a_forked_process_says_that_it_cannot(what: str, put: Put, remote: Options) -> None:
+    url = put("a.pt", FEATURES[0])
+    files = RemoteFiles(remote)
+    files.open(url, url).close()
+
+    def child() -> None:
+        try:
+            if what == "store":
+                GPUFeatureStore("cpu", storage_options=remote).get(url)
+            elif what == "used":
+                GPUFeatureStore("cpu", source=files).get_batch([url, url + "x"])
+            else:
+                PathLister(url.rpartition("/")[0], storage_options=remote)
+        except RuntimeError as error:
+            os._exit(0 if "forked" in str(error) else 2)
+        os._exit(1)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_a_name_that_cannot_be_asked_for(put: Put, remote: Options) -> None:
+    prefix = put("a.pt", FEATURES[0]).rpartition("/")[0]
+    with GPUFeatureStore("cpu", storage_options=remote) as store:
+        for url in (f"{prefix}/a.pt/", f"{prefix}/b\n.pt"):
+            with pytest.raises((RuntimeError, FileNotFoundError), match=r"a\.pt/|b\\n\.pt"):
+                store.get(url)
+    for wrong, text in (
+        ({"endpoint": "127.0.0.1:1"}, "needs a scheme, such as https://127"),
+        ({"retry_config": "x"}, "retry_config must be a dict"),
+        ({"retry_config": {"max_retries": "x"}}, "max_retries of retry_config"),
+        ({"nonsense": "a-secret"}, "'nonsense' is not valid"),
+    ):
+        with pytest.raises(ValueError, match=text) as raised:
+            PathLister(prefix, storage_options={**remote, **wrong})
+        assert "a-secret" not in str(raised.value)
 
 
 def test_what_cannot_be_listed(put: Put, remote: Options) -> None:

@@ -1,7 +1,6 @@
 """Bucket: what is known of the objects of one bucket, container or host, and how they are got."""
 
 import logging
-import operator
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +9,8 @@ from hashlib import md5
 from typing import Any, NamedTuple
 
 from gpucache_pipes.files.remote.clients import Client, Got, NoRangesError, Options, open_client
-from gpucache_pipes.files.remote.object_list import LISTS, ObjectList
+from gpucache_pipes.files.remote.errors import ERRORS, as_exception
+from gpucache_pipes.files.remote.object_list import LISTS, lists_key
 from gpucache_pipes.files.remote.urls import HTTP, Location, locate
 from gpucache_pipes.files.remote.versions import UNKNOWN_VERSION, ObjectVersion
 from gpucache_pipes.files.remote.workers import SMALL_AT_ONCE, Turns, Workers
@@ -60,8 +60,7 @@ class Bucket:
     ) -> None:
         self._client: Client = open_client(location, options)
         self.names_are_plain = location.scheme not in HTTP
-        self._options = options
-        self._lists: Sequence[ObjectList] = ()
+        self._lists_key = lists_key(options)
         self._sends_ranges = True
         self._verify = verify
         self._workers = workers
@@ -70,16 +69,8 @@ class Bucket:
     # What is known
 
     def listed(self, url: str) -> ObjectVersion | None:
-        """What a listing of this process says of an object, the latest one if there are several."""
-        for objects in self._lists:
-            found = objects.find(url)
-            if found is not None:
-                return found
-        lists = LISTS.of(self._options)
-        if len(lists) == len(self._lists) and all(map(operator.is_, lists, self._lists)):
-            return None
-        self._lists = lists  # they are kept from now on
-        for objects in lists:
+        """What the latest listing of this process says of an object that somebody still holds."""
+        for objects in LISTS.of(self._lists_key):
             found = objects.find(url)
             if found is not None:
                 return found
@@ -91,15 +82,23 @@ class Bucket:
 
     def takes_ranges(self, version: ObjectVersion) -> bool:
         """Whether ranges can be got, and told to be of one version."""
-        return self._sends_ranges and (version.etag >= 0 or version.modified >= 0)
+        return self._sends_ranges and version.stored is not None
 
     # Requests
 
     def get(self, name: str) -> Answer:
         """An object, unless it is large. Raises as Client."""
-        return self._checked(
-            name, self._client.get(name, WHOLE_BYTES if self._sends_ranges else None)
-        )
+        return self._get_checked(name, WHOLE_BYTES if self._sends_ranges else None)
+
+    def get_whole(self, name: str) -> Answer:
+        """An object of any size. Raises as Client."""
+        return self._get_checked(name, None)
+
+    def _get_checked(self, name: str, most: int | None) -> Answer:
+        got = self._client.get(name, most)
+        if self._is_right(got):
+            return Answer(got.data, got.version)
+        return self._checked(name, self._client.get(name, most), got)
 
     def get_many(
         self, names: Sequence[str], room: int, begin: Callable[[int, int], bool]
@@ -115,25 +114,66 @@ class Bucket:
             By position; the first ones.
         """
         most = WHOLE_BYTES if self._sends_ranges else 1 << 62
-        at_once = SMALL_AT_ONCE if self._sends_ranges else 1
-        turns = Turns(len(names), room, begin, time.monotonic_ns)
-        found: list[Any] = [None] * len(names)
-        for _ in range(min(len(names), at_once)):
-            self._workers.submit(partial(self._client.get_turns, names, most, turns, found))
-        turns.wait()
-        answers = {}
-        for at, held in enumerate(found):
-            if held is None:
-                continue
+        found: dict[int, Any] = {}
+        self._in_turns(
+            names, range(len(names)), room, begin, partial(self._client.get_turns, most=most), found
+        )
+        answers: dict[int, Answer] = {}
+        again: list[int] = []
+        for at, held in found.items():
             try:
-                answers[at] = self._checked(names[at], self._client.finish(names[at], most, held))
-            except (OSError, ValueError, RuntimeError) as error:
+                got = self._client.finish(names[at], held)
+                if got is not None and self._is_right(got):
+                    answers[at] = Answer(got.data, got.version)
+                else:
+                    found[at] = got
+                    again.append(at)
+            except ERRORS as error:
                 answers[at] = Answer(None, UNKNOWN_VERSION, error)
+        if again:
+            repeated: dict[int, Any] = {}
+            get_again = partial(self._get_turns, most=most, before=found)
+            self._in_turns(names, sorted(again), 1 << 62, begin, get_again, repeated)
+            answers.update(repeated)
         return answers
 
-    def get_whole(self, name: str) -> Answer:
-        """An object of any size. Raises as Client."""
-        return self._checked(name, self._client.get(name, None))
+    def _in_turns(
+        self,
+        names: Sequence[str],
+        positions: Sequence[int],
+        room: int,
+        begin: Callable[[int, int], bool],
+        get: Callable[..., None],
+        found: dict[int, Any],
+    ) -> None:
+        """Have several threads get some of the objects."""
+        turns = Turns(positions, room, begin, time.monotonic_ns)
+        at_once = SMALL_AT_ONCE if self._sends_ranges else 1
+        try:
+            for _ in range(min(len(positions), at_once)):
+                self._workers.submit(partial(get, names=names, turns=turns, found=found))
+            turns.wait()
+        finally:  # also for an interrupt
+            turns.end()
+
+    def _get_turns(
+        self,
+        names: Sequence[str],
+        turns: Turns,
+        found: dict[int, Any],
+        most: int,
+        before: dict[int, Any],
+    ) -> None:
+        """Get objects again whose answers broke off, or are not right."""
+        while (at := turns.take()) >= 0:
+            try:
+                found[at] = self._checked(
+                    names[at], self._client.get_again(names[at], most), before[at]
+                )
+            except BaseException as error:
+                found[at] = Answer(None, UNKNOWN_VERSION, as_exception(error))
+            finally:
+                turns.done(at, 0)
 
     def get_range(self, name: str, start: int, end: int) -> tuple[Any, ObjectVersion]:
         """A range of an object. If the server sends none, it is cut out of the whole object."""
@@ -150,37 +190,33 @@ class Bucket:
         """The version of an object. Raises as Client."""
         return self._client.head(name)
 
-    def _checked(self, name: str, got: Got) -> Answer:
-        if not self._verify or not _can_check(got):
+    def _is_right(self, got: Got) -> bool:
+        """Whether the bytes of an answer are those that its etag names, as far as that is known."""
+        if not self._verify or got.md5 is None or got.data is None or len(got.data) > WHOLE_BYTES:
+            return True
+        right = md5(got.data, usedforsecurity=False).digest() == got.md5
+        self._matched = self._matched or right
+        return right
+
+    def _checked(self, name: str, got: Got, before: Any) -> Answer:
+        """The second answer for an object, after one that broke off or was not right.
+
+        Raises OSError if it is not right either.
+        """
+        if self._is_right(got):
             return Answer(got.data, got.version)
-        digest = _digest(got)
-        if digest == got.md5:
-            self._matched = True
-            return Answer(got.data, got.version)
-        again = self._client.get(name, None)
-        same = _digest(again) == digest
-        if not _can_check(again) or _digest(again) == again.md5:
-            return Answer(again.data, again.version)
-        if same and not self._matched:
+        if not self._matched and isinstance(before, Got) and bytes(before.data) == bytes(got.data):
             self._verify = False
             _log.info(
                 "the etags of %s are no MD5 (objects may be encrypted by keys of a service): only "
                 "the lengths of objects are checked", self._client.root,
             )  # fmt: skip
-            return Answer(again.data, again.version)
+            return Answer(got.data, got.version)
         raise OSError(
             f"the bytes of '{self._client.root}/{name}' do not have the MD5 that is their etag, "
             "twice: they are damaged on their way or in the store. If the etags of some objects "
             "are no MD5, pass source=RemoteFiles(..., verify=False)"
         )
-
-
-def _can_check(got: Got) -> bool:
-    return got.md5 is not None and got.data is not None and len(got.data) <= WHOLE_BYTES
-
-
-def _digest(got: Got) -> bytes:
-    return md5(got.data, usedforsecurity=False).digest()
 
 
 class Buckets:
@@ -199,13 +235,15 @@ class Buckets:
 
     def place(self, url: str) -> tuple[Bucket, str]:
         """The bucket of an object, and its name there. Raises as `locate` and `open_client`."""
-        # Most URLs have nothing that `locate` would look at in more detail.
+        # Most URLs have nothing that `locate` would look at in more detail. Their root ends at the
+        # first slash behind "://", which is within the first 8 characters of "s3://b..." as of
+        # "gs://b..."; a URL with a shorter bucket is left to `locate`.
         root, _, name = url[8:].partition("/")
         bucket = self._known.get(url[:8] + root)
         if bucket is not None and bucket.names_are_plain and _PLAIN.fullmatch(name):
             return bucket, name
         location = locate(url)
-        if not location.name:
+        if not location.name or location.name.endswith("/"):
             raise ValueError(f"the URL {url!r} names no object")
         bucket = self._known.get(location.root)
         if bucket is None:

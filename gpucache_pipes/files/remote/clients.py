@@ -58,18 +58,26 @@ class Client(Protocol):
     def get(self, name: str, most: int | None) -> Got:
         """An object, by one request; without its bytes if they are more than `most`."""
 
-    def get_turns(self, names: Sequence[str], most: int, turns: Turns, found: list[Any]) -> None:
+    def get_turns(
+        self, names: Sequence[str], turns: Turns, found: dict[int, Any], most: int
+    ) -> None:
         """Get objects whose turn it is, until there are no more. Several threads do so at once.
 
         Args:
             names: of the objects.
-            most: see `get`.
             turns: hands out positions in `names`.
             found: gets, by position, what `finish` makes an answer of.
+            most: see `get`.
         """
 
-    def finish(self, name: str, most: int, held: Any) -> Got:
-        """An answer of what `get_turns` has found. Raises as `get`."""
+    def finish(self, name: str, held: Any) -> Got | None:
+        """An answer of what `get_turns` has found. None if it has to be got again.
+
+        Raises as `get`.
+        """
+
+    def get_again(self, name: str, most: int | None) -> Got:
+        """As `get`, after a request that counts as the first attempt."""
 
     def get_range(self, name: str, start: int, end: int) -> tuple[Any, ObjectVersion]:
         """Bytes `start` to `end` of an object, and its version. Raises NoRangesError.
@@ -80,11 +88,11 @@ class Client(Protocol):
     def head(self, name: str) -> ObjectVersion:
         """The version of an object."""
 
-    def list(self, prefix: str, after: str) -> Iterator[Found]:
-        """All objects whose names begin with `prefix`, a page at a time.
+    def list(self, prefix: str) -> Iterator[Found]:
+        """All objects whose names begin with `prefix`, by pages. It is "" or ends with a slash."""
 
-        Those whose names sort behind `after`, if the store can, else more.
-        """
+    def list_directly(self, prefix: str) -> Found:
+        """Those without a further slash in their names, by requests for these alone."""
 
 
 def open_client(location: Location, options: Options) -> Client:
@@ -128,13 +136,16 @@ class Retries:
     def require_again(self, error: BaseException, root: str, name: str) -> None:
         """Raise what `translate` says of an exception, unless asking again may help."""
         failure = translate(error, f"{root}/{name}")
-        if not failure.again:
+        if not failure.again or self._attempts < 2:
             raise failure.error from None
 
-    def call(self, request: Callable[[], _T], root: str, name: str) -> _T:
-        """The result of a request. Raises what `translate` says, or NoRangesError."""
+    def call(self, request: Callable[[], _T], root: str, name: str, before: int = 0) -> _T:
+        """The result of a request, which failed `before` times.
+
+        Raises what `translate` says, or NoRangesError.
+        """
         begin = self._clock()
-        for attempt in itertools.count(1):
+        for attempt in itertools.count(1 + before):
             try:
                 return interruptible(request)
             except NoRangesError:

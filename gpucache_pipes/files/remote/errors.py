@@ -10,6 +10,9 @@ import errno
 import re
 from typing import NamedTuple
 
+ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError)
+"""What is an error of one object."""
+
 _STATUS = re.compile(r"status code: (\d{3})|\b[sS]tatus(?: code)?[:= ]+(\d{3})\b")
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _RETRIES = re.compile(r"after (\d+) retries")
@@ -47,7 +50,7 @@ def translate(error: BaseException, url: str) -> Failure:
     status, code, tried = _found(text)
     what = " ".join(filter(None, [status, code])) or name
     if name == "PanicException":
-        return Failure(forked(url))
+        return Failure(RuntimeError(f"the client library has failed at {url!r}; the log says why"))
     if code in ("NoSuchBucket", "ContainerNotFound") or "specified bucket does not exist" in text:
         return Failure(FileNotFoundError(errno.ENOENT, "No such bucket", url))
     if status == "404" or isinstance(error, FileNotFoundError) or name == "NotFoundError":
@@ -67,17 +70,30 @@ def translate(error: BaseException, url: str) -> Failure:
         return Failure(changed(url))
     if "Received non-partial response" in text or "Range request not supported" in text:
         return Failure(OSError(errno.ENOTSUP, "the server sends no ranges", url), no_ranges=True)
-    if name in ("UnknownConfigurationKeyError", "InvalidPathError"):
-        # The first line names the key or the path, never its value.
-        return Failure(ValueError(f"{text.splitlines()[0]} ({url!r}, storage_options)"))
+    if name == "UnknownConfigurationKeyError":
+        # The first line names the key, not its value.
+        return Failure(ValueError(f"storage_options for {url!r}: {text.splitlines()[0]}"))
+    if name == "InvalidPathError" or "invalid path" in text:
+        return Failure(
+            ValueError(
+                f"{url!r}, or an object below it, has a name that the client library cannot ask "
+                "for, such as one with an empty part or a newline: rename it, or list URLs yourself"
+            )
+        )
     if isinstance(error, (ValueError, TypeError, ImportError)) and not status:
-        return Failure(ValueError(f"{name}: the client refuses {url!r} or its storage_options"))
+        return Failure(
+            ValueError(f"the client library refuses {url!r}, or storage_options for it ({name})")
+        )
     return _transient(error, url, text, status, what, tried)
 
 
-def forked(url: str) -> RuntimeError:
+class ForkedError(RuntimeError):
     """The threads of a client library do not exist in this process."""
-    return RuntimeError(
+
+
+def forked(url: str) -> ForkedError:
+    """The error of an object that cannot be read in a forked process."""
+    return ForkedError(
         f"cannot read {url!r} in a process that was forked from one that has used object storage: "
         'use multiprocessing_context="spawn" or "forkserver"'
     )
@@ -112,3 +128,8 @@ def _found(text: str) -> tuple[str, str, int]:
         code[1] if code else "",
         int(tried[1]) if tried else 0,
     )
+
+
+def as_exception(error: BaseException) -> Exception:
+    """An exception that may be kept: what ends a thread is none."""
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}")

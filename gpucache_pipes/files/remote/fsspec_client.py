@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gpucache_pipes.files.remote.clients import Found, Got, Options, Retries
-from gpucache_pipes.files.remote.errors import translate
+from gpucache_pipes.files.remote.errors import as_exception, translate
 from gpucache_pipes.files.remote.urls import Location
 from gpucache_pipes.files.remote.versions import ObjectVersion, md5_of
 from gpucache_pipes.files.remote.workers import Turns
@@ -49,34 +49,43 @@ class FsspecClient:
             raise failure
 
     def get(self, name: str, most: int | None) -> Got:
-        """See Client. What fsspec gives with the bytes are no versions: it is asked before."""
+        """See Client. fsspec does not say of which version bytes are: it is asked before and after.
+
+        What it says before may be what a listing has said.
+        """
 
         def request() -> Got:
-            info = self._info(name)
-            version = _version(info)
+            before = self._info(name)
+            version = _version(before)
             if most is not None and version.size > most:
                 return Got(None, version, None)
             data = self._files.cat_file(self._path(name))
-            if version.size not in (-1, len(data)):
-                self._files.invalidate_cache()
-                raise ConnectionError("the answer is shorter or longer than it should be")
-            return Got(data, version._replace(size=len(data)), md5_of(info.get("ETag")))
+            if self._version_now(name) != version or version.size not in (-1, len(data)):
+                raise ConnectionError("the object changed while it was read")
+            return Got(data, version._replace(size=len(data)), md5_of(before.get("ETag")))
 
         got: Got = self._call(request, name)
         return got
 
-    def get_turns(self, names: Sequence[str], most: int, turns: Turns, found: list[Any]) -> None:
+    def get_again(self, name: str, most: int | None) -> Got:
+        """See Client. `get_turns` has repeated requests already."""
+        return self.get(name, most)
+
+    def get_turns(
+        self, names: Sequence[str], turns: Turns, found: dict[int, Any], most: int
+    ) -> None:
         """See Client."""
         while (at := turns.take()) >= 0:
-            got = None
+            nbytes = 0
             try:
                 got = found[at] = self.get(names[at], most)
-            except Exception as error:
-                found[at] = error
+                nbytes = 0 if got.data is None else len(got.data)
+            except BaseException as error:
+                found[at] = as_exception(error)
             finally:
-                turns.done(at, 0 if got is None or got.data is None else len(got.data))
+                turns.done(at, nbytes)
 
-    def finish(self, name: str, most: int, held: Any) -> Got:
+    def finish(self, name: str, held: Any) -> Got | None:
         """See Client."""
         if isinstance(held, Exception):
             raise held
@@ -88,33 +97,45 @@ class FsspecClient:
 
         def request() -> tuple[Any, ObjectVersion]:
             data = self._files.cat_file(self._path(name), start=start, end=end)
-            if len(data) != end - start:
+            version = self._version_now(name)
+            if len(data) != end - start and not 0 <= version.size < end:
                 raise ConnectionError("the answer is shorter or longer than was asked for")
-            return data, _version(self._info(name))
+            return data, version
 
         got: tuple[Any, ObjectVersion] = self._call(request, name)
         return got
 
     def head(self, name: str) -> ObjectVersion:
         """See Client."""
-        version: ObjectVersion = self._call(lambda: _version(self._info(name)), name)
+        version: ObjectVersion = self._call(lambda: self._version_now(name), name)
         return version
 
-    def list(self, prefix: str, after: str) -> Iterator[Found]:
+    def list(self, prefix: str) -> Iterator[Found]:
         """See Client. fsspec finds all at once, and gives them in pages."""
+        found = self._list(prefix, self._files.find)
+        for at in range(0, len(found), _PAGE):
+            yield found[at : at + _PAGE]
 
+    def list_directly(self, prefix: str) -> Found:
+        """See Client."""
+
+        def find(path: str, detail: bool) -> dict[str, Any]:
+            entries = self._files.ls(path, detail=detail)
+            return {info["name"]: info for info in entries if info.get("type") == "file"}
+
+        return self._list(prefix, find)
+
+    def _list(self, prefix: str, find: Any) -> Found:
         def request() -> Found:
             self._files.invalidate_cache()
-            found = self._files.find(self._path(prefix), detail=True)
             base = self._files._strip_protocol(self.root).rstrip("/") + "/"
             return [
                 (path.removeprefix(base) if path.startswith(base) else path, _version(info))
-                for path, info in found.items()
+                for path, info in find(self._path(prefix), detail=True).items()
             ]
 
         found: Found = self._call(request, prefix)
-        for at in range(0, len(found), _PAGE):
-            yield found[at : at + _PAGE]
+        return found
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -124,6 +145,11 @@ class FsspecClient:
         if info.get("type") == "directory":
             raise FileNotFoundError(name)
         return info
+
+    def _version_now(self, name: str) -> ObjectVersion:
+        """What the server says, and not what a listing has said."""
+        self._files.invalidate_cache(self._path(name))
+        return _version(self._info(name))
 
     def _call(self, request: Any, name: str) -> Any:
         return self._retries.call(request, self.root, name)

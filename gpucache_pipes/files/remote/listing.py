@@ -7,13 +7,13 @@ import logging
 import os
 import re
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpucache_pipes.files.remote.clients import Client, open_client
+from gpucache_pipes.files.remote.clients import Client, Found, open_client
 from gpucache_pipes.files.remote.object_list import LISTS, ObjectList
 from gpucache_pipes.files.remote.options import RemoteOptions
 from gpucache_pipes.files.remote.urls import HTTP, locate
@@ -23,11 +23,9 @@ _log = logging.getLogger("gpucache_pipes")
 
 _FORMAT = "gpucache_pipes list of objects 1"
 _GLOB = re.compile(r"[*?[]")
-_PAGES_TO_SKIP = 2000
-"""Objects of a subdirectory that are passed over one by one. Beginning the listing anew behind it
-takes a request more."""
-
-_LAST = "\U0010ffff"
+_MOST_BELOW = 20_000
+"""Objects in subdirectories that are passed over. Where there are more, requests that leave them
+out are made instead, whose results clients do not stream."""
 
 
 def find_objects(url: str, pattern: str, recursive: bool, options: RemoteOptions) -> ObjectList:
@@ -54,7 +52,7 @@ def find_objects(url: str, pattern: str, recursive: bool, options: RemoteOptions
         objects = _list(url, pattern, recursive, options)
     else:
         path = os.fspath(options.list_cache)
-        about = [_FORMAT, url, pattern, str(recursive)]
+        about = [_FORMAT, url, pattern, str(recursive), _endpoint(options.storage_options or {})]
         found = _load(path, about)
         if found is None:
             with _locked(path):
@@ -95,13 +93,11 @@ def _list(url: str, pattern: str, recursive: bool, options: RemoteOptions) -> Ob
     names: list[str] = []
     versions: list[npt.NDArray[np.int64]] = []
     seen = 0
-    for page in _pages(client, prefix, recursive):
+    for page in _pages(client, prefix, recursive, options.progress):
         some = [item for item in page if wanted(item[0])]
         names += [path for path, _ in some]
         versions.append(_array([version for _, version in some]))
         seen += len(page)
-        if options.progress is not None:
-            options.progress(len(page))
     if not names and not seen and magic is None and location.name and not url.endswith("/"):
         with contextlib.suppress(FileNotFoundError):
             version = client.head(location.name)
@@ -117,33 +113,24 @@ def _list(url: str, pattern: str, recursive: bool, options: RemoteOptions) -> Ob
 
 
 def _pages(
-    client: Client, prefix: str, recursive: bool
-) -> Iterator[list[tuple[str, ObjectVersion]]]:
-    """What is listed below a prefix, without the objects that stand for directories.
-
-    Where subdirectories are not wanted, a large one is left out by listing behind it: the requests
-    that could leave them out are not streamed by the clients.
-    """
-    after = ""
-    while True:
-        subdirectory, passed = "", 0
-        for page in client.list(prefix, after):
-            page = [item for item in page if item[0].startswith(prefix) and item[0] != prefix]
-            if recursive:
-                yield page
-                continue
-            yield [item for item in page if "/" not in item[0][len(prefix) :]]
-            for path, _ in page:
-                inside, slash, _ = path[len(prefix) :].partition("/")
-                if slash and inside == subdirectory:
-                    passed += 1
-                else:
-                    subdirectory, passed = inside if slash else "", 0
-            if passed >= _PAGES_TO_SKIP and f"{prefix}{subdirectory}/{_LAST}" > after:
-                break
-        else:
-            return
-        after = f"{prefix}{subdirectory}/{_LAST}"
+    client: Client, prefix: str, recursive: bool, progress: Callable[[int], Any] | None
+) -> Iterator[Found]:
+    """What is listed below a prefix, without the objects that stand for directories."""
+    direct: list[Found] = []
+    below = 0
+    for page in client.list(prefix):
+        if progress is not None:
+            progress(len(page))
+        inside = [item for item in page if item[0].startswith(prefix) and item[0] != prefix]
+        if recursive:
+            yield inside
+            continue
+        direct.append([item for item in inside if "/" not in item[0][len(prefix) :]])
+        below += len(inside) - len(direct[-1])
+        if below > _MOST_BELOW:
+            direct = [[item for item in client.list_directly(prefix) if item[0] != prefix]]
+            break
+    yield from direct
 
 
 def _array(versions: list[ObjectVersion]) -> npt.NDArray[np.int64]:
@@ -178,13 +165,23 @@ def _match(parts: Sequence[_Part | None], names: Sequence[str]) -> bool:
 # The file
 
 
+def _endpoint(options: Mapping[str, Any]) -> str:
+    """What tells buckets of one name apart."""
+    names = ("endpoint", "aws_endpoint", "endpoint_url", "account_name")
+    given = [str(options[name]) for name in names if name in options]
+    return " ".join(given) or os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", ""))
+
+
 def _load(path: str, about: list[str]) -> ObjectList | None:
     """What a file remembers; None if there is none, or one of other arguments."""
+    if not os.path.exists(path):
+        return None
     try:
-        with np.load(path, allow_pickle=False) as held:
-            if str(held["about"][0]) != _FORMAT:
-                raise KeyError
-            if list(map(str, held["about"])) != about:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:  # noqa: PTH123
+            found = list(map(str, held["about"]))
+            if found[0] != _FORMAT:
+                raise ValueError("of another format")
+            if found != about:
                 _log.info("%r is of another listing: objects are listed again", path)
                 return None
             below = str(held["below"][()])
@@ -192,11 +189,11 @@ def _load(path: str, about: list[str]) -> ObjectList | None:
             versions = held["versions"]
         urls = [below + name for name in text.split("\0")]
         if versions.shape != (len(urls), 3) or versions.dtype != np.int64:
-            raise KeyError
+            raise ValueError("of another shape")
         return ObjectList(urls, below, versions)
-    except FileNotFoundError:
-        return None
-    except (KeyError, ValueError, EOFError, TypeError, IndexError, zipfile.BadZipFile):
+    except (PermissionError, MemoryError):
+        raise
+    except Exception:  # whatever numpy, zipfile and zlib say of bytes that are damaged
         raise ValueError(
             f"list_cache={path!r} is not a list of objects, or a damaged one: remove it, or name "
             "another file"
@@ -232,6 +229,8 @@ def _locked(path: str) -> Iterator[None]:
     with open(f"{path}.lock", "w") as file:  # noqa: PTH123
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        with contextlib.suppress(OSError):
-            os.unlink(f"{path}.lock")
+        try:
+            yield
+        finally:  # who waits for this file looks for the result first
+            with contextlib.suppress(OSError):
+                os.unlink(f"{path}.lock")

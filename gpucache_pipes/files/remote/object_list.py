@@ -3,7 +3,7 @@
 import threading
 import weakref
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import Any
 
@@ -61,17 +61,20 @@ class _Lists:
         self._held: dict[bytes, tuple[weakref.ref[ObjectList], ...]] = {}
 
     def add(self, objects: ObjectList, options: Options) -> None:
-        key = _key(options)
+        key = lists_key(options)
         with self._lock:
             alive = [held for held in self._held.get(key, ()) if held() is not None]
             self._held[key] = (weakref.ref(objects), *alive)  # the latest one first
 
-    def of(self, options: Options) -> Sequence[ObjectList]:
-        found = (held() for held in self._held.get(_key(options), ()))
-        return [objects for objects in found if objects is not None]
+    def of(self, key: bytes) -> Iterator[ObjectList]:
+        """Those that were added with options of this key, the latest one first."""
+        for held in self._held.get(key, ()):
+            objects = held()
+            if objects is not None:
+                yield objects
 
 
-def _key(options: Options) -> bytes:
+def lists_key(options: Options) -> bytes:
     """A hash, so that credentials are not kept."""
     text = repr(sorted((name, repr(value)) for name, value in options.items()))
     return blake2b(text.encode("utf-8", "backslashreplace"), digest_size=16).digest()

@@ -18,6 +18,21 @@ class RemoteOptions(NamedTuple):
     list_cache: str | os.PathLike[str] | None = None
     progress: Callable[[int], Any] | None = None
 
+    @classmethod
+    def of(cls, storage_options: Any, list_cache: Any) -> "RemoteOptions":
+        """What a user has given. Raises ValueError for anything else, without showing options."""
+        require_options(storage_options)
+        path = os.fspath(list_cache) if isinstance(list_cache, (str, os.PathLike)) else list_cache
+        if path is not None and (not isinstance(path, str) or not path or os.path.isdir(path)):
+            raise ValueError(f"list_cache={list_cache!r} must be the path of a file")
+        return cls(storage_options, path)
+
+    def of_part(self, number: int) -> "RemoteOptions":
+        """Those for one of several listings, which have a file each."""
+        if self.list_cache is None:
+            return self
+        return self._replace(list_cache=f"{os.fspath(self.list_cache)}.{number}")
+
 
 def require_options(storage_options: Any) -> None:
     """Raise ValueError for anything but a dict with str for keys, without showing its values."""

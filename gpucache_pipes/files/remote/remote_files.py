@@ -15,7 +15,7 @@ from gpucache_pipes.files.planned import Bytes, PlanReader
 from gpucache_pipes.files.plans import ReadPlan
 from gpucache_pipes.files.remote.bucket import Answer, Bucket, Buckets
 from gpucache_pipes.files.remote.clients import Options
-from gpucache_pipes.files.remote.errors import ChangedError
+from gpucache_pipes.files.remote.errors import ERRORS, ChangedError
 from gpucache_pipes.files.remote.objects import MemoryFeature, RemoteBytes, RemoteFeature
 from gpucache_pipes.files.remote.small_objects import SmallObjects
 from gpucache_pipes.files.remote.temporary import load_from_copy
@@ -139,11 +139,11 @@ class RemoteFiles:
         return copied, reason
 
     def _open_small(self, url: str, got: Answer, reader: PlanReader) -> OpenFeature:
-        version = got.version.packed
-        plan = None if version is None else reader.remembered(version)
+        key = got.version.plan_key(url)
+        plan = None if key is None else reader.remembered(key)
         if plan is None:
             plan = reader.selected(reader.plan(Bytes(bytes(got.data))))
-            self._remember(reader, version, plan)
+            self._remember(reader, key, plan)
         return MemoryFeature(plan, got.data, got.version)
 
     def _open_large(
@@ -154,8 +154,8 @@ class RemoteFiles:
         def read(start: int, end: int) -> tuple[Any, ObjectVersion]:
             return bucket.get_range(name, start, end)
 
-        packed = version.packed
-        plan = None if packed is None else reader.remembered(packed)
+        key = version.plan_key(url)
+        plan = None if key is None else reader.remembered(key)
         if plan is not None:
             feature = RemoteFeature(url, plan, version, read, self._large)
             try:
@@ -169,14 +169,14 @@ class RemoteFiles:
             return None
         file = RemoteBytes(url, version, read, self._large)
         plan = reader.selected(reader.plan(file))
-        self._remember(reader, packed, plan)
+        self._remember(reader, key, plan)
         if not bucket.takes_ranges(version):  # as has turned out now
             return None
         return RemoteFeature(url, plan, version, read, self._large)
 
-    def _remember(self, reader: PlanReader, version: bytes | None, plan: ReadPlan) -> None:
-        if version is not None:
-            reader.remember(version, plan)
+    def _remember(self, reader: PlanReader, key: bytes | None, plan: ReadPlan) -> None:
+        if key is not None:
+            reader.remember(key, plan)
 
     def open_many(
         self, keys: list[str], paths: Sequence[str], progress: Progress
@@ -188,16 +188,21 @@ class RemoteFiles:
         _, batch_reader = self._opener.readers(keys[0])
         readers = map(self._opener.readers, keys)
         others = (n for n, (_, reader) in enumerate(readers) if reader is not batch_reader)
-        keys = keys[: next(others, len(keys))]
+        some = keys[: next(others, len(keys))]
         self._small.begin(keys)
 
         def make(native: Any, known: KnownForms, files: int) -> Chunk:
-            return self._small.chunk(native, known, keys[:files], progress)
+            return self._small.chunk(native, known, some[:files], progress)
 
-        features = batch_reader.open_read(make, len(keys), progress)
-        for key, feature in zip(keys, features, strict=False):
+        try:
+            features = batch_reader.open_read(make, len(some), progress)
+        except BaseException:  # an interrupt: what is here may be old when it is asked for again
+            self._small.drop()
+            raise
+        for key, feature in zip(some, features, strict=False):
             if feature is not None:
                 self._small.take(key)
+        self._small.end(keys[len(features) :])
         return features
 
     # Versions and sizes
@@ -222,7 +227,7 @@ class RemoteFiles:
         try:
             bucket, name = self._buckets.place(url)
             return bucket.head(name).packed
-        except (OSError, ValueError, ImportError, RuntimeError):
+        except ERRORS:
             return None
 
     @property
@@ -242,15 +247,16 @@ class RemoteFiles:
         def look(key: str) -> tuple[int, int] | None:
             try:
                 return self._look(key).stored
-            except (OSError, ValueError, ImportError, RuntimeError):
+            except ERRORS:
                 return None  # opening it says what is wrong
 
         for n, stored in enumerate(self._workers.each(look, keys, _HEADS_AT_ONCE) if keys else ()):
-            progress.begin(n, time.monotonic_ns() - begin)
             if stored is not None:
                 found[n] = stored
             if progress.stopped:
                 return found[: n + 1]
+            if n + 1 < len(keys):  # the earliest one that has no answer
+                progress.begin(n + 1, time.monotonic_ns() - begin)
         return found
 
     def size(self, path: str) -> int:
@@ -266,7 +272,7 @@ class RemoteFiles:
         for path in paths[:: max(1, len(paths) // _SAMPLED)]:
             try:
                 listed = self._buckets.place(path)[0].listed(path)
-            except (OSError, ValueError, ImportError, RuntimeError):
+            except ERRORS:
                 continue
             if listed is not None and listed.size >= 0:
                 sizes.append(listed.size)

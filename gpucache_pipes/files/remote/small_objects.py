@@ -1,5 +1,6 @@
 """Small objects, many of which are got at once into scratch memory."""
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -10,10 +11,13 @@ import numpy as np
 from gpucache_pipes.files.chunks import LEFT_TO_PYTHON, SIZE, START, STATUS, UNKNOWN, Chunk
 from gpucache_pipes.files.forms import KnownForms
 from gpucache_pipes.files.remote.bucket import WHOLE_BYTES, Answer, Bucket, Buckets
+from gpucache_pipes.files.remote.errors import ERRORS
 from gpucache_pipes.files.remote.versions import UNKNOWN_VERSION, ObjectVersion
 from gpucache_pipes.files.source import Progress
 
 _ALIGNMENT = 64
+_MOST = 1024
+"""Objects that are asked for in one go."""
 
 
 class ObjectChunk(Chunk):
@@ -21,11 +25,16 @@ class ObjectChunk(Chunk):
 
     def __init__(self, native: Any, known: KnownForms, files: int) -> None:
         super().__init__(native, known, files)
+        self.urls: list[str] = []
         self.versions: list[ObjectVersion] = []
 
     def version(self, number: int) -> bytes | None:
         """See Scratch."""
         return self.versions[number].packed
+
+    def plan_key(self, number: int) -> bytes | None:
+        """See Chunk."""
+        return self.versions[number].plan_key(self.urls[number])
 
     def file_version(self, number: int) -> tuple[int, int] | None:
         """See Scratch."""
@@ -48,11 +57,19 @@ class SmallObjects:
         return answers
 
     def begin(self, urls: Sequence[str]) -> None:
-        """Go on with these objects in this thread: drop what it has got of others."""
-        answers = self._answers()
-        if answers:
-            for url in answers.keys() - set(urls):
-                answers.pop(url, None)
+        """A thread wants these objects. What it has is kept only if it goes on with the same."""
+        expected: list[str] = self._got.__dict__.get("expected", [])
+        if not expected or urls[: len(expected)] != expected:
+            self.drop()
+
+    def end(self, urls: list[str]) -> None:
+        """The thread will go on with these objects, or give them up."""
+        self._got.expected = urls
+
+    def drop(self) -> None:
+        """Drop what this thread has got."""
+        self._answers().clear()
+        self._got.expected = []
 
     def take(self, url: str) -> Answer | None:
         """What this thread has got of an object, once."""
@@ -81,6 +98,7 @@ class SmallObjects:
             if full:
                 continue  # it is there for the next call
             chunk.starts.append(used)
+            chunk.urls.append(url)
             chunk.versions.append(got.version)
             sizes.append(size)
             if size:
@@ -101,12 +119,12 @@ class SmallObjects:
         asked: list[int] = []
         names: list[str] = []
         first: Bucket | None = None
-        for n, url in enumerate(urls):
+        for n, url in enumerate(urls[:_MOST]):
             got = answers.get(url)
             if got is None:
                 try:
                     bucket, name = self._buckets.place(url)
-                except (OSError, ValueError, ImportError) as error:
+                except ERRORS as error:
                     found[n] = Answer(None, UNKNOWN_VERSION, error)
                     continue
                 listed = bucket.listed(url)
@@ -129,5 +147,5 @@ class SmallObjects:
             answered = first.get_many(names, room - _ALIGNMENT * len(asked), begins)
             for at, got in answered.items():
                 found[asked[at]] = answers[urls[asked[at]]] = got
-        end = next((n for n in range(len(urls)) if n not in found), len(urls))
+        end = next(n for n in itertools.count() if n not in found)
         return [found[n] for n in range(end)]

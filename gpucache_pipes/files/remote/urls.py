@@ -10,10 +10,14 @@ HTTP = frozenset({"http", "https"})
 OBSTORE = HTTP | {"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl"}
 """Schemes of object stores that obstore speaks to. All others are left to fsspec."""
 
-_SECRET = re.compile(r"(?<=://)[^/?#\s]*@(?=[^/])")
-_ACCOUNT = re.compile(r"[^:@]+@")
-_QUERY = re.compile(r"(?<=[?&])[^\s'\"]+")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^\s'\"]*)")
+_PORT = re.compile(r":\d+$")
+_SIGNED = re.compile(
+    r"[?&]([^=&]*(sig|token|signature|credential|accesskey)[^=&]*)=", re.IGNORECASE
+)
 _FILE = "file://"
+_AZURE = frozenset({"abfs", "abfss", "az", "azure", "adl"})
+"""In URLs of these a container may stand before its account: "abfss://container@account..."."""
 
 
 class Location(NamedTuple):
@@ -45,8 +49,8 @@ def locate(url: str) -> Location:
     host, _, name = rest.partition("/")
     if redacted(url) != url:
         raise ValueError(
-            f"the URL {redacted(url)!r} holds credentials or a signature, which would end up in "
-            "logs and states: give them as storage_options=, or in the environment"
+            f"the URL {redacted(url)!r} holds credentials, a signature or a query. They would end "
+            "up in logs and states: give credentials as storage_options=, or in the environment"
         )
     if scheme in OBSTORE:
         if not host:
@@ -70,16 +74,24 @@ def redacted(text: str) -> str:
     >>> redacted("s3://key:secret@bucket/a.pt, https://host/a.pt?X-Amz-Signature=12")
     's3://***@bucket/a.pt, https://host/a.pt?***'
     """
-    if "://" not in text:
-        return text
+    return _URL.sub(_hidden, text) if "://" in text else text
 
-    def hidden(match: re.Match[str]) -> str:
-        before = text[: match.start()].lower()
-        azure = before.endswith(("abfs://", "abfss://", "az://", "azure://", "adl://"))
-        return match[0] if azure and _ACCOUNT.fullmatch(match[0]) else "***@"
 
-    text = _SECRET.sub(hidden, text)
-    return re.sub(r"(?<![\w+.-])https?://\S+", lambda url: _QUERY.sub("***", url[0]), text)
+def _hidden(match: re.Match[str]) -> str:
+    scheme, rest = match[1], match[2]
+    shown = rest
+    host = rest.partition("/")[0]
+    name, at, _ = host.rpartition("@")
+    container = scheme.lower() in _AZURE and at and ":" not in name and "@" not in name
+    if ":" in _PORT.sub("", host.rpartition("@")[2]) or (":" in name):
+        # A password may hold slashes: up to the last "@", if there is one.
+        shown = "***@" + rest.rpartition("@")[2] if "@" in rest else "***"
+    elif at and not container:
+        shown = "***@" + rest[len(name) + 1 :]
+    path, mark, query = shown.partition("?")
+    if mark and (scheme.lower() in HTTP or _SIGNED.search(mark + query)):
+        shown = f"{path}?***"
+    return f"{scheme}://{shown}"
 
 
 def local_path(path: str) -> str:

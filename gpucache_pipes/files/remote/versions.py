@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 _VERSION = struct.Struct("=qqq")
 _MD5 = re.compile("[0-9a-fA-F]{32}")
-_RACY_SECONDS = 2
-"""Times of modification are often whole seconds: an object that was written this lately may be
-written again and keep its own, if its server gives no etag."""
+_RACY_SECONDS = 60
+"""Times of modification are often whole seconds, and those of the clock of a server: an object that
+was written this lately may be written again and keep its own, if its server gives no etag."""
 
 
 class ObjectVersion(NamedTuple):
@@ -48,6 +48,14 @@ class ObjectVersion(NamedTuple):
         """For `Source.version`; None if the object may change and keep it."""
         return None if self.stored is None else _VERSION.pack(*self)
 
+    def plan_key(self, url: str) -> bytes | None:
+        """By what the read plan of an object is remembered; None if it is not.
+
+        With its URL: what is no etag, or one of a time and a size, is that of other objects, too.
+        """
+        packed = self.packed
+        return None if packed is None else packed + _digest(url)
+
     @property
     def stored(self) -> tuple[int, int] | None:
         """For `Source.file_versions`; None as above."""
@@ -71,6 +79,9 @@ def md5_of(etag: str | None) -> bytes | None:
     return bytes.fromhex(text) if _MD5.fullmatch(text) else None
 
 
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
 def _hash(etag: str) -> int:
-    digest = blake2b(etag.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(_digest(etag), "little") >> 1

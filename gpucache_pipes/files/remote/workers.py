@@ -35,9 +35,12 @@ class _Crew:
 
     def end(self) -> None:
         """There will be no more jobs."""
-        with self.lock:
-            self.ended = True
-            self.jobs.put(None)
+        # A finalizer of a process that was forked must not wait for a thread that is not in it.
+        held = self.lock.acquire(timeout=1.0)
+        self.ended = True
+        self.jobs.put(None)
+        if held:
+            self.lock.release()
 
     def run(self) -> None:
         """Run jobs until there are none for a while."""
@@ -76,11 +79,13 @@ class Workers:
     def _begin_anew(self) -> None:
         self._process = os.getpid()
         self._crew = _Crew()
-        weakref.finalize(self, self._crew.end).atexit = False
+        self._finalizer = weakref.finalize(self, self._crew.end)
+        self._finalizer.atexit = False
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run a job in some thread, as soon as one is free. It must not raise."""
         if os.getpid() != self._process:  # after a fork there are no threads
+            self._finalizer.detach()
             self._begin_anew()
         while True:
             crew = self._crew
@@ -93,14 +98,22 @@ class Workers:
                     return
                 thread = threading.Thread(target=crew.run, name=self._name, daemon=True)
                 crew.threads.add(thread)
-                thread.start()
-                return
+                try:
+                    thread.start()
+                    return
+                except RuntimeError:  # the system has no more threads: others do it, or this one
+                    crew.threads.discard(thread)
+                    if crew.threads:
+                        return
+                    job = crew.jobs.get_nowait() or job
+            job()
+            return
 
     def end(self) -> None:
         """Have the threads end after the jobs that were submitted. New jobs start new ones."""
-        crew = self._crew
+        finalizer = self._finalizer
         self._begin_anew()
-        crew.end()
+        finalizer()
 
     def begin(self, request: Callable[[Any], Any], item: Any) -> "Future[Any]":
         """The result of `request(item)`, once there is one."""
@@ -138,62 +151,69 @@ def _fulfil(future: Future[Any], request: Callable[[Any], Any], item: Any) -> No
 
 
 class Turns:
-    """Hands out the positions of objects to threads, in order, and waits until all are done.
+    """Hands out positions to threads, in order, and waits until all are done.
 
     Args:
-        count: how many there are.
+        positions: in ascending order.
         room: bytes that they may have together; what is under way by then may have more.
-        begin: is called with the position of the earliest one that is not done, and returns whether
-            to go on. One call at a time.
+        begin: is called with the earliest position that is not done and the moment at which it
+            began, and returns whether to go on. One call at a time.
         clock: ns since any moment.
     """
 
     def __init__(
-        self, count: int, room: int, begin: Callable[[int, int], bool], clock: Callable[[], int]
+        self,
+        positions: Sequence[int],
+        room: int,
+        begin: Callable[[int, int], bool],
+        clock: Callable[[], int],
     ) -> None:
-        self._count = count
+        self._positions = positions
         self._room = room
         self._begin = begin
         self._clock = clock
         self._lock = threading.Lock()
-        self._begun: list[int] = []
-        self._done: list[bool] = []
-        self._earliest = 0
-        self._under_way = 0
+        self._taken = 0
+        # Those that are under way, and when they began; in order.
+        self._under_way: dict[int, int] = {}
+        self._earliest = -1
         self._over = threading.Event()
 
     def take(self) -> int:
         """The next position; -1 if there is none."""
         with self._lock:
-            position = len(self._begun)
-            if position == self._count or self._room < 0 or self._over.is_set():
-                self._finish()
+            if self._taken == len(self._positions) or self._room < 0:
+                self._look()
                 return -1
-            self._begun.append(self._clock())
-            self._done.append(False)
-            self._under_way += 1
-            if position == self._earliest and not self._begin(position, self._begun[position]):
-                self._room = -1
+            position = self._positions[self._taken]
+            self._taken += 1
+            self._under_way[position] = self._clock()
+            self._look()
             return position
 
     def done(self, position: int, nbytes: int) -> None:
         """An object of this size was got, or failed."""
         with self._lock:
-            self._done[position] = True
-            self._under_way -= 1
+            del self._under_way[position]
             self._room -= nbytes
-            if position == self._earliest:
-                while self._earliest < len(self._done) and self._done[self._earliest]:
-                    self._earliest += 1
-                at = self._earliest
-                if at < len(self._begun) and not self._begin(at, self._begun[at]):
-                    self._room = -1
-            self._finish()
+            self._look()
 
-    def _finish(self) -> None:
-        if not self._under_way and (self._room < 0 or len(self._begun) == self._count):
+    def _look(self) -> None:
+        """Note which one is the earliest, and whether all are done."""
+        for position, moment in self._under_way.items():
+            if position != self._earliest:
+                self._earliest = position
+                if not self._begin(position, moment):
+                    self._room = -1
+            return
+        if self._room < 0 or self._taken == len(self._positions):
             self._over.set()
 
     def wait(self) -> None:
         """Wait until all that was handed out is done, and there is no more to hand out."""
         self._over.wait()
+
+    def end(self) -> None:
+        """Hand out no more."""
+        with self._lock:
+            self._room = -1

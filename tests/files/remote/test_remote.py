@@ -70,7 +70,8 @@ class TestAnyFiles(TestFsspec):
         return AnyFiles(), paths
 
 
-def test_a_pipeline_over_fsspec(memory: Any) -> None:
+def test_a_pipeline_over_fsspec(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "_MOST_BELOW", 0)
     for n in range(30):
         save(f"memory://bucket/f/{n:02}.pt", {"n": n})
     save("memory://bucket/f/sub/x.pt", {"n": 99})
@@ -91,13 +92,16 @@ def test_a_pipeline_over_fsspec(memory: Any) -> None:
     [
         ("s3://key:secret@bucket/a.pt", "s3://***@bucket/a.pt"),
         ("https://host/a.pt?sig=secret&x=1", "https://host/a.pt?***"),
+        ("s3://AKIA:wJalr/secret/K@bucket/a.pt", "s3://***@bucket/a.pt"),
+        ("HTTPS://host/a?sig=secret", "HTTPS://host/a?***"),
+        ("az://container/a.pt?sv=1&sig=secret", "az://container/a.pt?***"),
         ("abfss://container:secret@account.dfs.core.windows.net/a", "abfss://***@account.dfs"),
     ],
 )
 def test_urls_with_credentials_are_refused(url: str, shown: str) -> None:
     assert redacted(f"cannot read {url!r}").startswith(f"cannot read '{shown}")
     for attempt in (lambda: locate(url), lambda: PathLister(url)):
-        with pytest.raises(ValueError, match="holds credentials or a signature") as raised:
+        with pytest.raises(ValueError, match="holds credentials, a signature or a query") as raised:
             attempt()
         assert "secret" not in str(raised.value)
 
@@ -291,7 +295,7 @@ def test_pieces_cover_what_is_asked_for(ranges: list[tuple[int, int, int]]) -> N
 @given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 40))
 def test_turns_hand_out_each_position_once(count: int, threads: int, room: int) -> None:
     begun: list[int] = []
-    turns = Turns(count, room, lambda at, moment: not begun.append(at), lambda: 0)  # type: ignore[func-returns-value]
+    turns = Turns(range(count), room, lambda at, moment: not begun.append(at), lambda: 0)  # type: ignore[func-returns-value]
     taken: list[int] = []
     workers = Workers(threads, "gpucache-test")
 
@@ -307,6 +311,17 @@ def test_turns_hand_out_each_position_once(count: int, threads: int, room: int) 
     assert sorted(taken) == list(range(len(taken)))
     assert min(count, room + 1) <= len(taken) <= min(count, room + threads)
     assert begun == sorted(begun)
+
+
+def test_workers_without_threads_do_the_work_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    workers = Workers(2, "gpucache-test")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert list(workers.each(str, range(20), 4)) == list(map(str, range(20)))
+    assert list(workers.each(str, range(20), 4)) == list(map(str, range(20)))
 
 
 def test_workers_end_and_begin_again() -> None:
