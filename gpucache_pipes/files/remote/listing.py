@@ -156,6 +156,8 @@ def _match(parts: Sequence[_Part | None], names: Sequence[str]) -> bool:
         if part is None:
             rest = names[at:]
             visible = next((n for n, name in enumerate(rest) if name.startswith(".")), len(rest))
+            if at == len(parts) - 1:  # it matches at least the name of the object
+                return 0 < len(rest) == visible
             return any(_match(parts[at + 1 :], rest[n:]) for n in range(visible + 1))
         if at >= len(names) or not part.matches(names[at]):
             return False
