@@ -149,6 +149,7 @@ class FsspecClient:
     def _version_now(self, name: str) -> ObjectVersion:
         """What the server says, and not what a listing has said."""
         self._files.invalidate_cache(self._path(name))
+        self._files.dircache.clear()  # some file systems have no `invalidate_cache` of their own
         return _version(self._info(name))
 
     def _call(self, request: Any, name: str) -> Any:
