@@ -7,7 +7,7 @@ started, and have read a batch, before the clock runs. All batches are compared 
 
 With --latency a relay before the server holds each request for that time.
 
-    python benchmarks/remote.py [--only small|large] [--objects N] [--rounds 3] [--latency 50]
+    python benchmarks/object_storage.py [--only small|large] [--objects N] [--rounds 3] [--latency 50]
         [--readers N] [--json FILE]
 """
 
