@@ -82,7 +82,7 @@ class SeaweedFS:
                 "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={self._directory / 's3.json'}",
                 f"-s3.port.grpc={free_port()}", f"-s3.port.lance={free_port()}",
                 f"-s3.port.iceberg={free_port()}", "-master.telemetry=false",
-                "-s3.autoCreateBucket", *flags, "-master.volumeSizeLimitMB=64", "-volume.max=64",
+                "-s3.autoCreateBucket", *flags, "-master.volumeSizeLimitMB=1024", "-volume.max=32",
             ],
             stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
