@@ -10,8 +10,8 @@ measures how fast a virtual machine gets memory from its host.
 
 With --latency a relay before the server holds each request for that time.
 
-    python benchmarks/object_storage.py [--only small|large] [--objects N] [--rounds 3] [--latency 50]
-        [--readers N] [--json FILE]
+    python benchmarks/object_storage.py [--only small|large] [--objects N] [--rounds 3]
+        [--latency 50] [--readers N] [--json FILE]
 """
 
 import argparse
@@ -247,9 +247,6 @@ def measure(weed: SeaweedFS, kind: str, args: argparse.Namespace) -> dict[str, A
             )
             note("gpucache_pipes, a first epoch", seconds, cpu)
             rows.setdefault("readers", []).append((store.stats().reader_threads, 0))
-        with GPUFeatureStore("cpu", **store_options) as store:
-            seconds, cpu, _ = timed(lambda store=store: store.warm(urls, progress=False))
-            note("gpucache_pipes, warm", seconds, cpu)
         for peer in peers:
             lister.set_epoch(0)
             lister.reset()
