@@ -17,7 +17,12 @@ from gpucache_pipes.cli.bench.figures import spread
 from gpucache_pipes.cli.bench.report import three_digits
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "tiers.md", ROOT / "README.md")
+PAGES = (
+    ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "remote.md",
+    ROOT / "docs" / "tiers.md",
+    ROOT / "README.md",
+)
 MARKS = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 CASES = {
     "first": "first epoch",
@@ -184,6 +189,38 @@ def packed() -> str:
     return "\n".join([*lines, "", source("packed", warm)])
 
 
+def remote() -> str:
+    """First epochs over object storage, of `object_storage.py`."""
+    cases = {
+        "10,000 objects of 6 KB": ("small", "small"),
+        "5,000 of them, 50 ms a request": ("latency", "small"),
+        "64 objects of 64 MB, room for 16": ("large", "large"),
+    }
+    contenders = {
+        "obstore alone, the best number at once": "obstore alone",
+        "DataLoader, 8 workers, obstore": "DataLoader, 8 workers, obstore",
+        "DataLoader, 8 workers, s3fs": "DataLoader, 8 workers, s3fs",
+    }
+    lines = [
+        f"| takes as many times as long as ours | {' | '.join(contenders)} | ours, CPU an object |"
+    ]
+    lines.append("|---" * (len(contenders) + 2) + "|")
+    for title, (file, kind) in cases.items():
+        found = load(f"object_storage-{file}")["cases"][kind]
+        cells = []
+        for beginning in contenders.values():
+            times = [
+                entry["times_as_long_as_ours"]
+                for name, entry in found.items()
+                if name.startswith(beginning)
+            ]
+            cells.append(three_digits(min(times)) if times else "")
+        cpu = found["gpucache_pipes, a first epoch"]["cpu_us"]
+        cells.append(f"{cpu:,.0f} us" if cpu < 1e4 else f"{cpu / 1000:,.0f} ms")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def aims() -> str:
     """The table of `aims.py`; what reaches its aim is bold."""
     report = load("aims")
@@ -206,7 +243,7 @@ def rows_as_table(rows: list[dict[str, Any]]) -> str:
 
 def render(page: str) -> str:
     """The page with all tables replaced by those of the reports."""
-    made = {"gains": gains, "aims": aims, "packed": packed}
+    made = {"gains": gains, "aims": aims, "packed": packed, "remote": remote}
     return MARKS.sub(lambda m: f"{m[1]}{made.get(m[2], partial(scenario, m[2]))()}\n{m[3]}", page)
 
 
