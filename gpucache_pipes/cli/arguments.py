@@ -70,4 +70,5 @@ def as_flags(text: str) -> str:
     for name in ("device", "epochs", "pattern", "recursive", "seed"):
         text = text.replace(f"{name}=True", f"--{name}")
         text = re.sub(rf"(?<![\w-]){name}=", f"--{name} ", text)
+    text = text.replace("storage_options=", "--storage-option")
     return text.replace("weights_only=False", "--unsafe (weights_only=False)")

@@ -16,6 +16,7 @@ from gpucache_pipes.files.sample_listing import list_samples
 from gpucache_pipes.nodes.labels import Labels
 from gpucache_pipes.nodes.resuming import fingerprint
 from gpucache_pipes.nodes.sharding import Shards
+from gpucache_pipes.store.progress import progress_bar
 
 
 class ListedFiles:
@@ -32,7 +33,9 @@ class ListedFiles:
     def __init__(
         self, source: Any, pattern: str, recursive: bool, labels: Any, remote: RemoteOptions
     ) -> None:
-        found = list_samples(source, pattern, recursive, remote)
+        with progress_bar(desc="listing", unit=" objects", delay=1) as bar:
+            remote = remote._replace(progress=bar.update)
+            found = list_samples(source, pattern, recursive, remote)
         self._lists = found.lists  # they know the sizes of objects
         self._given = GivenPaths(found.paths, found.parts)
         # What a state knows the list by. Files of parts that were listed have the names of those of

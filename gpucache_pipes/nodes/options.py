@@ -132,6 +132,14 @@ def require_consistent(
         raise ValueError(f'if_files_changed={if_files_changed!r} must be "raise" or "continue"')
 
 
+def no_list(source: object) -> ValueError:
+    """The error of a stream that is given what only a list can have."""
+    return ValueError(
+        "an order and labels are for a known list of files: give a directory, a glob or a "
+        f"sequence of paths, or shuffle inside the {type(source).__name__}"
+    )
+
+
 def require_batches(batch_size: int | None) -> None:
     """Raise ValueError if samples of several files do not come in batches."""
     if batch_size is None:

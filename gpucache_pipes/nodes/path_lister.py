@@ -12,13 +12,12 @@ from torchdata.nodes import BaseNode
 from gpucache_pipes.files import AnyFiles, PathList, RemoteOptions
 from gpucache_pipes.nodes.buckets import Buckets
 from gpucache_pipes.nodes.listed_files import ListedFiles
-from gpucache_pipes.nodes.options import require_batches, require_consistent
+from gpucache_pipes.nodes.options import no_list, require_batches, require_consistent
 from gpucache_pipes.nodes.order import DrawnOrder, Order, SampledOrder, picked, requested
 from gpucache_pipes.nodes.resuming import resumed_position
 from gpucache_pipes.nodes.sharding import Shards, find_rank
 from gpucache_pipes.nodes.upstream import as_node, as_path, is_list
 from gpucache_pipes.store import Upcoming
-from gpucache_pipes.store.progress import progress_bar
 from gpucache_pipes.units import counted, positive_int
 
 Source = str | os.PathLike[str] | Iterable[Any]
@@ -69,6 +68,9 @@ class PathLister(BaseNode[Any]):
             number. Batches are still shuffled.
         if_files_changed: how to resume a state over other files: "raise", or "continue" at the
             same position of the same epoch, where some files are then read twice or not at all.
+        storage_options: for a source that is a URL, as in GPUFeatureStore. Not kept.
+        list_cache: a file that remembers what a URL has listed: names, sizes and hashes of etags.
+            While it is there, nothing is listed; remove it when objects were added.
 
     Attributes:
         shards: the part that is yielded.
@@ -76,6 +78,7 @@ class PathLister(BaseNode[Any]):
     Raises:
         FileNotFoundError: no files; names directory and pattern.
         ValueError: arguments that are wrong or contradict each other.
+        OSError, ImportError: an object store that denies access, or cannot be reached.
         TypeError: a source that is not iterable; in `next()`, one that yields anything but paths.
     """
 
@@ -113,16 +116,11 @@ class PathLister(BaseNode[Any]):
         self._stream: BaseNode[Any] | None = None
         self._listed: ListedFiles | None = None
         if is_list(source):
-            with progress_bar(desc="listing", unit=" objects", delay=1) as bar:
-                remote = remote._replace(progress=bar.update)
-                self._listed = ListedFiles(source, pattern, recursive, labels, remote)
+            self._listed = ListedFiles(source, pattern, recursive, labels, remote)
             if self._files.parts and sampler is None:
                 require_batches(batch_size)
         elif shuffle or sampler is not None or bucket_by is not None or labels is not None:
-            raise ValueError(
-                "an order and labels are for a known list of files: give a directory, a glob or a "
-                f"sequence of paths, or shuffle inside the {type(source).__name__}"
-            )
+            raise no_list(source)
         else:
             self._stream = as_node(source)  # type: ignore[arg-type]
         self._buckets = None

@@ -428,7 +428,7 @@ def test_a_name_that_cannot_be_asked_for(put: Put, remote: Options) -> None:
             with pytest.raises((RuntimeError, FileNotFoundError), match=r"a\.pt/|b\\n\.pt"):
                 store.get(url)
     for wrong, text in (
-        ({"endpoint": "127.0.0.1:1"}, "needs a scheme, such as https://127"),
+        ({"endpoint": "127.0.0.1:1"}, "the endpoint needs a scheme"),
         ({"retry_config": "x"}, "retry_config must be a dict"),
         ({"retry_config": {"max_retries": "x"}}, "max_retries of retry_config"),
         ({"nonsense": "a-secret"}, "'nonsense' is not valid"),

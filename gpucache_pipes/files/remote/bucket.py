@@ -19,6 +19,9 @@ _log = logging.getLogger("gpucache_pipes")
 
 _PLAIN = re.compile(r"(?:\w[^/?@:]*/)*\w[^/?@:]*")
 
+_ENOUGH = 8
+"""Objects whose etags are no MD5, from which on those of the bucket are taken for none."""
+
 WHOLE_BYTES = 1 << 20
 """Objects of up to this size are asked for whole."""
 
@@ -41,9 +44,9 @@ class Bucket:
     """Gets objects, and compares small ones with their checksum.
 
     S3 and most of what speaks its protocol give the MD5 of an object as its etag, unless it was
-    uploaded in parts, or is encrypted with a key of its own. The latter looks the same. So etags
-    are taken for no MD5 if the first object that does not match is got twice with the same bytes,
-    and none has matched before.
+    uploaded in parts, or is encrypted with a key of its own. The latter looks the same. So as long
+    as no object has matched, one that is got twice with the same bytes is taken for such a one; and
+    after some of these nothing is compared any more.
 
     Args:
         location: has the root.
@@ -65,6 +68,7 @@ class Bucket:
         self._verify = verify
         self._workers = workers
         self._matched = False
+        self._unlike: set[str] = set()
 
     # What is known
 
@@ -206,11 +210,13 @@ class Bucket:
         if self._is_right(got):
             return Answer(got.data, got.version)
         if not self._matched and isinstance(before, Got) and bytes(before.data) == bytes(got.data):
-            self._verify = False
-            _log.info(
-                "the etags of %s are no MD5 (objects may be encrypted by keys of a service): only "
-                "the lengths of objects are checked", self._client.root,
-            )  # fmt: skip
+            self._unlike.add(name)
+            if len(self._unlike) == _ENOUGH:
+                self._verify = False
+                _log.warning(
+                    "the etags of %s are no MD5 (objects may be encrypted by keys of a service): "
+                    "only the lengths of objects are checked", self._client.root,
+                )  # fmt: skip
             return Answer(got.data, got.version)
         raise OSError(
             f"the bytes of '{self._client.root}/{name}' do not have the MD5 that is their etag, "

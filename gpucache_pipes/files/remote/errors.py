@@ -111,10 +111,14 @@ def _transient(
     if status:
         answer = OSError(errno.EIO, f"the server answers {what}{after}", url)
         return Failure(answer, again and status in ("408", "429", "500", "502", "503", "504"))
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-        # Of fsspec: whether it may pass is not known.
-        return Failure(OSError(error.errno or errno.EIO, f"{what} of the client", url), True)
-    broken = ConnectionError(errno.ECONNRESET, f"the connection failed{after}", url)
+    # GenericError is what obstore says of a connection; other libraries have errors of many names.
+    name = type(error).__name__
+    passes = isinstance(error, ConnectionError) or name == "GenericError"
+    passes = passes or any(part in name for part in ("Connect", "Timeout", "Server", "Payload"))
+    if not passes:
+        number = (error.errno if isinstance(error, OSError) else None) or errno.EIO
+        return Failure(OSError(number, f"the client library fails with {name}", url))
+    broken = ConnectionError(errno.ECONNRESET, f"the connection failed ({name}){after}", url)
     return Failure(broken, again)
 
 

@@ -33,7 +33,9 @@ class FsspecClient:
         self._retries = Retries()
         failure: Exception | None = None
         try:
-            self._files = fsspec.filesystem(location.scheme, **options)
+            # What the URL itself says, such as a host and a port.
+            of_url = fsspec.get_filesystem_class(location.scheme)._get_kwargs_from_urls(self.root)
+            self._files = fsspec.filesystem(location.scheme, **{**of_url, **options})
         except ImportError as error:
             failure = ImportError(f"{location.root!r} needs another package: {error}")
         except ValueError as error:

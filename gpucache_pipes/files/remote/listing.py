@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,10 @@ from gpucache_pipes.files.remote.versions import ObjectVersion
 _log = logging.getLogger("gpucache_pipes")
 
 _FORMAT = "gpucache_pipes list of objects 1"
+_ENDPOINTS = (
+    "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ACCOUNT_NAME",
+    "GOOGLE_BASE_URL",
+)  # fmt: skip
 _GLOB = re.compile(r"[*?[]")
 _MOST_BELOW = 20_000
 """Objects in subdirectories that are passed over. Where there are more, requests that leave them
@@ -103,6 +108,8 @@ def _list(url: str, pattern: str, recursive: bool, options: RemoteOptions) -> Ob
             version = client.head(location.name)
             names, versions = [location.name], [_array([version])]
             below = f"{client.root}/"
+    if not names and not seen and magic is None and os.path.splitext(location.name)[1]:
+        raise FileNotFoundError(f"no object {url!r}, and none below it")
     if not names:
         raise FileNotFoundError(f"no objects {where}; {seen:,} have other names")
     urls = [f"{client.root}/{path}" for path in names]
@@ -169,9 +176,12 @@ def _match(parts: Sequence[_Part | None], names: Sequence[str]) -> bool:
 
 def _endpoint(options: Mapping[str, Any]) -> str:
     """What tells buckets of one name apart."""
-    names = ("endpoint", "aws_endpoint", "endpoint_url", "account_name")
+    names = ("endpoint", "aws_endpoint", "aws_endpoint_url", "endpoint_url", "account_name",
+             "azure_storage_account_name", "base_url")  # fmt: skip
     given = [str(options[name]) for name in names if name in options]
-    return " ".join(given) or os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", ""))
+    given += [os.environ[name] for name in _ENDPOINTS if name in os.environ]
+    # A hash, since an address may hold credentials.
+    return blake2b(" ".join(given).encode(), digest_size=8).hexdigest()
 
 
 def _load(path: str, about: list[str]) -> ObjectList | None:

@@ -14,7 +14,7 @@ from gpucache_pipes.files.remote.clients import (
     Retries,
 )
 from gpucache_pipes.files.remote.errors import ForkedError, forked, translate
-from gpucache_pipes.files.remote.urls import HTTP, Location
+from gpucache_pipes.files.remote.urls import HTTP, Location, redacted
 from gpucache_pipes.files.remote.versions import ObjectVersion, md5_of
 from gpucache_pipes.files.remote.workers import Turns
 
@@ -53,7 +53,8 @@ class ObstoreClient:
         endpoint = given.get("endpoint")
         if isinstance(endpoint, str) and "://" not in endpoint:
             raise ValueError(
-                f"storage_options: endpoint={endpoint!r} needs a scheme, such as https://{endpoint}"
+                "storage_options: the endpoint needs a scheme, such as https:// in front of "
+                f"{redacted('s3://' + endpoint).removeprefix('s3://')!r}"
             )
         retrying = _retry_config(given.pop("retry_config", None))
         self._retries = Retries(

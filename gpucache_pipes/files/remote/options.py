@@ -18,6 +18,9 @@ class RemoteOptions(NamedTuple):
     list_cache: str | os.PathLike[str] | None = None
     progress: Callable[[int], Any] | None = None
 
+    def __repr__(self) -> str:
+        return f"RemoteOptions(list_cache={self.list_cache!r})"  # without credentials
+
     @classmethod
     def of(cls, storage_options: Any, list_cache: Any) -> "RemoteOptions":
         """What a user has given. Raises ValueError for anything else, without showing options."""

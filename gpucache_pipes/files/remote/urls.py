@@ -12,6 +12,8 @@ OBSTORE = HTTP | {"s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl"}
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^\s'\"]*)")
 _PORT = re.compile(r":\d+$")
+_ADDRESS = re.compile(r"\[[0-9A-Fa-f:.]*\]")
+"""An address of IPv6, whose colons separate no password."""
 _SIGNED = re.compile(
     r"[?&]([^=&]*(sig|token|signature|credential|accesskey)[^=&]*)=", re.IGNORECASE
 )
@@ -80,7 +82,7 @@ def redacted(text: str) -> str:
 def _hidden(match: re.Match[str]) -> str:
     scheme, rest = match[1], match[2]
     shown = rest
-    host = rest.partition("/")[0]
+    host = _ADDRESS.sub("", rest.partition("/")[0])
     name, at, _ = host.rpartition("@")
     container = scheme.lower() in _AZURE and at and ":" not in name and "@" not in name
     if ":" in _PORT.sub("", host.rpartition("@")[2]) or (":" in name):

@@ -8,9 +8,10 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
+import fsspec.implementations.memory
 import pytest
 import torch
 from hypothesis import given
@@ -385,3 +386,45 @@ def test_a_feature_only_torch_load_reads(memory: Any) -> None:
     feature.close()
     with GPUFeatureStore("cpu") as store:
         assert_same(store.get("memory://bucket/old.pt"), {"x": torch.ones(3)})
+
+
+class HostFiles(fsspec.implementations.memory.MemoryFileSystem):  # type: ignore[misc]
+    """A file system whose URLs name a host."""
+
+    protocol = "hosted"
+    hosts: ClassVar[list[str]] = []
+
+    def __init__(self, host: str = "default", **options: Any) -> None:
+        super().__init__(**options)
+        self.hosts.append(host)
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, Any]:
+        return {"host": path.removeprefix("hosted://").partition("/")[0]}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("hosted://").strip("/")
+
+
+def test_fsspec_gets_what_a_url_says_of_its_host(memory: Any) -> None:
+    fsspec.register_implementation("hosted", HostFiles, clobber=True)
+    save("memory://cluster/a.pt", {"n": 1})
+    with GPUFeatureStore("cpu") as store:
+        assert store.get("hosted://cluster/a.pt") == {"n": 1}
+    assert HostFiles.hosts[-1] == "cluster"
+
+
+def test_an_error_of_a_client_that_is_not_of_the_network_is_not_tried_again() -> None:
+    for error in (NotImplementedError("x"), KeyError("x"), IsADirectoryError("x")):
+        failure = translate(error, "x://b/a")
+        assert not failure.again and type(error).__name__ in str(failure.error)
+    assert translate(ConnectionResetError("x"), "x://b/a").again
+
+
+def test_options_of_listings_show_no_credentials() -> None:
+    from gpucache_pipes.files import RemoteOptions
+
+    assert "secret" not in repr(RemoteOptions({"secret_access_key": "secret"}, "list"))
+    assert redacted("http://[::1]:8000/a.pt") == "http://[::1]:8000/a.pt"
+    assert redacted("http://u:p@[::1]:8000/a.pt") == "http://***@[::1]:8000/a.pt"

@@ -1,0 +1,3 @@
+"""Features in object storage: RemoteFiles, and how URLs are listed."""
+
+__all__: list[str] = []
