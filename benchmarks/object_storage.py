@@ -2,7 +2,7 @@
 
 SeaweedFS serves the objects from another process on the same cores, so rates are those of both.
 All contenders take turns. `obstore alone` gets the same objects in threads, as many as requests
-that the pipeline may have in flight; batches are made by nobody. DataLoaders have workers that were
+that the pipeline may have in flight, and makes no batches. DataLoaders have workers that were
 started, and have read a batch, before the clock runs. Of all batches the sums of every 64th number
 are compared.
 

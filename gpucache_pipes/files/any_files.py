@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpucache_pipes.files.formats import alike
 from gpucache_pipes.files.local import LocalFiles
 from gpucache_pipes.files.packed.packed_group import PackedGroup
 from gpucache_pipes.files.remote.remote_files import RemoteFiles
@@ -47,9 +48,7 @@ class AnyFiles:
 
     def _first(self, keys: Sequence[str]) -> tuple[_Reader, int]:
         """What reads the first of these files, and how many of those after it."""
-        remote = self._is_remote(keys[0])
-        others = (n for n, key in enumerate(keys) if self._is_remote(key) != remote)
-        return self._remote if remote else self._local, next(others, len(keys))
+        return self._of(keys[0]), alike(map(self._is_remote, keys))
 
     def end(self) -> None:
         """The store that has made it is closed."""

@@ -115,7 +115,7 @@ class BatchReader:
     def open_read(
         self, make: Callable[[Any, KnownForms, int], Chunk], files: int, progress: Progress
     ) -> "list[VersionedFeature | None]":
-        """Open files that are read by somebody else, into the scratch memory of a chunk.
+        """Open files whose bytes the caller puts into the scratch memory of a chunk.
 
         Args:
             make: makes the chunk, and fills its rows: see `Chunk`.

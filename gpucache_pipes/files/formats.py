@@ -1,7 +1,8 @@
 """Which reader opens a file: chosen by the end of its name."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import groupby
 
 from gpucache_pipes.files.batch_reader import BatchReader
 from gpucache_pipes.files.errors import Unsupported
@@ -20,6 +21,15 @@ FORMATS: dict[str, Callable[[], PlanReader]] = {
     ".safetensors": SafetensorsReader,
 }
 """Readers by the end of a file's name. Files of all other names are read as `.pt` files."""
+
+
+def alike(kinds: Iterable[object]) -> int:
+    """How many there are from the first one on until another kind comes.
+
+    >>> alike(["a", "a", "b", "a"])
+    2
+    """
+    return len(list(next(groupby(kinds))[1]))
 
 
 class FileOpener:
@@ -46,13 +56,12 @@ class FileOpener:
         packed = known_packed(paths[0])
         if packed is not None:
             inside = packed.root + "/"
-            others = (n for n, path in enumerate(paths) if not path.startswith(inside))
-            return self._packed.open_many(packed, paths[: next(others, len(paths))], progress)
+            paths = paths[: alike(path.startswith(inside) for path in paths)]
+            return self._packed.open_many(packed, paths, progress)
         suffix = ""
         if any(path.endswith(self._suffixes) for path in paths):
             suffix = self._suffix(paths[0])
-            others = (n for n, path in enumerate(paths) if self._suffix(path) != suffix)
-            paths = paths[: next(others, len(paths))]
+            paths = paths[: alike(map(self._suffix, paths))]
         return self._batch_readers[suffix].open(paths, progress)
 
     def open_group(self, paths: list[str]) -> PackedGroup | None:

@@ -1,5 +1,6 @@
 """Servers of objects on loopback: real ones, and a proxy in front of one that makes faults."""
 
+import contextlib
 import http.client
 import json
 import shutil
@@ -9,8 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import (
+    BaseHTTPRequestHandler,
+    SimpleHTTPRequestHandler,
+    ThreadingHTTPServer,
+)
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +148,25 @@ class Rclone:
         """End it at once."""
         self._process.kill()
         self._process.wait()
+
+
+@contextlib.contextmanager
+def serve(directory: Path) -> Iterator[str]:
+    """The files of a directory over HTTP, at this address: no etags, no ranges."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    handler = partial(Quiet, directory=str(directory))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class Request(NamedTuple):

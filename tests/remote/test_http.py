@@ -1,15 +1,12 @@
 """Objects over plain HTTP, by a list of URLs: no listing, no etags, no ranges."""
 
 import os
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from remote.servers import serve
 
 from gpucache_pipes import FeatureLoadError, GPUFeatureStore, PathLister
 from gpucache_pipes.testing.features import assert_same
@@ -17,20 +14,10 @@ from gpucache_pipes.testing.features import assert_same
 OPTIONS = {"client_options": {"allow_http": True}}
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[str]:
-    handler = partial(_Quiet, directory=str(tmp_path))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with serve(tmp_path) as address:
+        yield address
 
 
 def test_features_by_their_urls(root: str, tmp_path: Path) -> None:

@@ -1,16 +1,13 @@
 """The code of docs/remote.md runs as printed, against servers where these can run here."""
 
 import re
-import threading
 from collections.abc import Callable
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from remote.servers import KEY, SECRET, SeaweedFS, options
+from remote.servers import KEY, SECRET, SeaweedFS, options, serve
 
 PAGE = Path(__file__).parents[2] / "docs" / "remote.md"
 BLOCK = re.compile(r"^<!-- needs: (\w+) -->\n```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -45,26 +42,14 @@ def test_s3(
     names["loader"].close()
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
 def test_http(tmp_path: Path) -> None:
     (tmp_path / "features").mkdir()
     for n, feature in enumerate(FEATURES):
         torch.save(feature, tmp_path / "features" / f"{n}.pt")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path)))
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     names: dict[str, Any] = {}
-    try:
-        address = f"127.0.0.1:{server.server_address[1]}"
-        text = code("http_server").replace("files.intranet", address)
+    with serve(tmp_path) as address:
+        text = code("http_server").replace("http://files.intranet", address)
         exec(f"from gpucache_pipes import GPUCachedPathDataLoader, PathLister\n{text}", names)
-    finally:
-        server.shutdown()
-        server.server_close()
     found = torch.cat(names["features"])
     assert torch.equal(found, torch.stack([feature["feature"] for feature in FEATURES]))
     names["loader"].close()

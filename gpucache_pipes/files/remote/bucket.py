@@ -73,7 +73,7 @@ class Bucket:
     # What is known
 
     def listed(self, url: str) -> ObjectVersion | None:
-        """What the latest listing of this process says of an object that somebody still holds."""
+        """What the latest listing says of an object, of those that listers of this process hold."""
         for objects in LISTS.of(self._lists_key):
             found = objects.find(url)
             if found is not None:

@@ -148,8 +148,6 @@ class Retries:
         for attempt in itertools.count(1 + before):
             try:
                 return interruptible(request)
-            except NoRangesError:
-                raise
             except (KeyboardInterrupt, SystemExit, GeneratorExit):
                 raise
             except BaseException as error:

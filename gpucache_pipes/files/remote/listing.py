@@ -38,7 +38,7 @@ def find_objects(url: str, pattern: str, recursive: bool, options: RemoteOptions
 
     A prefix is taken as a directory: "s3://bucket/a" does not find "s3://bucket/ab.pt". Stores and
     listers of this process that have the same storage_options know what was listed, for as long as
-    somebody holds the result.
+    the result is referred to.
 
     Args:
         url: of a prefix, a glob or an object.
@@ -85,11 +85,10 @@ def _list(url: str, pattern: str, recursive: bool, options: RemoteOptions) -> Ob
         where = f"for the glob {url!r}"
     else:
         prefix = location.name and location.name.removesuffix("/") + "/"
-        hidden = "" if pattern.startswith(".") else r"(?!\.)"
-        name = re.compile(hidden + fnmatch.translate(pattern), re.DOTALL)
+        part = _Part(pattern)
 
         def wanted(path: str) -> bool:
-            return name.match(path, path.rfind("/") + 1) is not None
+            return part.matches(path, path.rfind("/") + 1) is not None
 
         where = f"below {url!r} with pattern {pattern!r}" + (
             "" if recursive else " (recursive=True looks below further slashes too)"

@@ -1,4 +1,4 @@
-"""ObjectList: what a listing has found, for as long as somebody uses it."""
+"""ObjectList: what a listing has found, and the lists of this process that are in use."""
 
 import threading
 import weakref

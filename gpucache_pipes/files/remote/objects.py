@@ -9,7 +9,6 @@ from gpucache_pipes.files.errors import Unsupported
 from gpucache_pipes.files.layout import Layout
 from gpucache_pipes.files.planned import Bytes, cut, fill
 from gpucache_pipes.files.plans import Extent, ReadPlan
-from gpucache_pipes.files.remote.errors import changed
 from gpucache_pipes.files.remote.pieces import Piece, pieces_of
 from gpucache_pipes.files.remote.versions import ObjectVersion
 from gpucache_pipes.files.remote.workers import Workers
@@ -21,8 +20,8 @@ _HEADERS_AT_ONCE = 16
 _AT_ONCE = 4
 """Requests of up to 8 MiB in flight for one feature."""
 
-Read = Callable[[int, int], tuple[Any, ObjectVersion]]
-"""`read(start, end)` gives bytes of an object, and its version."""
+Read = Callable[[int, int], Any]
+"""`read(start, end)` gives bytes of one version of an object. Raises ChangedError for another."""
 
 
 class MemoryFeature:
@@ -56,17 +55,14 @@ class RemoteBytes(Bytes):
     The first and the last 64 KiB are read at once, since headers and small records lie there.
 
     Args:
-        url: of the object.
-        version: of it, with its size. All that is read must be of this version.
+        size: of the object in bytes.
         read: reads a range.
         workers: make requests at the same time.
     """
 
-    def __init__(self, url: str, version: ObjectVersion, read: Read, workers: Workers) -> None:
+    def __init__(self, size: int, read: Read, workers: Workers) -> None:
         self.whole = None
-        self.size = version.size
-        self._url = url
-        self._version = version
+        self.size = size
         self._read = read
         self._workers = workers
         self._windows: list[tuple[int, memoryview]] = []
@@ -102,9 +98,7 @@ class RemoteBytes(Bytes):
 
     def _fetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         answers = self._workers.each(lambda item: self._read(*item), ranges, _HEADERS_AT_ONCE)
-        for (start, _), (data, version) in zip(ranges, answers, strict=True):
-            if not version.is_same(self._version):
-                raise changed(self._url)
+        for (start, _), data in zip(ranges, answers, strict=True):
             self._windows.append((start, memoryview(data)))
 
 
@@ -112,19 +106,16 @@ class RemoteFeature:
     """An OpenFeature that reads the ranges of a large object that its leaves span.
 
     Args:
-        url: of the object.
         plan: how to read it.
-        version: of the object for which the plan holds.
+        version: of the object, for which the plan holds.
         read: reads a range.
         workers: make requests at the same time.
     """
 
     def __init__(
-        self, url: str, plan: ReadPlan, version: ObjectVersion, read: Read, workers: Workers
+        self, plan: ReadPlan, version: ObjectVersion, read: Read, workers: Workers
     ) -> None:
-        self._url = url
         self._plan = plan
-        self._version = version
         self._read = read
         self._workers = workers
         self._pieces = pieces_of(plan.extents)
@@ -169,10 +160,7 @@ class RemoteFeature:
             copy_one(held, extent, buffers)
 
     def _fetch(self, piece: Piece) -> Any:
-        data, version = self._read(piece.start, piece.end)
-        if not version.is_same(self._version):
-            raise changed(self._url)
-        return data
+        return self._read(piece.start, piece.end)
 
     def close(self) -> None:
         """See OpenFeature. Requests that have not begun are not made."""

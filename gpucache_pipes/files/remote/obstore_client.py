@@ -43,7 +43,7 @@ class ObstoreClient:
             raise ImportError(
                 f"{location.root!r} needs obstore: pip install 'gpucache-pipes[remote]'"
             ) from None
-        _require_process(location.root)
+        _require_process(location.root, location.name)
         if not _first_process:
             _first_process.append(os.getpid())
         self.root = location.root
@@ -102,7 +102,7 @@ class ObstoreClient:
         while (at := turns.take()) >= 0:
             nbytes = 0
             try:
-                _require_process(f"{self.root}/{names[at]}")
+                _require_process(self.root, names[at])
                 answer = get(store, names[at])
                 meta = answer.meta
                 data = answer.bytes() if meta["size"] <= most else None
@@ -160,7 +160,7 @@ class ObstoreClient:
         return [(meta["path"], self._version(meta)) for meta in found["objects"]]
 
     def _call(self, request: Any, name: str, before: int = 0) -> Any:
-        _require_process(f"{self.root}/{name}")
+        _require_process(self.root, name)
         return self._retries.call(request, self.root, name, before)
 
     def _got(self, meta: Any, data: Any) -> Got:
@@ -175,13 +175,13 @@ class ObstoreClient:
         )
 
 
-def _require_process(url: str) -> None:
+def _require_process(root: str, name: str) -> None:
     """Raise ForkedError in a process that was forked from the one that has used obstore first.
 
     obstore would panic, or wait for ever.
     """
     if _first_process and os.getpid() != _first_process[0]:
-        raise forked(url)
+        raise forked(f"{root}/{name}")
 
 
 def _retry_config(given: Any) -> dict[str, Any]:

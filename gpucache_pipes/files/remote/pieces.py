@@ -43,8 +43,8 @@ def pieces_of(extents: Iterable[Extent]) -> list[Piece]:
 
     for start, offset, nbytes in sorted(extents):
         while nbytes:
-            beside = not moves or start < begin or start - end > _GAP_BYTES
-            if beside or start - begin >= PIECE_BYTES:
+            apart = not moves or start < begin or start - end > _GAP_BYTES
+            if apart or start - begin >= PIECE_BYTES:
                 finish()
                 begin = end = start
             count = min(nbytes, begin + PIECE_BYTES - start)

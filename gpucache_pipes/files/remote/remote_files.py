@@ -9,13 +9,13 @@ import numpy.typing as npt
 
 from gpucache_pipes.files.chunks import Chunk
 from gpucache_pipes.files.errors import Unsupported
-from gpucache_pipes.files.formats import FileOpener
+from gpucache_pipes.files.formats import FileOpener, alike
 from gpucache_pipes.files.forms import KnownForms
 from gpucache_pipes.files.planned import Bytes, PlanReader
 from gpucache_pipes.files.plans import ReadPlan
 from gpucache_pipes.files.remote.bucket import Answer, Bucket, Buckets
 from gpucache_pipes.files.remote.clients import Options
-from gpucache_pipes.files.remote.errors import ERRORS, ChangedError
+from gpucache_pipes.files.remote.errors import ERRORS, ChangedError, changed
 from gpucache_pipes.files.remote.objects import MemoryFeature, RemoteBytes, RemoteFeature
 from gpucache_pipes.files.remote.small_objects import SmallObjects
 from gpucache_pipes.files.remote.temporary import load_from_copy
@@ -151,13 +151,16 @@ class RemoteFiles:
     ) -> RemoteFeature | None:
         """Open an object by its ranges; None if the server sends none."""
 
-        def read(start: int, end: int) -> tuple[Any, ObjectVersion]:
-            return bucket.get_range(name, start, end)
+        def read(start: int, end: int) -> Any:
+            data, found = bucket.get_range(name, start, end)
+            if not found.is_same(version):
+                raise changed(url)
+            return data
 
         key = version.plan_key(url)
         plan = None if key is None else reader.remembered(key)
         if plan is not None:
-            feature = RemoteFeature(url, plan, version, read, self._large)
+            feature = RemoteFeature(plan, version, read, self._large)
             try:
                 feature.require_current()
                 if bucket.takes_ranges(version):
@@ -167,12 +170,12 @@ class RemoteFiles:
                 raise
             feature.close()
             return None
-        file = RemoteBytes(url, version, read, self._large)
+        file = RemoteBytes(version.size, read, self._large)
         plan = reader.selected(reader.plan(file))
         self._remember(reader, key, plan)
         if not bucket.takes_ranges(version):  # as has turned out now
             return None
-        return RemoteFeature(url, plan, version, read, self._large)
+        return RemoteFeature(plan, version, read, self._large)
 
     def _remember(self, reader: PlanReader, key: bytes | None, plan: ReadPlan) -> None:
         if key is not None:
@@ -186,9 +189,7 @@ class RemoteFiles:
         What it cannot open is kept for `open`, so that nothing is asked for twice.
         """
         _, batch_reader = self._opener.readers(keys[0])
-        readers = map(self._opener.readers, keys)
-        others = (n for n, (_, reader) in enumerate(readers) if reader is not batch_reader)
-        some = keys[: next(others, len(keys))]
+        some = keys[: alike(self._opener.readers(key)[1] for key in keys)]
         self._small.begin(keys)
 
         def make(native: Any, known: KnownForms, files: int) -> Chunk:

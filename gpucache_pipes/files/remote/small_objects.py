@@ -89,10 +89,8 @@ class SmallObjects:
         """
         chunk = ObjectChunk(native, known, len(urls))
         memory = chunk.memory.data
-        answers = self._answers()
         used, sizes, full = 0, [], False
         for url, got in zip(urls, self._get(urls, len(memory), progress), strict=False):
-            answers[url] = got
             size = 0 if got.data is None or len(got.data) > WHOLE_BYTES else len(got.data)
             full = full or size > len(memory) - used
             if full:
@@ -145,7 +143,7 @@ class SmallObjects:
                 return not progress.stopped
 
             answered = first.get_many(names, room - _ALIGNMENT * len(asked), begins)
-            for at, got in answered.items():
-                found[asked[at]] = answers[urls[asked[at]]] = got
+            found.update((asked[at], got) for at, got in answered.items())
+        answers.update((urls[n], got) for n, got in found.items())
         end = next(n for n in itertools.count() if n not in found)
         return [found[n] for n in range(end)]

@@ -64,7 +64,7 @@ class Workers:
     """Daemon threads that run jobs, started when they are needed.
 
     What does not work: concurrent.futures.ThreadPoolExecutor. The interpreter waits at its end for
-    the threads of that, which may be in a request that nobody answers.
+    the threads of that, which may wait for an answer that never comes.
 
     Args:
         most: threads at the same time.
