@@ -5,7 +5,7 @@
 
 Each file holds {"feature": float32 [feature_dim], "label": int64 scalar}. Needs
 Lightning: pip install lightning. On several GPUs (--devices 4) each rank has a store of its own,
-and PathLister gives it its part of the files.
+and PathLister gives it its part of the files; with --share-caches the stores are one cache.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from train_with_gpu_cache import CLASSES, write_synthetic
@@ -31,7 +32,9 @@ Batch = dict[str, torch.Tensor]
 class FeatureDataModule(pl.LightningDataModule):
     """The files of a directory: a tenth for validation, a tenth for the test, the rest to train."""
 
-    def __init__(self, directory: Path, batch_size: int, max_cache_bytes: str | None) -> None:
+    def __init__(
+        self, directory: Path, batch_size: int, max_cache_bytes: str | None, share_caches: bool
+    ) -> None:
         super().__init__()
         paths = FeaturePathDataset(directory).paths
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
@@ -44,14 +47,19 @@ class FeatureDataModule(pl.LightningDataModule):
         }
         self.batch_size = batch_size
         self.max_cache_bytes = max_cache_bytes
+        self.share_caches = share_caches
         self.store: GPUFeatureStore | None = None
 
     def setup(self, stage: str) -> None:
         # Not in __init__, where the device of this process is not known yet. And only once, so that
         # test finds the files cached that fit has read.
         if self.store is None:
-            device = self.trainer.strategy.root_device
-            self.store = GPUFeatureStore(device, max_cache_bytes=self.max_cache_bytes)
+            group = dist.group.WORLD if self.share_caches and dist.is_initialized() else None
+            self.store = GPUFeatureStore(
+                self.trainer.strategy.root_device,
+                max_cache_bytes=self.max_cache_bytes,
+                process_group=group,
+            )
 
     def loader(self, split: str) -> GPUCachedPathDataLoader:
         lister = PathLister(
@@ -104,6 +112,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-cache-bytes", help='budget, such as "8GiB"; default: no limit')
+    parser.add_argument("--share-caches", action="store_true", help="one cache for all ranks")
     parser.add_argument("--devices", default="auto", help="how many, or auto")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints and logs")
     parser.add_argument("--resume", type=Path, help="a checkpoint, also one from within an epoch")
@@ -111,7 +120,9 @@ def main() -> None:
 
     if args.synthetic:
         write_synthetic(args.directory, count=2000, width=256)
-    data = FeatureDataModule(args.directory, args.batch_size, args.max_cache_bytes)
+    data = FeatureDataModule(
+        args.directory, args.batch_size, args.max_cache_bytes, args.share_caches
+    )
     width = torch.load(data.splits["train"][0])["feature"].numel()
     trainer = pl.Trainer(
         max_epochs=args.epochs,

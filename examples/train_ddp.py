@@ -2,9 +2,10 @@ r"""Train on several GPUs, or in several processes on one CPU, and resume after 
 
     torchrun --nproc-per-node 2 examples/train_ddp.py /path/to/features --synthetic
     torchrun --nproc-per-node 8 --max-restarts 3 examples/train_ddp.py /path/to/features \
-        --shard static --max-cache-bytes 40GiB --checkpoint run.ckpt
+        --share-caches --max-cache-bytes 40GiB --checkpoint run.ckpt
 
-Each rank has a store on its own device, and PathLister gives it its part of the files. Every
+Each rank has a store on its own device, and PathLister gives it its part of the files. With
+--share-caches the stores are one cache: each file is read once by all of them together. Every
 --save-every steps rank 0 writes a checkpoint: the weights, and the state of the loader, which is a
 few numbers. A run that finds a checkpoint continues with the batch after it, also in the middle of
 an epoch.
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=positive, default=3)
     parser.add_argument("--batch-size", type=positive, default=64, help="of each rank")
     parser.add_argument("--shard", choices=["epoch", "static"], default="epoch")
+    parser.add_argument("--share-caches", action="store_true", help="one cache for all ranks")
     parser.add_argument("--max-cache-bytes", help='budget of each rank, such as "8GiB"')
     parser.add_argument("--checkpoint", type=Path, help="the file to save to and to resume from")
     parser.add_argument("--save-every", type=positive, default=10, help="steps")
@@ -90,7 +92,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     lister = PathLister(
         args.directory, batch_size=args.batch_size, shuffle=True, seed=0, shard=args.shard
     )
-    loader = GPUCachedPathDataLoader(lister, device=device, max_cache_bytes=args.max_cache_bytes)
+    loader = GPUCachedPathDataLoader(
+        lister,
+        device=device,
+        max_cache_bytes=args.max_cache_bytes,
+        process_group=dist.group.WORLD if args.share_caches else None,
+    )
     torch.manual_seed(0)
     width = loader.store.get(lister.paths[0])["feature"].numel()
     model = DistributedDataParallel(torch.nn.Linear(width, CLASSES, device=device))

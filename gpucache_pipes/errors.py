@@ -28,15 +28,18 @@ class PolicyError(RuntimeError):
 
 
 class RankError(RuntimeError):
-    """Another rank had an error, so this rank cannot go on with its batch: see Lockstep.
+    """Another rank had an error or is missing, so this rank cannot go on with its batch.
+
+    See Lockstep, and `process_group=` of GPUFeatureStore.
 
     Attributes:
-        texts: by rank, the type and text of the exception that was raised there.
+        texts: by rank, what happened there: the type and text of an exception, or where it is.
     """
 
-    def __init__(self, texts: dict[int, str]) -> None:
-        super().__init__(texts)
+    def __init__(self, texts: dict[int, str], verb: str = "failed with") -> None:
+        super().__init__(texts, verb)
         self.texts = texts
+        self._verb = verb
 
     def __str__(self) -> str:
-        return "; ".join(f"rank {rank} failed with {text}" for rank, text in self.texts.items())
+        return "; ".join(f"rank {rank} {self._verb} {text}" for rank, text in self.texts.items())

@@ -18,6 +18,7 @@ from gpucache_pipes.device.errors import (
     is_device_error,
     is_out_of_memory,
 )
+from gpucache_pipes.device.exchange_stream import ExchangeStream
 from gpucache_pipes.device.host import HostBackend
 from gpucache_pipes.device.memory import available_host_bytes, total_host_bytes
 from gpucache_pipes.device.runtime import DeviceMemory, Reservation, Runtime
@@ -29,6 +30,7 @@ __all__ = [
     "Column",
     "DeviceMemory",
     "DeviceMemoryError",
+    "ExchangeStream",
     "HostBackend",
     "InOrderRuntime",
     "Pages",

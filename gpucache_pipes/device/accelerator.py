@@ -67,6 +67,7 @@ import torch
 
 from gpucache_pipes.device.arena import Arena
 from gpucache_pipes.device.backend import Backend, Column, Pages
+from gpucache_pipes.device.exchange_stream import OwnExchangeStream
 from gpucache_pipes.device.growing_arena import GrowingArena
 from gpucache_pipes.device.operations import EventPool, Operation, OperationLog
 from gpucache_pipes.device.runtime import Reservation, Runtime
@@ -254,6 +255,15 @@ class AcceleratorBackend(Backend):
     def bind_stream(self) -> Callable[[], AbstractContextManager[Any]]:
         """See Backend."""
         return partial(self._runtime.on, self._runtime.current_stream())
+
+    def exchange_stream(self) -> OwnExchangeStream:
+        """See Backend."""
+        return OwnExchangeStream(self._runtime)
+
+    def index(self, numbers: Pages) -> torch.Tensor:
+        """See Backend. The host does not wait for the copy."""
+        with self._runtime.on_device():
+            return self._runtime.index(np.asarray(numbers, np.int64))
 
     # The end
 

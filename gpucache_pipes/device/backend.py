@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gpucache_pipes.device.exchange_stream import ExchangeStream
+
 Pages = npt.NDArray[np.int64]
 """Page numbers, 1-D."""
 
@@ -148,6 +150,14 @@ class Backend(Protocol):
             A callable. The context manager that it returns makes that stream current, in any
             thread.
         """
+
+    def exchange_stream(self) -> ExchangeStream:
+        """Where to pack rows for other ranks, and to take theirs. For one thread."""
+        return ExchangeStream()
+
+    def index(self, numbers: Pages) -> torch.Tensor:
+        """A new int64 tensor on the device, on the current stream of the calling thread."""
+        return torch.from_numpy(np.array(numbers, np.int64)).to(self.device)
 
     # What follows concerns devices that a model shares. A backend may leave it as it is.
 

@@ -18,7 +18,7 @@ from gpucache_pipes.files.layout import (
 from gpucache_pipes.files.local import LocalFiles, file_size
 from gpucache_pipes.files.part_names import leaf_names, value_names
 from gpucache_pipes.files.path_table import PathLike, PathTable
-from gpucache_pipes.files.paths import NumberedPath, PathList, Paths, paths_without
+from gpucache_pipes.files.paths import NumberedPath, PathList, Paths, chosen, paths_without
 from gpucache_pipes.files.plain_paths import as_plain_data, from_plain_data
 from gpucache_pipes.files.remote.options import RemoteOptions, require_options
 from gpucache_pipes.files.remote.remote_files import RemoteFiles
@@ -62,6 +62,7 @@ __all__ = [
     "as_plain_data",
     "as_samples",
     "build",
+    "chosen",
     "copy_value",
     "file_size",
     "files_of",

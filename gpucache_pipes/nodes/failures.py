@@ -11,6 +11,7 @@ from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError
 from gpucache_pipes.nodes.pending_element import PendingElement
+from gpucache_pipes.nodes.shared_batch import SharedBatch
 from gpucache_pipes.store import PendingBatch
 
 LAST_GOOD = "last_good"
@@ -135,7 +136,7 @@ class Failures:
             raise self.last
         return self._last_good
 
-    def _resolve_features(self, pending: PendingElement, batch: PendingBatch) -> bool:
+    def _resolve_features(self, pending: PendingElement, batch: PendingBatch | SharedBatch) -> bool:
         """Replace or leave out the failed features of an element; whether anything is left."""
         left_out = self._resolve_batch(batch, pending.paths)
         if pending.divisible and left_out:
@@ -144,7 +145,7 @@ class Failures:
         # Which parts of any other element belong to a path is known to the user only.
         return not left_out
 
-    def _resolve_batch(self, batch: PendingBatch, paths: Sequence[Any]) -> set[int]:
+    def _resolve_batch(self, batch: PendingBatch | SharedBatch, paths: Sequence[Any]) -> set[int]:
         """Wait for a request and decide about each feature that failed; which are left out."""
         for position, error in batch.wait().items():
             path = os.fspath(paths[position])

@@ -4,14 +4,11 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torchdata.nodes import BaseNode
 
-from gpucache_pipes.errors import RankError
 from gpucache_pipes.nodes.upstream import as_node, length_of, shown
-
-_ELEMENT, _END, _ERROR = 0, 1, 2
+from gpucache_pipes.peers import ENDS, FAILS, GOES_ON, agree, error_of_all
 
 
 class Lockstep(BaseNode[Any]):
@@ -67,20 +64,19 @@ class Lockstep(BaseNode[Any]):
         group = _host_group()
         if group is None:
             return next(self.source)
-        mine, element, error = _ELEMENT, None, None
+        mine, element, error = GOES_ON, None, None
         try:
             element = next(self.source)
         except StopIteration:
-            mine = _END
+            mine = ENDS
         except Exception as raised:
-            mine, error = _ERROR, raised
-        worst = torch.tensor(mine, device="cpu")
-        dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
-        if worst == _END:
+            mine, error = FAILS, raised
+        worst = agree(mine, group)
+        if worst == ENDS:
             raise StopIteration
-        if worst != _ERROR:
+        if worst != FAILS:
             return element
-        error = _agree_on(error, group)
+        error = error_of_all(error, group)
         try:
             raise error
         finally:
@@ -88,16 +84,6 @@ class Lockstep(BaseNode[Any]):
             # the error and the group: a reference cycle, which keeps the group alive until the
             # garbage collector runs.
             del error, group
-
-
-def _agree_on(error: Exception | None, group: Any) -> Exception:
-    """What this rank raises. A collective operation, of all ranks if one has an error."""
-    texts: list[str | None] = [None] * dist.get_world_size()
-    text = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(texts, text, group=group)
-    if error is not None:
-        return error
-    return RankError({rank: text for rank, text in enumerate(texts) if text is not None})
 
 
 _groups: list[Callable[[], Any]] = [lambda: None, lambda: None]

@@ -12,6 +12,8 @@ from gpucache_pipes.batches import RaggedOptions
 from gpucache_pipes.files import NumberedPath, Paths, Samples, as_samples
 from gpucache_pipes.nodes.callbacks import guarded
 from gpucache_pipes.nodes.pending_element import PendingElement
+from gpucache_pipes.nodes.shared_batch import SharedBatch
+from gpucache_pipes.nodes.shared_epoch import SharedEpoch
 from gpucache_pipes.store import GPUFeatureStore, PendingBatch
 
 
@@ -43,6 +45,7 @@ class Lookahead:
 
     Attributes:
         elements: the queue. Only this class changes it.
+        shared: the epoch, where ranks share their caches; set after `reset`.
         state: the source's, after the last element that was consumed.
     """
 
@@ -63,6 +66,8 @@ class Lookahead:
         self._depth = depth or 1
         self._path_fn = path_fn
         self._copies_states = copies_states
+        self.shared: SharedEpoch | None = None
+        self._steps = 0  # drawn since the reset
         self.elements: deque[PendingElement] = deque()
         self._exhausted = False
         self.state: dict[str, Any] = {}
@@ -70,6 +75,7 @@ class Lookahead:
     def reset(self, source_state: dict[str, Any] | None) -> None:
         """Release all elements, and begin anew from a state of the source. Reads no files."""
         self.release()
+        self.shared, self._steps = None, 0
         self._source.reset(source_state)
         self.state = copy.deepcopy(self._source.state_dict())
         self._exhausted = False
@@ -88,10 +94,13 @@ class Lookahead:
                 self._exhausted = True
                 return
             except Exception as error:
+                self._steps += 1
                 pending = PendingElement(None)
                 pending.error = error
                 self.elements.append(pending)
                 return
+            pending.step = self._steps
+            self._steps += 1
             # Into the queue before all else: an interrupt of what follows must not lose it.
             self.elements.append(pending)
             state = self._source.state_dict()
@@ -134,12 +143,18 @@ class Lookahead:
         if not isinstance(files, Paths) and len(files) and isinstance(files[0], NumberedPath):
             files = [str(path) for path in files]
         asked = files if samples is None else Samples(samples.parts, files)
+        step, pending.step = pending.step, None
+        if self.shared is not None and step is not None:
+            pending.batch = self.shared.batch(step, asked, self._depth)
+            return
         pending.batch = self._store.request(asked, owner=self._owner, ahead=self._depth)
 
     def _find_depth(self) -> None:
         self._depth = self._fixed_depth or self._store.requests_ahead(self._files)
+        if self.shared is not None:  # what a step serves must be there before its messages go
+            self._depth += 2 * self.shared.ahead
 
-    def batch_of(self, pending: PendingElement) -> PendingBatch:
+    def batch_of(self, pending: PendingElement) -> PendingBatch | SharedBatch:
         """The open request of an element: a new one if an interrupt has used up the first."""
         if pending.batch is None or pending.batch.used:
             self.request(pending)
@@ -160,12 +175,16 @@ class Lookahead:
             Exception: the error of the first element that has one, or of the store.
         """
         try:
-            batches = []
+            batches: list[Any] = []
             for pending in heads:
                 if pending.error is not None:
                     raise pending.error
                 batches.append(self.batch_of(pending))
-            batch = self._store.collect(batches, ragged)
+            if isinstance(batches[0], SharedBatch):
+                [shared] = batches
+                batch = shared.result(ragged)
+            else:
+                batch = self._store.collect(batches, ragged)
         except Exception:
             self.take_out(heads)
             raise
@@ -210,6 +229,8 @@ class Lookahead:
         queue; `abandon` gives each request up once, which relies on `list.pop` being atomic under
         the GIL.
         """
+        if self.shared is not None:
+            self.shared.release()
         elements, self.elements = self.elements, deque()
         for pending in elements:
             if pending.batch is not None:

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -46,13 +47,26 @@ class DrawnOrder:
 
     def draw(self, epoch: int) -> NDArray[np.intp]:
         """The positions in the list of files, in the order of this epoch. In any thread."""
-        pool = self._shards.pool(self._files)
-        random = None
-        if self._shuffle:
-            random = _generator(self._seed + epoch)
-            pool = pool[torch.randperm(len(pool), generator=random, device="cpu").numpy()]
-        order = self._shards.share(pool)
-        return order if self._buckets is None else self._buckets.group(order, random)
+        return self.draw_shards(epoch, [self._shards.index])[0]
+
+    def draw_shards(self, epoch: int, shards: Sequence[int]) -> list[NDArray[np.intp]]:
+        """The same for several shards: what `draw` gives in the rank of each. In any thread."""
+        drawn: list[NDArray[np.intp]] = []
+        pool, state = None, torch.empty(0, device="cpu")
+        for index in shards:
+            own = replace(self._shards, index=index)
+            random = _generator(self._seed + epoch) if self._shuffle else None
+            if pool is None or own.static:
+                pool = own.pool(self._files)
+                if random is not None:
+                    drawn_at = torch.randperm(len(pool), generator=random, device="cpu")
+                    pool = pool[drawn_at.numpy()]
+                    state = random.get_state()
+            elif random is not None:  # as it is after the same drawing
+                random.set_state(state)
+            order = own.share(pool)
+            drawn.append(order if self._buckets is None else self._buckets.group(order, random))
+        return drawn
 
     def __len__(self) -> int:
         """Files in an epoch."""

@@ -14,6 +14,7 @@ from gpucache_pipes.nodes.buckets import Buckets
 from gpucache_pipes.nodes.listed_files import ListedFiles
 from gpucache_pipes.nodes.options import no_list, require_batches, require_consistent
 from gpucache_pipes.nodes.order import DrawnOrder, Order, SampledOrder, picked, requested
+from gpucache_pipes.nodes.rank_orders import ShardedOrders
 from gpucache_pipes.nodes.resuming import resumed_position
 from gpucache_pipes.nodes.sharding import Shards, find_rank
 from gpucache_pipes.nodes.upstream import as_node, as_path, is_list
@@ -28,9 +29,8 @@ class PathLister(BaseNode[Any]):
 
         PathLister("features/", batch_size=256, shuffle=True, seed=0)
 
-    Each reset begins the next epoch, or the current one again if nothing was yielded of it. Over
-    the same files, the order of an epoch follows from (seed, epoch): a state is a few numbers, and
-    the order can be announced to the store's policy.
+    Each reset begins the next epoch, or the current one again if nothing was yielded of it. The
+    order of an epoch follows from (seed, epoch): a state is a few numbers, and the store is told.
 
     Args:
         source: a directory, a glob such as "data/**/*.pt", either of which may be a URL such as
@@ -178,17 +178,16 @@ class PathLister(BaseNode[Any]):
     def paths(self) -> Sequence[Any]:
         """All files, as given; those of a directory or a glob sorted. Or samples of several files.
 
-        Relative paths become absolute when the current directory changes, so that they go on
-        naming the same files. Raises TypeError if the source is a stream.
+        Relative paths become absolute when the current directory changes. Raises TypeError if the
+        source is a stream.
         """
         return self._require_list().everything()
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next reset begin this epoch; the first is 0. Else each reset begins the next one.
 
-        A reset from a state goes on in the epoch of the state, unless this names a later epoch,
-        or any other one and the state is from the end of its own: a framework that resumes where
-        it ended an epoch names the one with which it goes on.
+        A reset from a state goes on in the epoch of the state, unless this names a later one, or
+        any other one after a state from the end of its own: that with which a framework goes on.
         """
         self._next_epoch = positive_int("epoch", epoch, least=0)
 
@@ -225,7 +224,7 @@ class PathLister(BaseNode[Any]):
                 self._order = self._drawing.draw(self._epoch)
 
     def next(self) -> Any:
-        """The next path, or the next batch: a list, or a read-only sequence that is like one."""
+        """The next path, or the next batch, a read-only sequence that is like a list."""
         count = self.batch_size or 1
         batch: Sequence[Any]
         if self._stream is not None:
@@ -251,7 +250,7 @@ class PathLister(BaseNode[Any]):
         return self._files.labels is not None
 
     def numbered(self, element: Any) -> Any:
-        """What `next` has yielded, of what a state holds of it: see `files.as_plain_data`."""
+        """What `next` has yielded, of what a state holds: see `files.as_plain_data`."""
         return element if self._listed is None else self._listed.numbered(element)
 
     def __bool__(self) -> bool:
@@ -271,10 +270,7 @@ class PathLister(BaseNode[Any]):
         return f"PathLister({told}, batch_size={self.batch_size}, {self._order_name})"
 
     def get_state(self) -> dict[str, Any]:
-        """Epoch, position, and what identifies the list: a few numbers, for any number of files.
-
-        Over a stream, epoch, position, and the state of the stream.
-        """
+        """Epoch, position, and what identifies the list, or the state of the stream."""
         state: dict[str, Any] = {"epoch": self._epoch, "position": self._position}
         if self._stream is not None:
             state["source"] = self._stream.state_dict()
@@ -285,9 +281,8 @@ class PathLister(BaseNode[Any]):
     def upcoming(self) -> Upcoming:
         """The paths that are left of this epoch, and all of the next one, in order.
 
-        Before the first reset, those of the first two epochs. Empty for a stream, whose order is
-        not known. Takes next to nothing: the next epoch is drawn when it is needed, except by a
-        sampler.
+        Before the first reset, those of the first two epochs; of a stream none. The next epoch is
+        drawn when it is needed, except by a sampler.
         """
         if self._listed is None:
             return Upcoming((), (), 0)
@@ -309,6 +304,14 @@ class PathLister(BaseNode[Any]):
         order = both_epochs if isinstance(drawing, DrawnOrder) else both_epochs()
         return Upcoming(self._files, order, len(rest))
 
+    def sharded_orders(self) -> ShardedOrders | None:
+        """Where it stands in the orders of all shards; None where only its own one is known."""
+        drawing, at = self._drawing, (self._epoch, self._position)
+        if not isinstance(drawing, DrawnOrder) or self._listed is None:
+            return None
+        identity = self._identity()
+        return ShardedOrders(drawing, self.shards, self._files, *at, self._flat, identity)
+
     def _flat(self, order: Order, start: int = 0) -> NDArray[np.intp]:
         """The positions of files from sample `start` on, without those that drop_last omits."""
         end = len(order)
@@ -318,8 +321,7 @@ class PathLister(BaseNode[Any]):
 
     def __len__(self) -> int:
         """Elements that an epoch yields. Raises TypeError if the source is a stream."""
-        if self._stream is not None:
-            raise TypeError("how many paths a stream has is not known in advance")
+        self._require_list()
         self._find_rank_again()
         count = len(self._drawing)
         if self.batch_size is None:

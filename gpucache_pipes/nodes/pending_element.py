@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpucache_pipes.files import Samples, paths_without
+from gpucache_pipes.nodes.shared_batch import SharedBatch
 from gpucache_pipes.store import PendingBatch
 
 
@@ -23,6 +24,7 @@ class PendingElement:
         resolved: the request whose failed features have all been replaced or left out. If it is
             not `batch`, that is still to be done.
         error: what drawing or requesting it raised; the consumer gets it in its turn.
+        step: of a shared epoch, which it is until it was requested; else None.
         state: the source's state after it; None if the source failed to yield it, or if an
             interrupt came first. Then the state of the element before it stays in force.
     """
@@ -36,6 +38,7 @@ class PendingElement:
         "samples",
         "single",
         "state",
+        "step",
         "value",
     )
 
@@ -45,10 +48,11 @@ class PendingElement:
         self.samples: Samples | None = None
         self.single = False
         self.divisible = False
-        self.batch: PendingBatch | None = None
-        self.resolved: PendingBatch | None = None
+        self.batch: PendingBatch | SharedBatch | None = None
+        self.resolved: PendingBatch | SharedBatch | None = None
         self.error: Exception | None = None
         self.state: dict[str, Any] | None = None
+        self.step: int | None = None
 
     def kept(self) -> Sequence[Any]:
         """Its paths, or its samples, without those that were left out."""

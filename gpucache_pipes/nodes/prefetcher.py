@@ -1,6 +1,7 @@
 """GPUPrefetcher: paths in, features on the device out, requested a few elements ahead."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,6 +17,7 @@ from gpucache_pipes.nodes.lookahead import Lookahead
 from gpucache_pipes.nodes.options import OnError, PrefetchOptions, require_store
 from gpucache_pipes.nodes.pending_element import PendingElement
 from gpucache_pipes.nodes.sharding import find_rank
+from gpucache_pipes.nodes.shared_epoch import share
 from gpucache_pipes.nodes.shared_position import SharedPosition
 from gpucache_pipes.nodes.upstream import as_node, find_upstream, length_of, shown
 from gpucache_pipes.store import GPUFeatureStore
@@ -60,9 +62,8 @@ class GPUPrefetcher(BaseNode[Any]):
       that trains. The calling thread's own stream would be the wrong one: threads of torchdata
       set none, and the training thread does not wait for theirs.
 
-    A ParallelMapper downstream calls the user's function in threads of its own. What the function
-    issues runs on the current streams of these threads, which are not ordered after the gather
-    unless they are the same stream.
+    What the function of a ParallelMapper downstream issues runs on the current streams of its
+    threads, which are not ordered after the gather unless they are the same stream.
 
     **Failed files.** With `on_error="raise"`, the error of a file is raised by the `next()` whose
     element needs it, and not earlier; the following `next()` goes on with the following element.
@@ -77,15 +78,14 @@ class GPUPrefetcher(BaseNode[Any]):
       for ever. There the next element of the epoch of which something is left is yielded in its
       place, and a second time in its turn; at the end of an epoch, the last one before it is
       yielded once more. If there is neither, the error of the file is raised.
-    - An epoch of which nothing can be loaded is an error, and not an epoch without batches.
+    - An epoch of which nothing can be loaded is an error.
     - A lack of host or device memory is always raised, as a MemoryError, and a failure of the
       store's policy, as a PolicyError.
 
     **States.** `state_dict()` holds the source's state after the last element that the consumer
     has got, not after the last one drawn: a run that resumes after k elements gets elements
     k + 1, k + 2, ... whatever its depth, and pending requests are made again. A signal handler may
-    call it within `next()`: the state covers the element that is being gathered, or not yet, and
-    nothing between. Its keys:
+    call it within `next()`: the state covers the element that is being gathered, or not. Keys:
 
     - "source": the state of the source.
     - "served": only with `on_error`, and only until the epoch has yielded an element: False.
@@ -147,7 +147,7 @@ class GPUPrefetcher(BaseNode[Any]):
         # Names this pipeline to the policy; the same for all pipelines over one source.
         self._owner = PipelineIdentity(source)
         self._key = (PipelineIdentity(store), self._owner)
-        # Returns the paths that will be drawn, where a lister upstream knows them.
+        # Returns the paths to come, where a lister upstream knows them.
         self._upcoming = find_upstream(self.source, "upcoming")
         # The states of our listers are new dicts, which change no more.
         self._ahead = Lookahead(
@@ -173,39 +173,44 @@ class GPUPrefetcher(BaseNode[Any]):
         self.failures.begin_epoch(ranks, initial_state, find_upstream(self.source, "numbered"))
         self._labelled = bool(find_upstream(self.source, "labelled"))
         self.store.begin_epoch(self._owner)
+        shared = self._ahead.shared = share(self.store, self.source, self._owner, self.depth)
         if self._upcoming is not None:
-            # A path_fn may turn these paths into others. Then the announcement is wrong, which
-            # the policy notices.
-            self.store.announce(self._owner, self._upcoming)
+            # A path_fn may turn paths into others, which the policy notices.
+            upcoming = self._upcoming if shared is None else shared.upcoming
+            self.store.announce(self._owner, upcoming)
 
     def next(self) -> Any:
         """The next element; see the class."""
         with self._stream():
-            if not self._ready(1):
-                raise StopIteration
-            head = self._ahead.elements[0]
-            batch, [labels] = self._gather([head])
-            return self._join(batch[0] if head.single else batch, head, labels)
+            return self._in_step(partial(self._make, None))
 
     def next_collated(self, ragged: RaggedOptions) -> Any:
         """`next(self).collate(ragged)`, with a copy less on the host.
 
         Raises:
-            TypeError: for an element that is a single path, and is then consumed. Not to be
-                called with a path_fn.
+            TypeError: for a single path, which is consumed. Not to be called with a path_fn.
         """
         with self._stream():
-            if not self._ready(1):
-                raise StopIteration
-            head = self._ahead.elements[0]
-            if head.single and head.error is None:
-                self._ahead.take_out([head])
-                raise TypeError(
-                    "a GPUCollator collates sequences of features, not single ones; with "
-                    "batch_size it makes batches of these itself"
-                )
-            batch, [labels] = self._gather([head], ragged)
-            return batch if labels is NO_LABELS else (batch, labels)
+            return self._in_step(partial(self._make, ragged))
+
+    def _in_step(self, make: Callable[[], Any]) -> Any:
+        shared = self._ahead.shared
+        return make() if shared is None else shared.step(lambda: self._ahead.draw(1), make)
+
+    def _make(self, ragged: RaggedOptions | None) -> Any:
+        if not self._ready(1):
+            raise StopIteration
+        head = self._ahead.elements[0]
+        if ragged is not None and head.single and head.error is None:
+            self._ahead.take_out([head])
+            raise TypeError(
+                "a GPUCollator collates sequences of features, not single ones; with "
+                "batch_size it makes batches of these itself"
+            )
+        batch, [labels] = self._gather([head], ragged)
+        if ragged is None:
+            return self._join(batch[0] if head.single else batch, head, labels)
+        return batch if labels is NO_LABELS else (batch, labels)
 
     def take(self, count: int) -> Sequence[Any]:
         """The next `count` elements, gathered at once on the current stream.

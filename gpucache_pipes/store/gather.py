@@ -183,7 +183,7 @@ class Gatherer:
             if substitute is not None:
                 layouts.append(substitute.layout)
                 values.append(substitute.values)
-                pieces.append(self._upload(substitute, entries.paths[number]))
+                pieces.append(self.upload(substitute, entries.paths[number]))
                 continue
             layouts.append(table.layouts[of_entry[at]])
             values.append(entries.values.get(number, ()))
@@ -194,7 +194,7 @@ class Gatherer:
         starts = list(accumulate((len(piece) for piece in pieces), initial=0))
         return PageBatch(backend.device, taken.paths, layouts, values, torch.cat(pieces), starts)
 
-    def _upload(self, feature: LoadedFeature, path: str) -> torch.Tensor:
+    def upload(self, feature: LoadedFeature, path: str) -> torch.Tensor:
         """The bytes of a feature on the device. Raises MemoryError, naming `path`."""
         # Rounded up: the next feature must begin at a multiple of its alignment.
         try:

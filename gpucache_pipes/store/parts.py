@@ -11,6 +11,7 @@ from gpucache_pipes.device import Backend, open_backend, resolve_device, total_h
 from gpucache_pipes.files import AnyFiles, Source, require_options
 from gpucache_pipes.files.packed import DiskCache
 from gpucache_pipes.files.source import OPTIONAL
+from gpucache_pipes.peers import PeerGroup
 from gpucache_pipes.store.disk import DiskOptions, open_disk_cache
 from gpucache_pipes.store.gather import Gatherer
 from gpucache_pipes.store.host_tier import HostTier
@@ -18,6 +19,7 @@ from gpucache_pipes.store.loader import Loader, require_timeout
 from gpucache_pipes.store.pace import MOST_READERS
 from gpucache_pipes.store.reader_pool import ReaderPool
 from gpucache_pipes.store.requests import RequestManager
+from gpucache_pipes.store.serving import Serving
 from gpucache_pipes.store.shared_cache import SharedCache
 from gpucache_pipes.store.shutdown import Shutdown
 from gpucache_pipes.store.task_reader import TaskReader
@@ -42,6 +44,8 @@ class Parts(NamedTuple):
     shutdown: Shutdown
     disk: DiskCache | None
     host: HostTier | None
+    peers: PeerGroup | None
+    serving: Serving
 
 
 def make_parts(
@@ -65,6 +69,8 @@ def make_parts(
     read_timeout: float | None,
     host_cache_bytes: int | str | None,
     disk: DiskOptions,
+    process_group: Any,
+    exchange_timeout: float,
 ) -> Parts:
     """The parts of `store`. Arguments and errors are those of GPUFeatureStore."""
     if load_fn is not None and not callable(load_fn):
@@ -88,6 +94,9 @@ def make_parts(
     host_policy = make_policy(policy if isinstance(policy, str) else "clairvoyant")
     policy = make_policy(policy)
     backend = device if isinstance(device, Backend) else open_backend(resolve_device(device))
+    peers = None
+    if process_group is not None:
+        peers = PeerGroup(process_group, exchange_timeout, backend.device)
     budget = None
     if max_cache_bytes is not None:
         budget = parse_bytes("max_cache_bytes", max_cache_bytes, backend.total_bytes)
@@ -131,7 +140,8 @@ def make_parts(
     )
     made = files if isinstance(files, AnyFiles) and source is None else None
     shutdown = Shutdown(store, shared, loader, pool, backend, disk_cache, host, made)
-    return Parts(backend, shared, loader, requests, shutdown, disk_cache, host)
+    serving = Serving(shared, backend, gatherer)
+    return Parts(backend, shared, loader, requests, shutdown, disk_cache, host, peers, serving)
 
 
 def _require_source(source: object) -> None:

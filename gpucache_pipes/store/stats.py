@@ -56,6 +56,9 @@ class StoreStats:
         disk_written: features that this store has written into it, in complete segments.
         disk_unpackable: features that cannot be kept there, since they hold other objects.
         disk_bytes: size of all of its segments.
+        files_received: features that came from the caches of other ranks; neither hits nor misses
+            of this one, where `hits` and `misses` count what it has served.
+        bytes_received: bytes of their pages.
     """
 
     hits: int
@@ -84,6 +87,8 @@ class StoreStats:
     disk_written: int = 0
     disk_unpackable: int = 0
     disk_bytes: int = 0
+    files_received: int = 0
+    bytes_received: int = 0
 
     @classmethod
     def of(cls, cache: Cache, counters: Counters, backend: Backend, readers: int) -> "StoreStats":
@@ -160,5 +165,5 @@ def describe(cache: Cache, counters: Counters) -> str:
 
 _COUNTED = (
     *Counters.__dataclass_fields__, "evictions", "host_hits",
-    "disk_hits", "disk_written", "disk_unpackable",
+    "disk_hits", "disk_written", "disk_unpackable", "files_received", "bytes_received",
 )  # fmt: skip

@@ -84,6 +84,11 @@ class GPUFeatureStore(DeviceSharing):
             "never" does not look.
         disk_cache_key: with a load_fn or a source of your own: a string that you change whenever
             it makes other features of the same files.
+        process_group: ranks whose caches are one, such as `torch.distributed.group.WORLD`.
+        Pipelines
+            over a sharded PathLister then read each file once in all of them, and send it to who
+            needs it; all ranks must iterate alike. All other methods concern this rank alone.
+        exchange_timeout: seconds that ranks wait for each other in such a pipeline.
 
     Raises:
         ValueError: an argument is out of range; the message names it and its value.
@@ -113,6 +118,8 @@ class GPUFeatureStore(DeviceSharing):
         disk_cache_bytes: int | str | None = None,
         disk_cache_check: str = "stat",
         disk_cache_key: str | None = None,
+        process_group: Any = None,
+        exchange_timeout: float = 60.0,
     ) -> None:
         parts = make_parts(
             self, device, max_cache_bytes=max_cache_bytes, max_cache_items=max_cache_items,
@@ -122,10 +129,11 @@ class GPUFeatureStore(DeviceSharing):
             revalidate=revalidate, read_timeout=read_timeout, host_cache_bytes=host_cache_bytes,
             disk=DiskOptions(
                 disk_cache, disk_cache_bytes, disk_cache_check, disk_cache_key
-            ),
+            ), process_group=process_group, exchange_timeout=exchange_timeout,
         )  # fmt: skip
         self._backend, self._shared, self._loader, self._requests, self._shutdown = parts[:5]
         self._disk, self._host = parts.disk, parts.host
+        self.peers, self.serving = parts.peers, parts.serving
         register(self)
 
     # Batches
@@ -290,7 +298,7 @@ class GPUFeatureStore(DeviceSharing):
         In a signal handler or a finalizer that has interrupted a call of this store, not quite.
         """
         stats = self._shared.stats(self._loader.readers)
-        for tier in (self._host, self._disk):
+        for tier in (self._host, self._disk, self.peers):
             if tier is not None:
                 stats = replace(stats, **tier.figures())
         return stats

@@ -30,3 +30,5 @@ class StoreOptions(TypedDict, total=False):
     disk_cache_bytes: int | str | None
     disk_cache_check: str
     disk_cache_key: str | None
+    process_group: Any
+    exchange_timeout: float

@@ -322,6 +322,18 @@ def test_the_example(tmp_path: Path) -> None:
         assert float(accuracy) > 0.9
 
 
+def test_the_example_with_one_cache_for_two_ranks(tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / "lightning_datamodule.py")
+    options = ["--synthetic", "--epochs", "2", "--runs", str(tmp_path / "runs")]
+    command = [sys.executable, script, str(tmp_path / "features"), *options]
+    run = subprocess.run(
+        [*command, "--share-caches", "--devices", "2"], capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr
+    # Without it each rank would find half of its files in its cache.
+    assert "hit rate, last epoch      100.0%" in run.stdout
+
+
 def test_what_is_no_store_for_the_callback() -> None:
     for wrong in (None, 3):
         with pytest.raises(TypeError, match="a function that returns it, such as lambda"):

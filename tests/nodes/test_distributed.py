@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpucache_pipes import Lockstep
+from gpucache_pipes import Lockstep, PathLister
 
 ROOT = Path(__file__).parents[2]
 Files = Callable[..., list[str]]
@@ -24,11 +24,11 @@ def classified(number: int) -> dict[str, torch.Tensor]:
     return {"feature": torch.randn(16) + number % 10, "label": torch.tensor(number % 10)}
 
 
-def command(*arguments: object, restarts: int = 0) -> list[str]:
+def command(*arguments: object, restarts: int = 0, ranks: int = 2) -> list[str]:
     with socket.socket() as unused:
         unused.bind(("localhost", 0))
         port = str(unused.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     script = str(ROOT / "examples" / "train_ddp.py")
     options = ["--master-port", port, "--max-restarts", str(restarts)]
     return [*torchrun, *options, script, *map(str, arguments)]
@@ -78,6 +78,50 @@ def test_a_rank_is_killed_and_the_run_goes_on_as_if_nothing_had_happened(
     assert starts == [0, 0, 39, 39]
     [end] = re.findall("finished at step 150, weights .*", killed.stdout)
     assert end in undisturbed.stdout  # to the last digit
+
+
+def weights_after(directory: Path, ranks: int, batch_size: int, epochs: int) -> float:
+    """The sum of the weights that train_ddp.py prints, by one process that is all ranks."""
+    listers = [
+        PathLister(
+            directory, batch_size=batch_size, shuffle=True, num_shards=ranks, shard_index=rank
+        )
+        for rank in range(ranks)
+    ]
+    torch.manual_seed(0)
+    model = torch.nn.Linear(16, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(epochs):
+        for lister in listers:
+            lister.reset()
+        for of_ranks in zip(*listers, strict=True):
+            optimizer.zero_grad()
+            for paths in of_ranks:
+                batch = torch.utils.data.default_collate([torch.load(path) for path in paths])
+                loss = torch.nn.functional.cross_entropy(model(batch["feature"]), batch["label"])
+                (loss / ranks).backward()
+            optimizer.step()
+    return float(model.weight.detach().sum())
+
+
+def test_ranks_that_share_their_caches_go_on_after_one_was_killed(
+    make_files: Files, tmp_path: Path
+) -> None:
+    """Of four. Their sums of gradients are rounded otherwise than those of one process."""
+    torch.manual_seed(0)
+    directory = Path(make_files(50, classified)[0]).parent
+    (tmp_path / "sitecustomize.py").write_text(DIES_AT_STEP_40)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    options = [directory, "--batch-size", 5, "--save-every", 3, "--epochs", 20, "--share-caches"]
+    killed = run(
+        command(*options, "--checkpoint", tmp_path / "run.ckpt", restarts=1, ranks=4), environment
+    )
+    assert killed.returncode == 0, killed.stderr
+    starts = re.findall(r"is process \d+ on cpu, from step (\d+)", killed.stdout)
+    assert [*map(int, starts)] == [0] * 4 + [39] * 4
+    assert len(re.findall(r"hit rate 100\.0%", killed.stdout)) >= 15
+    [end] = re.findall("finished at step 60, weights (.*)", killed.stdout)
+    assert float(end) == pytest.approx(weights_after(directory, 4, 5, 20), rel=1e-4)
 
 
 def test_a_bad_file_on_one_rank_ends_all(make_files: Files) -> None:

@@ -1,0 +1,248 @@
+"""Ranks that share their caches, beside ranks that do not: hits, files read, and time.
+
+Each rank is a process, and gloo connects them. Contenders take turns in the same processes.
+
+    python benchmarks/many_ranks.py [--only hits|epoch|overhead|sizes] [--rounds N] [--json FILE]
+
+hits      second and later epochs under a global shuffle, for 2, 4 and 8 ranks, each of which has
+room
+          for 10%, 25% or 50% of the files; and how often files were read in all ranks together
+epoch     4 ranks with room for 25% each, where each open of a file takes 3 ms (slow_storage.c), 8
+reader
+          threads in each store. Linux only
+overhead  batches that no other rank has a part of (shard="static", all cached), beside the same
+pipeline
+          under Lockstep
+sizes     epochs of which three quarters come from other ranks, by the size of a feature
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from _common import save, temporary_directory, write_files
+
+from gpucache_pipes import GPUCollator, GPUFeatureStore, GPUPrefetcher, Lockstep, PathLister
+
+DELAY = 3000
+"""Microseconds of an open."""
+
+
+def pipeline(directory: str, store: GPUFeatureStore, **options: Any) -> GPUCollator:
+    lister = PathLister(directory, batch_size=64, shuffle=True, **options)
+    return GPUCollator(GPUPrefetcher(lister, store))
+
+
+def stores(**options: Any) -> tuple[GPUFeatureStore, GPUFeatureStore]:
+    """One that shares its cache, and one that does not."""
+    group = dist.group.WORLD
+    return GPUFeatureStore("cpu", process_group=group, **options), GPUFeatureStore("cpu", **options)
+
+
+def epoch_of(node: Any) -> float:
+    """Seconds of an epoch on all ranks, from the first to the last."""
+    dist.barrier()
+    begin = time.perf_counter()
+    node.reset()
+    batches = sum(1 for _ in node)
+    assert batches
+    dist.barrier()
+    return time.perf_counter() - begin
+
+
+def total(*numbers: float) -> list[float]:
+    """The sums over all ranks."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+# What the ranks do. Each function returns JSON.
+
+
+def hits(directory: str, files: int, share: float, rounds: int) -> Any:
+    shared, plain = stores(max_cache_items=round(files * share))
+    found = {}
+    for name, store in (("shared", shared), ("alone", plain)):
+        node = pipeline(directory, store)
+        epoch_of(node)
+        first = store.stats()
+        for _ in range(rounds):
+            epoch_of(node)
+        done = store.stats().since(first)
+        served, asked, read = total(done.hits, done.hits + done.misses, store.stats().files_read)
+        found[name] = {"hit_rate": served / asked, "reads_per_file": read / files}
+        store.close()
+    return found
+
+
+def epoch(directory: str, files: int, share: float, rounds: int) -> Any:
+    shared, plain = stores(max_cache_items=round(files * share), reader_threads=8)
+    nodes = {"shared": pipeline(directory, shared), "alone": pipeline(directory, plain)}
+    times: dict[str, list[float]] = {name: [] for name in nodes}
+    for _ in range(rounds + 1):
+        for name, node in nodes.items():
+            times[name].append(epoch_of(node))
+    shared.close()
+    plain.close()
+    return times
+
+
+def overhead(directory: str, files: int, share: float, rounds: int) -> Any:
+    shared, plain = stores()
+    nodes: dict[str, Any] = {
+        "shared": pipeline(directory, shared, shard="static"),
+        "lockstep": Lockstep(pipeline(directory, plain, shard="static")),
+    }
+    times: dict[str, list[float]] = {name: [] for name in nodes}
+    for number in range(rounds + 1):
+        for name, node in nodes.items():
+            seconds = epoch_of(node)
+            if number:
+                times[name].append(seconds / len(node))
+    shared.close()
+    plain.close()
+    return times
+
+
+# The program that starts them
+
+
+def run(function: Callable[..., Any], ranks: int, *arguments: Any, **environment: str) -> Any:
+    """What a function returns in rank 0."""
+    with temporary_directory() as meet:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--rank", str(rank), str(ranks), f"{meet}/meet",
+                 function.__name__, json.dumps(arguments)],
+                stdout=subprocess.PIPE, text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        printed = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise SystemExit("\n".join(printed))
+    return json.loads(printed[0].splitlines()[-1])
+
+
+def run_rank(rank: int, ranks: int, meet: str, name: str, arguments: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=ranks)
+    found = globals()[name](*json.loads(arguments))
+    dist.barrier()
+    dist.destroy_process_group()
+    print(json.dumps(found))
+
+
+def measure_hits(rounds: int) -> list[Any]:
+    rows = []
+    files = 3200
+    with temporary_directory() as directory:
+        write_files(directory, files, width=64)
+        for ranks in (2, 4, 8):
+            for share in (0.1, 0.25, 0.5):
+                found = run(hits, ranks, directory, files, share, rounds)
+                rows.append({"ranks": ranks, "share": share, **found})
+                expected = min(1, ranks * share)
+                print(
+                    f"{ranks} ranks with {share:.0%} each: hits {found['shared']['hit_rate']:.1%} "
+                    f"(min(1, W C / N) = {expected:.1%}), alone {found['alone']['hit_rate']:.1%}; "
+                    f"reads of a file {found['shared']['reads_per_file']:.2f}, alone "
+                    f"{found['alone']['reads_per_file']:.2f}"
+                )
+    return rows
+
+
+def measure_epoch(rounds: int) -> Any:
+    files = 4096
+    with temporary_directory() as found:
+        library, directory = Path(found, "slow.so"), Path(found, "features")
+        source = Path(__file__).with_name("slow_storage.c")
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+        directory.mkdir()
+        write_files(directory, files, width=1024)
+        times = run(
+            epoch, 4, str(directory), files, 0.25, rounds, LD_PRELOAD=str(library),
+            SLOW_DIRECTORY=str(directory), SLOW_MICROSECONDS=str(DELAY),
+        )  # fmt: skip
+    ratios = [b / a for a, b in zip(times["shared"][1:], times["alone"][1:], strict=True)]
+    print(
+        f"first epoch {times['shared'][0]:.2f} s, alone {times['alone'][0]:.2f} s; later ones "
+        f"{statistics.median(times['shared'][1:]):.3f} s, alone "
+        f"{statistics.median(times['alone'][1:]):.3f} s: {statistics.median(ratios):.2f} times as "
+        f"fast ({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    return {"seconds": times, "ratios": ratios}
+
+
+def measure_overhead(rounds: int) -> Any:
+    rows = {}
+    with temporary_directory() as directory:
+        write_files(directory, 4096, width=1024)
+        for ranks in (2, 4):
+            times = run(overhead, ranks, directory, 4096, 1.0, rounds)
+            ratios = [a / b for a, b in zip(times["shared"], times["lockstep"], strict=True)]
+            rows[str(ranks)] = {"seconds": times, "ratios": ratios}
+            print(
+                f"{ranks} ranks: {statistics.median(times['shared']) * 1e6:.0f} us a batch, under "
+                f"Lockstep {statistics.median(times['lockstep']) * 1e6:.0f} us: "
+                f"{statistics.median(ratios):.3f} of it ({min(ratios):.3f} to {max(ratios):.3f})"
+            )
+    return rows
+
+
+def measure_sizes(rounds: int) -> Any:
+    rows = []
+    for kib, files in ((4, 4096), (64, 1024), (1024, 256)):
+        with temporary_directory() as directory:
+            write_files(directory, files, width=kib * 256)
+            times = run(epoch, 4, directory, files, 0.25, rounds)
+        ratios = [b / a for a, b in zip(times["shared"][1:], times["alone"][1:], strict=True)]
+        rows.append({"KiB": kib, "files": files, "seconds": times, "ratios": ratios})
+        print(
+            f"{kib} KiB a feature: {statistics.median(times['shared'][1:]):.3f} s an epoch, alone, "
+            f"with files in the page cache, {statistics.median(times['alone'][1:]):.3f} s: "
+            f"{statistics.median(ratios):.2f} times as fast"
+        )
+    return rows
+
+
+MEASURES: dict[str, tuple[Callable[[int], Any], int]] = {
+    "hits": (measure_hits, 2),
+    "epoch": (measure_epoch, 5),
+    "overhead": (measure_overhead, 15),
+    "sizes": (measure_sizes, 5),
+}
+
+
+def main() -> None:
+    if "--rank" in sys.argv:
+        at = sys.argv.index("--rank")
+        rank, ranks, meet, name, arguments = sys.argv[at + 1 :]
+        run_rank(int(rank), int(ranks), meet, name, arguments)
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=[*MEASURES])
+    parser.add_argument("--rounds", type=int, help="epochs of each contender")
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+    figures = {}
+    for name, (measure, rounds) in MEASURES.items():
+        if args.only in (None, name):
+            print(f"{name}:")
+            figures[name] = measure(args.rounds or rounds)
+    save(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()

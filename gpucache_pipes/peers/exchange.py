@@ -1,0 +1,281 @@
+"""The messages of one epoch: one to each rank in each step that needs any, some steps ahead."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from gpucache_pipes.device import Backend, ExchangeStream
+from gpucache_pipes.peers.arrival import Arrival
+from gpucache_pipes.peers.group import PeerGroup
+from gpucache_pipes.peers.message import (
+    Contents,
+    Inbox,
+    Outbox,
+    make_tail,
+    read_tail,
+    tail_bytes,
+)
+from gpucache_pipes.peers.schedule import Schedule
+
+Sizes = NDArray[np.int64]
+"""[ranks, 2]: bytes of the rows and of the tail of the message for, or from, each rank."""
+
+
+class Served(Protocol):
+    """The files of a pending batch, as the store of this rank serves them."""
+
+    def look(self) -> Contents:
+        """Wait for the files; what is known of them."""
+
+    def pack(self) -> torch.Tensor:
+        """The pages of those that could be loaded, end to end, uint8."""
+
+    def abandon(self) -> None:
+        """Give the files up. Takes no lock."""
+
+
+class _Prepared(NamedTuple):
+    """A message to each rank that is known, and not packed yet."""
+
+    served: Served
+    metas: list[bytes]
+    sizes: Sizes
+
+
+class _Flight(NamedTuple):
+    """Messages under way."""
+
+    works: list[Any]
+    rows: torch.Tensor
+    tails: torch.Tensor
+    sizes: Sizes  # of the messages that come
+    held: tuple[Any, ...]  # what is sent
+
+
+class Exchange:
+    """Sends what this rank serves, and receives what it needs, step by step.
+
+    All ranks call `send` for the same steps in the same order, in the thread that trains. The
+    message of a step tells how long the one `ahead` steps later will be, so that one operation is
+    enough.
+
+    Args:
+        group: the ranks.
+        schedule: who sends what.
+        ahead: how many messages may be under way.
+        backend: has pages, and the device.
+        serve: step -> what this rank serves in it.
+    """
+
+    def __init__(
+        self, group: PeerGroup, schedule: Schedule, ahead: int, backend: Backend,
+        serve: Callable[[int], Served],
+    ) -> None:  # fmt: skip
+        self._group = group
+        self._schedule = schedule
+        self._ahead = ahead
+        self._backend = backend
+        self._serve = serve
+        self._on_host = backend.memory_is_host()
+        self._stream: ExchangeStream = backend.exchange_stream()
+        self._outboxes = [Outbox() for _ in group.ranks]
+        self._inboxes = [Inbox() for _ in group.ranks]
+        self._next_to_prepare = 0
+        self._prepared: dict[int, _Prepared] = {}
+        self._flights: dict[int, _Flight] = {}
+        self._announced: dict[int, Sizes] = {}
+        self._arrivals: dict[int, Arrival] = {}
+        self.sent = 0
+        self.error: Exception | None = None
+
+    # Sending
+
+    def send(self, step: int, where: str, place: int) -> None:
+        """Send the messages of a step, if it has any. A collective operation then.
+
+        What keeps this rank from serving a file is no error here: its receiver finds out. An error
+        that concerns this rank alone is kept in `error`, and the message is sent without rows.
+        """
+        self.sent = step + 1
+        if step >= self._schedule.steps or not self._schedule.crosses[step]:
+            return
+        following = step + self._ahead
+        self._prepare_until(following)
+        prepared = self._prepared.pop(step)
+        with self._group.waiting(where, place):
+            incoming = self._sizes_of(step, prepared)
+            rows, is_void = self._pack(prepared)
+            next_sizes = np.zeros_like(prepared.sizes)
+            if following in self._prepared:
+                next_sizes = self._prepared[following].sizes
+            tails = [
+                make_tail((*sizes, len(meta), self._backend.page_bytes, is_void), meta)
+                for sizes, meta in zip(next_sizes.tolist(), prepared.metas, strict=True)
+            ]
+            self._flights[step] = self._issue(rows, tails, prepared.sizes, incoming)
+
+    def _prepare_until(self, last: int) -> None:
+        """Describe what is served up to this step, in the order of steps."""
+        steps = range(self._next_to_prepare, min(last + 1, self._schedule.steps))
+        for step in steps:
+            self._next_to_prepare = step + 1
+            if self._schedule.crosses[step]:
+                self._prepared[step] = self._prepare(step)
+
+    def _prepare(self, step: int) -> _Prepared:
+        files, counts = self._schedule.served(step)
+        served = self._serve(step)
+        contents = Contents([], np.full(len(files), -1, np.intp), [])
+        try:
+            contents = served.look()
+        except Exception as error:
+            self.error = self.error or error
+        pages = contents.pages(self._backend.page_bytes) * self._backend.page_bytes
+        ends = np.cumsum(counts).tolist()
+        metas, sizes = [], []
+        for outbox, end, count in zip(self._outboxes, ends, counts.tolist(), strict=True):
+            part = slice(end - count, end)
+            metas.append(outbox.describe(contents.part(part.start, end)) if count else b"")
+            sizes.append((int(pages[part].sum()), tail_bytes(metas[-1])))
+        return _Prepared(served, metas, np.array(sizes, np.int64))
+
+    def _sizes_of(self, step: int, prepared: _Prepared) -> Sizes:
+        """The sizes of the messages that come: earlier messages have told them, or they are
+        asked.
+        """
+        before = step - self._ahead
+        if before >= 0 and self._schedule.crosses[before]:
+            self.receive(before)
+            return self._announced.pop(step)
+        mine = torch.from_numpy(prepared.sizes.copy())
+        theirs, two = torch.empty_like(mine), np.full(len(mine), 2)
+        _start(theirs.view(-1), mine.view(-1), two, two, self._group.host()).wait()
+        return theirs.numpy()
+
+    def _pack(self, prepared: _Prepared) -> tuple[torch.Tensor, int]:
+        """The rows for all ranks, and whether that has failed, so that they are void."""
+        total = int(prepared.sizes[:, 0].sum())
+        try:
+            with self._stream.issuing():
+                rows = prepared.served.pack()
+                if len(rows) == total:
+                    return rows, 0
+        except Exception as error:
+            self.error = self.error or error
+        prepared.served.abandon()
+        return torch.zeros(total, dtype=torch.uint8, device=self._backend.device), 1
+
+    def _issue(
+        self, rows: torch.Tensor, tails: Sequence[NDArray[np.uint8]], outgoing: Sizes,
+        incoming: Sizes,
+    ) -> _Flight:  # fmt: skip
+        if self._group.sends_device_memory:
+            with self._stream.issuing():
+                landed = rows.new_empty(int(incoming[:, 0].sum()))
+                work = _start(landed, rows, incoming[:, 0], outgoing[:, 0], self._group.data())
+            sent = torch.from_numpy(np.concatenate(tails))
+            told = torch.empty(int(incoming[:, 1].sum()), dtype=torch.uint8, device="cpu")
+            works = [work, _start(told, sent, incoming[:, 1], outgoing[:, 1], self._group.host())]
+            return _Flight(works, landed, told, incoming, (rows, sent))
+        with self._stream.issuing():
+            # With a device whose memory cannot be sent, this waits for the copy.
+            on_host = rows if self._on_host else rows.cpu()
+        pieces, end = [], 0
+        for (count, _), tail in zip(outgoing.tolist(), tails, strict=True):
+            pieces += [on_host[end : end + count], torch.from_numpy(tail)]
+            end += count
+        sent = torch.cat(pieces)
+        landed = torch.empty(int(incoming.sum()), dtype=torch.uint8, device="cpu")
+        work = _start(landed, sent, incoming.sum(1), outgoing.sum(1), self._group.host())
+        return _Flight([work], landed, landed, incoming, (sent, rows))
+
+    # Receiving
+
+    def arrival(self, step: int, where: str, place: int) -> Arrival:
+        """What has arrived for a step, after waiting for it. May be called again."""
+        with self._group.waiting(where, place):
+            self.receive(step)
+        return self._arrivals[step]
+
+    def forget(self, step: int) -> None:
+        """The rows of a step are not needed any more."""
+        self._arrivals.pop(step, None)
+
+    def receive(self, step: int) -> None:
+        """Wait for the messages of a step that was sent, and of those before it."""
+        for earlier in sorted(self._flights):
+            if earlier <= step:
+                self._read(earlier, self._flights[earlier])
+                del self._flights[earlier]
+
+    def _read(self, step: int, flight: _Flight) -> None:
+        separate = flight.tails is not flight.rows
+        with self._stream.issuing():
+            for work in flight.works:
+                work.wait()  # of device memory: the stream waits, and the host does not
+            block = flight.rows
+            if not (separate or self._on_host):
+                block = flight.held[1].new_empty(len(flight.rows))
+                block.copy_(flight.rows)
+            mark = self._stream.mark()
+        told = flight.tails.numpy()
+        row_sizes, tail_sizes = flight.sizes.T.tolist()
+        sources = self._schedule.sources(step)
+        order = np.argsort(sources, kind="stable")
+        counts = np.bincount(sources, minlength=len(self._group)).tolist()
+        starts, sizes = np.zeros((2, len(sources)), np.int64)
+        which = np.full(len(sources), -1, np.intp)
+        numbers: dict[Any, int] = {}
+        values: list[Any] = [()] * len(sources)
+        announced = np.zeros_like(flight.sizes)
+        at = begin = row = 0  # in the tails, in the block, among the rows
+        for source, count in enumerate(counts):
+            at += 0 if separate else row_sizes[source]
+            head, meta = read_tail(told[at : at + tail_sizes[source]])
+            announced[source] = head["rows"], head["tail"]
+            contents = self._inboxes[source].read(meta, count)
+            if count:
+                mine = order[row : row + count]
+                takes = contents.pages(int(head["page"])) * int(head["page"])
+                starts[mine] = begin + np.cumsum(takes) - takes
+                sizes[mine] = takes
+                if not head["void"]:
+                    known = [numbers.setdefault(one, len(numbers)) for one in contents.layouts]
+                    which[mine] = np.array([*known, -1], np.intp)[contents.which]
+                for position, of_row in zip(mine.tolist(), contents.values, strict=False):
+                    values[position] = of_row
+            at += tail_sizes[source]
+            begin += row_sizes[source] + (0 if separate else tail_sizes[source])
+            row += count
+        following = step + self._ahead
+        if following < self._schedule.steps and self._schedule.crosses[following]:
+            self._announced[following] = announced
+        self._arrivals[step] = Arrival(
+            block, mark, self._stream, starts, sizes,
+            Contents([*numbers], which, values if any(values) else []),
+        )  # fmt: skip
+        came = sources != self._group.index
+        self._group.files_received += int((came & (which >= 0)).sum())
+        self._group.bytes_received += int(sizes[came & (which >= 0)].sum())
+
+    # The end
+
+    def release(self) -> list[Any]:
+        """Give up what is served, and return what is under way. Takes no lock."""
+        prepared, self._prepared = self._prepared, {}
+        for one in prepared.values():
+            one.served.abandon()
+        flights, self._flights = self._flights, {}
+        return [*flights.values()]
+
+
+def _start(
+    landed: torch.Tensor, sent: torch.Tensor, incoming: Sizes, outgoing: Sizes, group: Any
+) -> Any:
+    return dist.all_to_all_single(
+        landed, sent, incoming.tolist(), outgoing.tolist(), group=group, async_op=True
+    )

@@ -1,0 +1,84 @@
+"""Ranks that share their caches, for real: processes that gloo connects."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ranks import results_of, run_ranks, start_ranks
+
+
+@pytest.mark.parametrize(("world", "seeds"), [(2, (0, 30)), (3, (1000, 1025))])
+def test_batches_are_those_without_it(world: int, seeds: tuple[int, int], tmp_path: Path) -> None:
+    found = run_ranks(world, "equal_to_the_plain_one", str(tmp_path), [*range(*seeds)])
+    for seen in found:
+        assert seen["received"] > 30 and seen["resumed"] > 2 and seen["read once"] > 1
+
+
+def test_a_state_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    begun = run_ranks(2, "begin_an_epoch", str(tmp_path / "f"), 3)
+    assert begun[0]["state"] == begun[1]["state"]
+    done = [set(rank["labels"]) for rank in begun]
+    ended = run_ranks(3, "end_an_epoch", str(tmp_path / "f"), begun[0]["state"])
+    rest = [label for rank in ended for label in rank["labels"]]
+    assert done[0].isdisjoint(done[1]) and (done[0] | done[1]).isdisjoint(rest)
+    assert len(rest) == 48 - 2 * 3 * 3  # no file is repeated
+    assert sorted([*done[0], *done[1], *rest]) == list(range(48))
+    for rank in ended:  # and the next epochs are those of three ranks
+        assert rank["then"] == rank["alone"]
+
+
+def test_what_one_rank_cannot_read_another_does(tmp_path: Path) -> None:
+    owner, other = run_ranks(2, "one_cannot_read", str(tmp_path / "f"))
+    assert owner == other == ["4 epochs"]
+
+
+def test_errors_are_heard_by_all_at_the_same_batch(tmp_path: Path) -> None:
+    mine, other = run_ranks(2, "bad_file", str(tmp_path / "f"))
+    assert len(mine) == len(other) == 12
+    for one, two in zip(mine, other, strict=True):
+        assert (one == "batch") == (two == "batch")
+    assert mine.count("batch") == 9
+    assert sorted([one.split(":")[0] for one in mine + other if one != "batch"]) == [
+        *["FeatureLoadError"] * 3, *["RankError"] * 3,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["dies", "breaks", "late"])
+def test_a_rank_that_is_lost_is_named(how: str, tmp_path: Path) -> None:
+    found = results_of(start_ranks(3, "one_is_lost", str(tmp_path / "f"), how))
+    what = "RankError: rank 1 is "
+    what += r"at the beginning of pass 3, " if how == "breaks" else r"not at batch 2 of this pass "
+    for rank in (0, 2):
+        told = found[rank]
+        assert len(told) == 2, told
+        assert re.match(what, told[0]), told
+        assert "batch 2 of" in told[0]
+        assert "can no longer be shared" in told[1]
+    if how == "dies":
+        assert found[1].startswith("exit -9")
+
+
+def test_where_caches_are_not_shared(tmp_path: Path) -> None:
+    for told in run_ranks(2, "not_shared", str(tmp_path / "f")):
+        assert told == {
+            "a stream": "the order of a sampler or a stream is known to its own rank only",
+            "a sampler": "the order of a sampler or a stream is known to its own rank only",
+            "single paths": "the PathLister has no batch_size",
+            "a list": "the source is no PathLister",
+            "all files": "the PathLister yields shard 0 of 1 in rank",
+            "path_fn": "for batches that path_fn changes",
+        }
+
+
+def test_wrong_settings(tmp_path: Path) -> None:
+    first, second = run_ranks(2, "other_settings", str(tmp_path / "f"))
+    assert "rank 1 has order " in first["another seed"] and "seed=1" in first["another seed"]
+    assert "rank 0 has order " in second["another seed"]
+    for told in (first, second):
+        assert "is no group" in told["no group"]
+        assert "exchange_timeout=0 must be a positive number" in told["timeout"]
+        assert "must be called in the thread" in told["thread"]
