@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from gpucache_pipes.cli.ranks import ranks_as_text
 from gpucache_pipes.units import format_bytes, parse_bytes
 
 _MARKS = "●○▲△■□◆◇"
@@ -26,6 +27,8 @@ def plan_as_text(report: dict[str, Any]) -> str:
     lines += ["", *_chart(report, names)]
     if report["tiers"] is not None:
         lines += ["", *_tier_table(report["tiers"])]
+    if report["ranks"] is not None:
+        lines += ["", ranks_as_text(report["ranks"], total)]
     return "\n".join(lines)
 
 

@@ -87,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     planning.add_argument("--gpu-memory", metavar="SIZE", help='for features, such as "24GiB"')
     planning.add_argument("--host-memory", metavar="SIZE", help="for a tier below the GPU")
     planning.add_argument("--disk", metavar="SIZE", help="for a tier on a local disk below that")
+    planning.add_argument(
+        "--ranks", type=int, default=1, help="with a cache of --gpu-memory each, shared or not"
+    )
     planning.add_argument("--epochs", type=int, default=5, help="to simulate")
     planning.add_argument(
         "--shuffle",
@@ -318,6 +321,7 @@ def _plan(args: argparse.Namespace) -> int:
         weights_only=not args.unsafe,
         progress=not args.json,
         storage_options=storage_options(args.storage_option),
+        ranks=args.ranks,
     )
     if args.plot is not None:
         charts.draw_plan(report, args.plot)

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpucache_pipes.cache import Trace, simulate
+from gpucache_pipes.cli.ranks import plan_ranks
 from gpucache_pipes.files import AnyFiles
 from gpucache_pipes.store.progress import progress_bar
 from gpucache_pipes.units import format_bytes
@@ -32,6 +33,7 @@ def plan(
     weights_only: bool = True,
     progress: bool = True,
     storage_options: Mapping[str, Any] | None = None,
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """Simulate each policy with caches of several sizes.
 
@@ -49,14 +51,17 @@ def plan(
         weights_only: as in `torch.load`, for the files that are opened.
         progress: show a progress bar on stderr.
         storage_options: see GPUFeatureStore.
+        ranks: how many share the files; with several, each has a cache of `memory` bytes.
 
     Returns:
         A report that `json.dumps` accepts. Each of its `rows` holds, for one size of the cache, the
         hit rate and the fraction of bytes read from files for each policy. With tiers, `tiers` says
-        for each policy what each of them serves: see `_tiers`.
+        for each policy what each of them serves: see `_tiers`. With ranks, `ranks` is that of
+        `plan_ranks`.
 
     Raises:
-        ValueError: `epochs` is less than 2, or one of the opened files cannot be read.
+        ValueError: `epochs` is less than 2, `ranks` more than the files, or one of the opened files
+            cannot be read.
     """
     if epochs < 2:
         raise ValueError(
@@ -85,7 +90,13 @@ def plan(
                 bar.update()
             rows.append(row)
     tiers = [("GPU", min(memory, total)), *((name, min(size, total)) for name, size in below)]
+    of_ranks = None
+    if ranks != 1:
+        of_ranks = plan_ranks(
+            sample, ranks, memory, scale=scale, epochs=epochs, shuffle=shuffle, seed=seed
+        )
     return {
+        "ranks": of_ranks,
         "tiers": _tiers(tiers, traces, by_file, scale, epochs) if below else None,
         "files": len(sizes),
         "simulated_files": len(sample),

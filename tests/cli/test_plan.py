@@ -143,3 +143,25 @@ def test_without_matplotlib(
     assert main(["plan", where, "--plot", "x.png"]) == 1
     assert "pip install matplotlib" in capsys.readouterr().err
     assert main(["plan", where]) == 0
+
+
+def test_ranks(make_files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = make_files(64, lambda n: {"x": torch.zeros(64)})
+    command = ["plan", directory(paths), "--ranks", "4", "--gpu-memory", "4KiB"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "4 ranks: hit rate after the first epoch" in text and "process_group=" in text
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)["ranks"]
+    assert report["ranks"] == 4 and report["memory"] == 4096
+    for row in report["rows"]:
+        share = row["cache_bytes"] // 256 / 64
+        for way in ("shared", "static"):
+            assert row[way]["hit_rate"] == pytest.approx(min(1, 4 * share))
+            assert row[way]["read_fraction"] == pytest.approx(1 - min(1, 4 * share))
+        assert share == 1 or row["epoch"]["hit_rate"] < row["shared"]["hit_rate"]
+    for ranks in ("0", "65"):
+        assert main([*command[:2], "--ranks", ranks]) == 1
+        assert f"--ranks {ranks} must be from 2 to the number of files, 64" in (
+            capsys.readouterr().err
+        )

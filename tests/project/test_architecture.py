@@ -24,7 +24,7 @@ ALLOWED = {
     "store": {"store", "batches", "cache", "device", "files", "peers"},
     "nodes": {"nodes", "batches", "files", "peers", "store"},
     "adapters": {"adapters", "files", "nodes", "store"},
-    "cli": {"cli", "batches", "cache", "device", "files", "nodes", "store"},
+    "cli": {"cli", "batches", "cache", "device", "files", "nodes", "peers", "store"},
     "testing": {"testing", "cache", "device", "files", "nodes", "store"},
     "former_names": set(),
     "__init__": {"adapters", "batches", "cache", "files", "nodes", "store"},
