@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint types tests test-remote tests-python-reader coverage docs speed bench soak attack kills stress \
+.PHONY: demo test lint types tests test-remote tests-python-reader coverage docs speed bench soak attack kills kill-ranks stress \
 	gpu-check clean
 
 demo: $(INSTALLED)
@@ -57,6 +57,10 @@ soak: $(INSTALLED)
 # A thousand processes that write into a disk cache are killed: two minutes.
 kills: $(INSTALLED)
 	$(BIN)/python tests/kills.py
+
+# Ranks that share their caches are killed fifty times: ten minutes.
+kill-ranks: $(INSTALLED)
+	$(BIN)/python tests/peers/kill_ranks.py
 
 # Prints how to repeat a failure. Any duration: make attack MINUTES=600
 MINUTES ?= 10

@@ -2,7 +2,8 @@
 
 Each rank is a process, and gloo connects them. Contenders take turns in the same processes.
 
-    python benchmarks/many_ranks.py [--only hits|epoch|overhead|sizes] [--rounds N] [--json FILE]
+    python benchmarks/many_ranks.py [--only hits|epoch|overhead|sizes|nodes] [--rounds N]
+        [--json FILE]
 
 hits      second and later epochs under a global shuffle, for 2, 4 and 8 ranks, each of which has
 room
@@ -13,17 +14,20 @@ reader
 overhead  batches that no other rank has a part of (shard="static", all cached), beside the same
 pipeline
           under Lockstep
+nodes     4 ranks on two hosts, which are network namespaces that a link of 1 Gb/s and 0.1 ms
+          connects; 3 ms an open. Linux only, and root. Left out unless --only names it
 sizes     epochs of which three quarters come from other ranks, by the size of a feature
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +118,36 @@ def overhead(directory: str, files: int, share: float, rounds: int) -> Any:
     return times
 
 
+def nodes(directory: str, files: int, share: float, rounds: int) -> Any:
+    """One cache of all ranks, one of each node, and a cache for each rank."""
+    here = [dist.new_group([first, first + 1]) for first in (0, 2)][dist.get_rank() // 2]
+    groups = {"one cache": dist.group.WORLD, "one a node": here, "alone": None}
+    options = {"max_cache_items": round(files * share), "reader_threads": 8}
+    stores = {n: GPUFeatureStore("cpu", process_group=g, **options) for n, g in groups.items()}
+    pipelines = {name: pipeline(directory, store) for name, store in stores.items()}
+    times: dict[str, list[float]] = {name: [] for name in pipelines}
+    for _ in range(rounds + 1):
+        for name, node in pipelines.items():
+            times[name].append(epoch_of(node))
+    read = {name: total(store.stats().files_read)[0] / files for name, store in stores.items()}
+    for store in stores.values():
+        store.close()
+    return {"seconds": times, "reads_per_file": read}
+
+
 # The program that starts them
 
 
-def run(function: Callable[..., Any], ranks: int, *arguments: Any, **environment: str) -> Any:
-    """What a function returns in rank 0."""
+def run(
+    function: Callable[..., Any], ranks: int, *arguments: Any, prefix: Any = None,
+    **environment: str,
+) -> Any:  # fmt: skip
+    """What a function returns in rank 0. `prefix` of a rank is put in front of its command."""
     with temporary_directory() as meet:
         processes = [
             subprocess.Popen(
-                [sys.executable, __file__, "--rank", str(rank), str(ranks), f"{meet}/meet",
-                 function.__name__, json.dumps(arguments)],
+                [*(prefix(rank) if prefix else ()), sys.executable, __file__, "--rank", str(rank),
+                 str(ranks), f"{meet}/meet", function.__name__, json.dumps(arguments)],
                 stdout=subprocess.PIPE, text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
             )
@@ -163,18 +187,65 @@ def measure_hits(rounds: int) -> list[Any]:
     return rows
 
 
-def measure_epoch(rounds: int) -> Any:
-    files = 4096
+def run_slowly(function: Callable[..., Any], files: int, rounds: int, **options: Any) -> Any:
+    """What a function of 4 ranks returns over storage that is slow."""
     with temporary_directory() as found:
         library, directory = Path(found, "slow.so"), Path(found, "features")
         source = Path(__file__).with_name("slow_storage.c")
         subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
         directory.mkdir()
-        write_files(directory, files, width=1024)
-        times = run(
-            epoch, 4, str(directory), files, 0.25, rounds, LD_PRELOAD=str(library),
-            SLOW_DIRECTORY=str(directory), SLOW_MICROSECONDS=str(DELAY),
+        write_files(directory, files, width=options.pop("width", 1024))
+        share = options.pop("share", 0.25)
+        return run(
+            function, 4, str(directory), files, share, rounds, LD_PRELOAD=str(library),
+            SLOW_DIRECTORY=str(directory), SLOW_MICROSECONDS=str(DELAY), **options,
         )  # fmt: skip
+
+
+def measure_nodes(rounds: int) -> Any:
+    rows = []
+    for kib, files in ((4, 4096), (64, 1024)):
+        for share in (0.25, 0.5):
+            with two_hosts() as prefix:
+                found = run_slowly(
+                    nodes, files, rounds, width=kib * 256, share=share, prefix=prefix,
+                    GLOO_SOCKET_IFNAME="link",
+                )  # fmt: skip
+            middle = {n: statistics.median(t[2:]) for n, t in found["seconds"].items()}
+            rows.append({"KiB": kib, "share": share, **found})
+            print(
+                f"{kib} KiB, room for {share:.0%} each: "
+                + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in middle.items())
+            )
+    return rows
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[Callable[[int], list[str]]]:
+    """Two network namespaces that a shaped link connects; which command enters that of a rank."""
+    names = [f"gpucache-{os.getpid()}-{n}" for n in range(2)]
+    shape = "root netem delay 0.1ms rate 1gbit limit 100000"
+    commands = [
+        *(f"ip netns add {name}" for name in names),
+        f"ip link add link netns {names[0]} type veth peer name link netns {names[1]}",
+    ]
+    for n, name in enumerate(names):
+        within = f"ip netns exec {name}"
+        commands += [
+            f"{within} ip addr add 10.201.0.{n + 1}/24 dev link", f"{within} ip link set link up",
+            f"{within} ip link set lo up", f"{within} tc qdisc add dev link {shape}",
+        ]  # fmt: skip
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True)
+        yield lambda rank: ["ip", "netns", "exec", names[rank // 2]]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def measure_epoch(rounds: int) -> Any:
+    times = run_slowly(epoch, 4096, rounds)
     ratios = [b / a for a, b in zip(times["shared"][1:], times["alone"][1:], strict=True)]
     print(
         f"first epoch {times['shared'][0]:.2f} s, alone {times['alone'][0]:.2f} s; later ones "
@@ -222,6 +293,7 @@ MEASURES: dict[str, tuple[Callable[[int], Any], int]] = {
     "epoch": (measure_epoch, 5),
     "overhead": (measure_overhead, 15),
     "sizes": (measure_sizes, 5),
+    "nodes": (measure_nodes, 6),
 }
 
 
@@ -238,7 +310,7 @@ def main() -> None:
     args = parser.parse_args()
     figures = {}
     for name, (measure, rounds) in MEASURES.items():
-        if args.only in (None, name):
+        if args.only == name or (args.only is None and name != "nodes"):
             print(f"{name}:")
             figures[name] = measure(args.rounds or rounds)
     save(args.json, figures)

@@ -8,6 +8,7 @@ test verifies that the pages match the reports. The picture of docs/benchmarks.m
 
 import json
 import re
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gpucache_pipes.cli.bench.report import three_digits
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     ROOT / "docs" / "benchmarks.md",
+    ROOT / "docs" / "many_gpus.md",
     ROOT / "docs" / "remote.md",
     ROOT / "docs" / "tiers.md",
     ROOT / "README.md",
@@ -221,6 +223,67 @@ def remote() -> str:
     return "\n".join(lines)
 
 
+def sharding() -> str:
+    """Hit rates of `sharding.py`, for two sizes of a cache."""
+    figures = load("sharding")["figures"]
+    ways = {
+        "epoch": '"epoch", a cache each',
+        "static": '"static", a cache each',
+        "shared": '"epoch" and `process_group=`',
+    }
+    ranks = [*figures["epoch, 5.0%"]]
+    lines = [f"| ranks | {' | '.join(ranks)} |", "|---" * (len(ranks) + 1) + "|"]
+    for share in ("5.0%", "25.0%"):
+        for way, title in ways.items():
+            room = f", room for {share.replace('.0', '')} of the data" if way == "epoch" else ""
+            rates = [f"{rate:.0%}" for rate in figures[f"{way}, {share}"].values()]
+            lines.append(f"| {title}{room} | {' | '.join(rates)} |")
+    return "\n".join(lines)
+
+
+def many_ranks() -> str:
+    """What `many_ranks.py` has measured."""
+    figures = load("many_ranks")["figures"]
+    lines = ["| later epochs | hits | reads of a file in 3 epochs |", "|---|---|---|"]
+    for row in figures["hits"]:
+        cells = [
+            f"**{shared}**, alone {alone}"
+            for shared, alone in (
+                (f"{row['shared']['hit_rate']:.1%}", f"{row['alone']['hit_rate']:.0%}"),
+                (f"{row['shared']['reads_per_file']:.2f}", f"{row['alone']['reads_per_file']:.2f}"),
+            )
+        ]
+        lines.append(
+            f"| {row['ranks']} ranks, room for {row['share']:.0%} each | {' | '.join(cells)} |"
+        )
+    lines += ["", "| | shared / alone |", "|---|---|"]
+
+    def times(title: str, ratios: list[float], what: str) -> None:
+        ends = f"{three_digits(min(ratios))} to {three_digits(max(ratios))}"
+        middle = three_digits(statistics.median(ratios))
+        lines.append(f"| {title} | **{middle}** {what} ({ends}) |")
+
+    times(
+        "4 ranks, room for 25% each, files of 4 KiB, 3 ms an open, 8 readers: a later epoch",
+        figures["epoch"]["ratios"], "times as fast",
+    )  # fmt: skip
+    for row in figures["sizes"]:
+        title = f"the same with features of {row['KiB']} KiB, files in the page cache"
+        times(title, row["ratios"], "times as fast")
+    for ranks, row in figures["overhead"].items():
+        title = f"{ranks} ranks, everything local and cached, under Lockstep: time of a batch"
+        times(title, row["ratios"], "times as long")
+    what = "two hosts of 2 ranks, a link of 1 Gb/s, 3 ms an open: seconds of a later epoch"
+    lines += ["", f"| {what} | one cache of all | one of each host | alone |", "|---|---|---|---|"]
+    for row in load("many_ranks-nodes")["figures"]["nodes"]:
+        seconds = [three_digits(statistics.median(t[2:])) for t in row["seconds"].values()]
+        lines.append(
+            f"| features of {row['KiB']} KiB, room for {row['share']:.0%} each | "
+            f"{' | '.join(seconds)} |"
+        )
+    return "\n".join(lines)
+
+
 def aims() -> str:
     """The table of `aims.py`; what reaches its aim is bold."""
     report = load("aims")
@@ -243,7 +306,10 @@ def rows_as_table(rows: list[dict[str, Any]]) -> str:
 
 def render(page: str) -> str:
     """The page with all tables replaced by those of the reports."""
-    made = {"gains": gains, "aims": aims, "packed": packed, "remote": remote}
+    made = {
+        "gains": gains, "aims": aims, "packed": packed, "remote": remote, "sharding": sharding,
+        "many_ranks": many_ranks,
+    }  # fmt: skip
     return MARKS.sub(lambda m: f"{m[1]}{made.get(m[2], partial(scenario, m[2]))()}\n{m[3]}", page)
 
 

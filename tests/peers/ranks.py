@@ -18,10 +18,13 @@ ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).paren
 def start_ranks(world: int, name: str, *arguments: Any) -> "list[subprocess.Popen[str]]":
     """Begin `scenarios.<name>(rank, *arguments)` in `world` processes. Arguments are JSON."""
     meet = tempfile.mktemp(prefix="ranks-")
+    environment = dict(ENVIRONMENT)
+    if "cuda" in arguments:
+        del environment["CUDA_VISIBLE_DEVICES"]
     return [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(world), meet, name, json.dumps(arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         )
         for rank in range(world)
     ]  # fmt: skip

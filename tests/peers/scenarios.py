@@ -1,6 +1,11 @@
 """What the ranks of the tests do. Each function runs in all of them, and returns JSON."""
 
+import json
+import os
 import random
+import signal
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -67,11 +72,15 @@ def feature_of(kind: str, n: int, random_: random.Random) -> Any:
     return {"feature": torch.full((300,), number), "mask": torch.tensor([n % 2 == 0])}
 
 
-def equal_to_the_plain_one(rank: int, directory: str, seeds: list[int]) -> dict[str, int]:
+def equal_to_the_plain_one(
+    rank: int, directory: str, seeds: list[int], device: str = "cpu"
+) -> dict[str, int]:
     """Random pipelines, each with the caches shared and not: batches are the same."""
     seen: Counter[str] = Counter()
+    if device != "cpu":
+        torch.accelerator.set_device_index(rank)
     for seed in seeds:
-        compare(rank, f"{directory}/{seed}", random.Random(seed), seen)
+        compare(rank, f"{directory}/{seed}", random.Random(seed), seen, device)
     return dict(seen)
 
 
@@ -94,7 +103,9 @@ class Epochs:
         self.state = state
 
 
-def compare(rank: int, directory: str, choose: random.Random, seen: "Counter[str]") -> None:
+def compare(
+    rank: int, directory: str, choose: random.Random, seen: "Counter[str]", device: str
+) -> None:
     world = dist.get_world_size()
     kind = choose.choice(["alike", "values", "ragged", "unlike", "two sizes"])
     count = choose.randint(world, 40)
@@ -136,7 +147,7 @@ def compare(rank: int, directory: str, choose: random.Random, seen: "Counter[str
     def make(shared: bool) -> Any:
         files = CountingFiles()
         store = GPUFeatureStore(
-            "cpu", max_cache_items=budget, page_bytes=page_bytes, source=files,
+            device, max_cache_items=budget, page_bytes=page_bytes, source=files,
             process_group=dist.group.WORLD if shared else None, exchange_timeout=20,
             reader_threads=1,
         )  # fmt: skip
@@ -249,9 +260,6 @@ def loader_of(directory: str, **options: Any) -> Any:
 
 def one_is_lost(rank: int, directory: str, how: str) -> list[str]:
     """In the second epoch rank 1 dies, breaks off alone, or is late; what the others then see."""
-    import os
-    import signal
-    import time
 
     make_files(directory, 0, 72, "alike")
     loader = loader_of(directory, exchange_timeout=2)
@@ -407,7 +415,6 @@ def not_shared(rank: int, directory: str) -> dict[str, str]:
 
 def other_settings(rank: int, directory: str) -> dict[str, str]:
     """The errors of a group or pipelines that are wrong."""
-    import threading
 
     paths = make_files(directory, 0, 24, "alike")
     found: dict[str, str] = {}
@@ -431,3 +438,124 @@ def other_settings(rank: int, directory: str) -> dict[str, str]:
     node = GPUPrefetcher(lister, store)
     noted("another seed", lambda: list(node))
     return found
+
+
+def train_until_killed(
+    rank: int, directory: str, victim: int, delay: float, last: int, timeout: float
+) -> dict[str, Any]:
+    """Go on from the last state, with random settings; the victim is killed after `delay`
+    seconds."""
+
+    folder = Path(directory)
+    if rank == 0 and not folder.exists():
+        folder.mkdir()
+        for n in range(97):
+            torch.save({"feature": torch.full((11,), float(n)), "label": n}, folder / f"{n:03}.pt")
+    dist.barrier()
+    saved = folder / "state.json"
+    state = json.loads(saved.read_text()) if saved.exists() else None
+    choose = random.Random(repr(state))
+    store = GPUFeatureStore(
+        "cpu", process_group=dist.group.WORLD, exchange_timeout=timeout,
+        max_cache_items=choose.choice([None, 10, 40]), reader_threads=choose.choice([1, 2]),
+    )  # fmt: skip
+
+    def lister() -> PathLister:
+        return PathLister(directory, batch_size=4, shuffle=True, seed=5)
+
+    node = GPUCollator(GPUPrefetcher(lister(), store, depth=choose.choice([None, 1, 3])))
+    plain = lister()
+    told = {"wrong": [], "batches": 0, "error": None, "epoch": 0, "received": 0}
+    dist.barrier()
+
+    def die() -> None:
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == victim:
+        threading.Thread(target=die, daemon=True).start()
+    try:
+        while told["epoch"] < last:
+            node.reset(state)
+            plain.reset(None if state is None else state["source"]["source"])
+            state = None
+            for expected in plain:
+                batch = next(node)
+                numbers = [int(Path(path).stem) for path in expected]
+                exact = torch.tensor(numbers)[:, None].expand(-1, 11)
+                if batch["label"].tolist() != numbers or not torch.equal(batch["feature"], exact):
+                    told["wrong"].append([numbers, batch["label"].tolist()])
+                told["batches"] += 1
+                if rank == 0:
+                    text = json.dumps(node.state_dict())
+                    unfinished = saved.with_suffix(".unfinished")
+                    unfinished.write_text(text)
+                    unfinished.replace(saved)
+            told["epoch"] = plain.state_dict()["epoch"] + 1
+    except Exception as error:
+        told["error"] = f"{type(error).__name__}: {error}"
+        told["epoch"] = plain.state_dict()["epoch"]
+    told["received"] = store.stats().files_received
+    return told
+
+
+BROKEN |= {"train_until_killed"}
+
+
+def two_groups(rank: int, directory: str) -> dict[str, Any]:
+    """Four ranks, as two nodes of two: caches are shared within a node, by a device mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    paths = make_files(directory, 0, 40, "ragged")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "gpu"))
+    files = CountingFiles()
+    store = GPUFeatureStore("cpu", process_group=mesh["gpu"].get_group(), source=files)
+    plain = GPUFeatureStore("cpu")
+    loaders = [
+        Epochs(
+            GPUCollator(
+                GPUPrefetcher(PathLister(paths, batch_size=3, shuffle=True), each), ragged="pad"
+            )
+        )
+        for each in (store, plain)
+    ]
+    for _ in range(14):
+        batches = [[*loader] for loader in loaders]
+        assert_alike(*batches)
+    every: list[Any] = [None] * 4
+    dist.all_gather_object(every, dict(files.opened))
+    node = Counter(every[rank - rank % 2]) + Counter(every[rank - rank % 2 + 1])
+    return {"most": max(node.values()), "files": len(node), "came": store.stats().files_received}
+
+
+def train_and_validate(rank: int, directory: str) -> dict[str, Any]:
+    """Two pipelines on one store, one within the epochs of the other; then all that is left."""
+    paths = make_files(directory, 0, 60, "values")
+    store = GPUFeatureStore("cpu", process_group=dist.group.WORLD, max_cache_items=25)
+    plain = GPUFeatureStore("cpu", max_cache_items=25)
+    pipelines = [
+        [
+            Epochs(GPUCollator(GPUPrefetcher(PathLister(some, batch_size=4, shuffle=mixed), each)))
+            for some, mixed in ((paths[:45], True), (paths[45:], False))
+        ]
+        for each in (store, plain)
+    ]
+    for epoch in range(4):
+        batches: list[list[Any]] = []
+        for training, validation in pipelines:
+            seen: list[Any] = []
+            for at, batch in enumerate(training):
+                seen.append(batch)
+                if at == 2:
+                    seen += validation
+                if at == 3 and epoch == 2:
+                    break  # all ranks do
+            batches.append(seen)
+        assert_alike(*batches)
+    for training, validation in pipelines:
+        training.node.reset()
+        validation.node.reset()
+    store.wait_idle()
+    store.check()
+    held = store.stats()
+    return {"pending": held.pending_batches, "bypassed": held.bypassed_items, "items": held.items}

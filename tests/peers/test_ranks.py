@@ -62,6 +62,18 @@ def test_a_rank_that_is_lost_is_named(how: str, tmp_path: Path) -> None:
         assert found[1].startswith("exit -9")
 
 
+def test_groups_of_ranks(tmp_path: Path) -> None:
+    for found in run_ranks(4, "two_groups", str(tmp_path / "f")):
+        assert found["most"] == 1 and found["files"] == 40  # once in each node
+        assert found["came"] > 20
+
+
+def test_several_pipelines_on_one_store(tmp_path: Path) -> None:
+    for found in run_ranks(2, "train_and_validate", str(tmp_path / "f")):
+        assert found["pending"] == found["bypassed"] == 0
+        assert 0 < found["items"] <= 25
+
+
 def test_where_caches_are_not_shared(tmp_path: Path) -> None:
     for told in run_ranks(2, "not_shared", str(tmp_path / "f")):
         assert told == {
