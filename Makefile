@@ -58,7 +58,7 @@ soak: $(INSTALLED)
 kills: $(INSTALLED)
 	$(BIN)/python tests/kills.py
 
-# Ranks that share their caches are killed fifty times: ten minutes.
+# Ranks that share their caches are killed thirty times: seven minutes.
 kill-ranks: $(INSTALLED)
 	$(BIN)/python tests/peers/kill_ranks.py
 

@@ -41,7 +41,7 @@ def hit_rate_shared(ranks: int, share: float) -> float:
     listers = [
         PathLister(names, shuffle=True, num_shards=ranks, shard_index=rank) for rank in range(ranks)
     ]
-    owners, epochs = Owners(FILES), []
+    owners, epochs = Owners(names), []
     for _ in range(EPOCHS):
         for lister in listers:
             lister.reset()

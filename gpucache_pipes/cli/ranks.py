@@ -89,7 +89,7 @@ def _orders(
 
 def _served(orders: Sequence[Positions], files: int) -> Iterator[list[int]]:
     """What rank 0 serves in each epoch, if the caches are shared."""
-    owners = Owners(files)
+    owners = Owners([str(number) for number in range(files)])
     for each in orders:
         owners.ranks = owners.assigned(each, _BATCH)
         yield Schedule(each, _BATCH, owners.ranks, 0).all_served().tolist()

@@ -174,10 +174,9 @@ class GPUPrefetcher(BaseNode[Any]):
         self._labelled = bool(find_upstream(self.source, "labelled"))
         self.store.begin_epoch(self._owner)
         shared = self._ahead.shared = share(self.store, self.source, self._owner, self.depth)
-        if self._upcoming is not None:
+        if self._upcoming is not None and shared is None:
             # A path_fn may turn paths into others, which the policy notices.
-            upcoming = self._upcoming if shared is None else shared.upcoming
-            self.store.announce(self._owner, upcoming)
+            self.store.announce(self._owner, self._upcoming)
 
     def next(self) -> Any:
         """The next element; see the class."""
@@ -195,7 +194,7 @@ class GPUPrefetcher(BaseNode[Any]):
 
     def _in_step(self, make: Callable[[], Any]) -> Any:
         shared = self._ahead.shared
-        return make() if shared is None else shared.step(lambda: self._ahead.draw(1), make)
+        return make() if shared is None else shared.step(self._ahead, make)
 
     def _make(self, ragged: RaggedOptions | None) -> Any:
         if not self._ready(1):

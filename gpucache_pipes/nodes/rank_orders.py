@@ -1,5 +1,6 @@
 """The orders of several ranks, which each of them can compute."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def orders_of(lister: Any, ranks: Sequence[int], world: int, rank: int) -> RankO
     Args:
         lister: the source of a pipeline, after a reset.
         ranks: global ranks, this one included.
-        world: how many ranks there are, each of which has the shard of its number.
+        world: how many ranks there are.
         rank: this one.
     """
     if not hasattr(lister, "sharded_orders"):
@@ -69,20 +70,28 @@ def orders_of(lister: Any, ranks: Sequence[int], world: int, rank: int) -> RankO
     drawn = lister.sharded_orders()
     if drawn is None:
         return "the order of a sampler or a stream is known to its own rank only"
-    if (drawn.shards.count, drawn.shards.index) != (world, rank):
-        return (
-            f"the PathLister yields shard {drawn.shards.index} of {drawn.shards.count} in rank "
-            f"{rank} of {world}"
-        )
+    # A shard for each rank, or for each rank of the group, as with model parallelism.
+    mine = drawn.shards.count, drawn.shards.index
+    if mine == (world, rank):
+        shards = ranks
+    elif mine == (len(ranks), ranks.index(rank)):
+        shards = range(len(ranks))
+    else:
+        return f"the PathLister yields shard {mine[1]} of {mine[0]} in rank {rank} of {world}"
 
     def positions(epoch: int, start: int) -> Positions:
-        orders = drawn.drawing.draw_shards(epoch, ranks)
+        orders = drawn.drawing.draw_shards(epoch, shards)
         return np.stack([drawn.flat(order, start) for order in orders])
 
-    settings = {"position": drawn.position, "order": drawn.identity}
     files = drawn.files
+    rest = positions(drawn.epoch, drawn.position)
+    first = files.paths[0].rpartition("/")[0].rpartition("/")[2]
+    settings = {
+        "epoch": drawn.epoch, "position": drawn.position, "batch_size": lister.batch_size,
+        "parts": len(files.parts), **drawn.identity, "directory": first,
+        "requests left": rest.shape[1], "checksum of requests": zlib.crc32(rest.tobytes()),
+    }  # fmt: skip
+    batch = lister.batch_size * max(1, len(files.parts))
     return RankOrders(
-        files, drawn.epoch, positions(drawn.epoch, drawn.position),
-        lambda: positions(drawn.epoch + 1, 0), lister.batch_size * max(1, len(files.parts)),
-        settings,
-    )  # fmt: skip
+        files, drawn.epoch, rest, lambda: positions(drawn.epoch + 1, 0), batch, settings
+    )

@@ -122,11 +122,11 @@ class SharedBatch:
             return [arrival.batch(serving.backend, self._paths[part], part) for part in parts]
         for _, error in sorted(self.wait().items()):
             raise error
-        left_out = self.left_out
-        kept_here = [at for at in self._positions or () if at not in self._kept_out_here()]
+        left_out, left_out_here = self.left_out, self._local.left_out
+        read_here = [at for n, at in enumerate(self._positions or ()) if n not in left_out_here]
         features = self._epoch.store.collect([self._local])
         others = {
-            at: LoadedFeature(feature) for at, feature in zip(kept_here, features, strict=True)
+            at: LoadedFeature(feature) for at, feature in zip(read_here, features, strict=True)
         }
         made = []
         for part in parts:
@@ -135,17 +135,11 @@ class SharedBatch:
             made.append(arrival.mended(serving.backend, paths, kept, others, serving.upload))
         return made
 
-    def _kept_out_here(self) -> set[int]:
-        """The positions whose files were left out of what is read here."""
-        assert self._local is not None and self._positions is not None
-        return {self._positions[at] for at in self._local.left_out}
-
     def cancel(self) -> None:
         """See PendingBatch."""
         self._open = False
         if self._local is not None:
             self._local.cancel()
-        self._epoch.forget(self._step)
 
     def abandon(self) -> None:
         """See PendingBatch. Takes no lock."""

@@ -3,7 +3,8 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,13 +17,18 @@ from gpucache_pipes.peers import (
     ENDS,
     FAILS,
     GOES_ON,
+    Arrival,
     Contents,
     Exchange,
+    Owners,
     PeerGroup,
     Positions,
     Schedule,
 )
 from gpucache_pipes.store import GPUFeatureStore, PendingBatch, Upcoming
+
+if TYPE_CHECKING:
+    from gpucache_pipes.nodes.lookahead import Lookahead
 
 _log = logging.getLogger("gpucache_pipes")
 
@@ -33,22 +39,24 @@ AHEAD = 2
 class SharedEpoch:
     """The steps of one epoch of a pipeline, from a reset on.
 
-    A step is one batch of each rank. All ranks do the same in each:
+    A step is one batch of each rank. In each, all ranks do the same:
 
-    1. `batch`, some steps ahead: request from the store the files that this rank serves in the
-    step,
-       which are its own batch where nothing is to be exchanged;
-    2. `step`: make the batch of this rank; agree with the others that all have theirs; send the
-    rows
-       of a later step.
+    1. `batch`, some steps ahead, requests from the store the files that this rank serves in the
+       step. Where nothing is to be exchanged, these are its own batch.
+    2. `step` makes the batch of this rank, agrees with the others that all have theirs, and sends
+       the rows of a later step.
 
-    All collective operations are in `step`, which the thread that trains calls.
+    All collective operations are in `step`, which the thread that trains calls. A reset is none.
 
     Args:
         store: of the pipeline, with a process group.
         owner: names the pipeline to the policy.
         orders: of the ranks of the group.
         depth: of the pipeline, or None.
+
+    Attributes:
+        store: as given.
+        ahead: how many messages are under way at most.
     """
 
     def __init__(
@@ -61,32 +69,13 @@ class SharedEpoch:
         self._owner = owner
         self._orders = orders
         self._thread = threading.current_thread()
-        self._owners = self._group.owners_of(
-            len(orders.files.paths), orders.settings["order"]["fingerprint"]
-        )
-        self._before = self._owners.checksum
-        self._owners.ranks = self._owners.assigned(orders.rest, orders.batch)
-        self._schedule = Schedule(orders.rest, orders.batch, self._owners.ranks, self._group.index)
-        self._exchange = Exchange(
-            self._group, self._schedule, self.ahead, store.serving.backend, self._serve
-        )
         self._serving: dict[int, PendingBatch] = {}
         self._at = 0
-        self._ended = False
-        self._place: int | None = None  # of step 0; None before all have begun
-
-    def upcoming(self) -> Upcoming:
-        """What this rank serves in the rest of the epoch, and in the next one."""
-        rest, orders = self._schedule.all_served(), self._orders
-        owners, me = self._owners, self._group.index
-
-        def both_epochs() -> Positions:
-            following = orders.following()
-            ranks = owners.assigned(following, orders.batch)
-            then = Schedule(following, orders.batch, ranks, me)
-            return np.concatenate([rest, then.all_served()])
-
-        return Upcoming(orders.files, both_epochs, len(rest))
+        self._ended = self._released = False
+        # Once all ranks have begun: the place of step 0, who sends what, and the messages.
+        self._place = 0
+        self._schedule: Schedule | None = None
+        self._exchange: Exchange | None = None
 
     # Requests, some steps ahead
 
@@ -98,26 +87,22 @@ class SharedEpoch:
             asked: the paths of this rank's batch, or samples.
             ahead: how many more such batches will be pending.
         """
-        files = asked.paths if isinstance(asked, Samples) else asked
-        if step >= self._schedule.steps or not self._announced(step, files):
-            _warn("caches are not shared for batches that path_fn changes")
-            if step < self._schedule.steps and self._schedule.crosses[step]:
-                self._request_served(step, ahead)
+        schedule = self._schedule
+        if schedule is None or step >= schedule.steps:
             return self.read_here(asked)
-        if not self._schedule.crosses[step]:
+        files = asked.paths if isinstance(asked, Samples) else asked
+        crosses = bool(schedule.crosses[step])
+        is_own = isinstance(files, Paths) and np.array_equal(files.positions, schedule.own(step))
+        if is_own and not crosses:
             return self.store.request(asked, owner=self._owner, ahead=ahead)
-        self._request_served(step, ahead)
-        return SharedBatch(self, step, asked)
-
-    def _request_served(self, step: int, ahead: int) -> None:
-        served, _ = self._schedule.served(step)
-        paths = Paths(self._orders.files, served)
-        self._serving[step] = self.store.request(paths, owner=self._owner, ahead=ahead)
-
-    def _announced(self, step: int, files: Any) -> bool:
-        """Whether a batch is the one that all ranks know of."""
-        own = self._schedule.own(step)
-        return isinstance(files, Paths) and np.array_equal(files.positions, own)
+        if crosses:
+            served, _ = schedule.served(step)
+            paths = Paths(self._orders.files, served)
+            self._serving[step] = self.store.request(paths, owner=self._owner, ahead=ahead)
+        if is_own:
+            return SharedBatch(self, step, asked)
+        _warn("caches are not shared for batches that path_fn changes")
+        return self.read_here(asked)
 
     def read_here(self, asked: Sequence[Any] | Samples) -> PendingBatch:
         """Request files from the store of this rank, whoever owns them."""
@@ -125,23 +110,28 @@ class SharedEpoch:
 
     # Steps
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Meet the other ranks. A collective operation, of the first step."""
-        self._group.open()
+        group, orders, store = self._group, self._orders, self.store
+        group.open()
+        owners = group.owners_of(orders.files.paths, orders.settings["fingerprint"])
         settings = {
-            **self._orders.settings, "ahead": self.ahead, "epoch": self._orders.epoch,
-            "owners of files": self._before,
+            **orders.settings, "messages ahead": self.ahead, "checksum of owners": owners.checksum,
         }  # fmt: skip
-        place = self._group.begin(self._orders.epoch, settings)
-        self._place = place
-        for step in range(self.ahead):
-            self._exchange.send(step, self._where(step), place)
+        self._place = group.begin(f"the beginning of epoch {orders.epoch}", settings)
+        owners.ranks = owners.assigned(orders.rest, orders.batch)
+        schedule = Schedule(orders.rest, orders.batch, owners.ranks, group.index)
+        backend, stream = store.serving.backend, store.serving.stream
+        self._exchange = Exchange(group, schedule, self.ahead, backend, stream, self._serve)
+        self._schedule = schedule
+        store.announce(self._owner, partial(_upcoming, schedule, orders, owners, group.index))
 
-    def step(self, draw: Callable[[], None], make: Callable[[], Any]) -> Any:
+    def step(self, lookahead: "Lookahead", make: Callable[[], Any]) -> Any:
         """The next batch, at the same step on all ranks. A collective operation.
 
         Args:
-            draw: requests what is needed ahead.
+            lookahead: requests what is needed ahead. Where the ranks lose step, its state remains
+                in front of this batch, which nobody is given.
             make: makes the batch of this rank.
 
         Raises:
@@ -154,65 +144,98 @@ class SharedEpoch:
                 "in the thread that has reset the pipeline and trains: after the GPUPrefetcher, "
                 "leave out nodes with threads of their own, such as a Prefetcher"
             )
+        if self._released:
+            raise RuntimeError("this pipeline was shut down: reset it first, on all ranks")
         if self._ended:
             raise StopIteration
+        begins = self._exchange is None
+        if begins:
+            self._begin()
+        assert self._schedule is not None and self._exchange is not None
         if self._at >= self._schedule.steps:
             return make()  # the end of the epoch, which is the same on all ranks
-        draw()
-        if self._place is None:
-            self.begin()
-        assert self._place is not None
-        result, error, status = None, None, GOES_ON
-        where, place = self._where(self._at), self._place + self._at
+        lookahead.draw(1)
+        if begins:
+            for first in range(self.ahead):
+                self._exchange.send(first, self._where(first))
+        before, where, made = lookahead.state, self._where(self._at), False
+        result = error = None
         try:
-            result = make()
-            if self._exchange.error is not None:
-                raise self._exchange.error
-        except StopIteration:
-            status = ENDS
-        except Exception as raised:
-            status, error = FAILS, raised
-        self._exchange.error = None
-        try:
-            worst = self._group.agree(status, place, where)
-            if worst == ENDS:
-                self._ended = True
-                raise StopIteration
-            self._exchange.forget(self._at)
-            self._at += 1
-            self._exchange.send(self._at - 1 + self.ahead, where, place)
+            status, result, error = self._made(make)
+            made = True
+            worst = self._group.agree(status, self._place + self._at, where)
+            if worst != ENDS:
+                self._exchange.forget(self._at)
+                self._at += 1
+                self._exchange.send(self._at - 1 + self.ahead, where)
             if worst == FAILS:
-                raise self._group.error_of_all(error, place, where)
+                error = self._group.error_of_all(error, where)
+        except BaseException:
+            if made or lookahead.state is not before:
+                lookahead.state = before
+                self._group.connection.fail(f"this rank was interrupted at {where}")
+            raise
+        if worst == ENDS:
+            self._ended = True
+            raise StopIteration
+        try:
+            if error is not None:
+                raise error
         finally:
             del error  # it holds this frame
         return result
+
+    def _made(self, make: Callable[[], Any]) -> tuple[int, Any, Exception | None]:
+        """What this rank has to say of a step, its batch, and its error."""
+        assert self._exchange is not None
+        try:
+            result = make()
+            unserved, self._exchange.error = self._exchange.error, None
+            if unserved is not None:
+                return FAILS, None, unserved
+            return GOES_ON, result, None
+        except StopIteration:
+            return ENDS, None, None
+        except Exception as error:
+            return FAILS, None, error
 
     def _where(self, step: int) -> str:
         return f"batch {step} of this pass over epoch {self._orders.epoch}"
 
     def has_sent(self, step: int) -> bool:
         """Whether the rows of a step are on their way."""
-        return step < self._exchange.sent
+        return self._exchange is not None and step < self._exchange.sent
 
-    def arrival(self, step: int) -> Any:
-        """The rows of a step, after waiting for them."""
-        assert self._place is not None
-        return self._exchange.arrival(step, self._where(step), self._place + step)
-
-    def forget(self, step: int) -> None:
-        """The rows of a step are not needed any more."""
-        self._exchange.forget(step)
+    def arrival(self, step: int) -> Arrival:
+        """The rows of a step that was sent, after waiting for them."""
+        assert self._exchange is not None
+        return self._exchange.arrival(step, self._where(step))
 
     def _serve(self, step: int) -> "_Served":
+        assert self._schedule is not None
         served, _ = self._schedule.served(step)
         return _Served(self.store, self._serving.pop(step, None), len(served))
 
     def release(self) -> None:
         """Give up all requests. Takes no lock."""
+        self._released = True
         serving, self._serving = self._serving, {}
         for batch in serving.values():
             batch.abandon()
-        self._group.left += self._exchange.release()
+        if self._exchange is not None:
+            self._group.left += self._exchange.release()
+
+
+def _upcoming(schedule: Schedule, orders: RankOrders, owners: Owners, me: int) -> Upcoming:
+    """What a rank serves in the rest of an epoch, and in the next one."""
+    rest = schedule.all_served()
+
+    def both_epochs() -> Positions:
+        following = orders.following()
+        then = Schedule(following, orders.batch, owners.assigned(following, orders.batch), me)
+        return np.concatenate([rest, then.all_served()])
+
+    return Upcoming(orders.files, both_epochs, len(rest))
 
 
 class _Served:

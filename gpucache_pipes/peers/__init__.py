@@ -6,6 +6,7 @@ alike.
 
 from gpucache_pipes.peers.agreement import ENDS, FAILS, GOES_ON, agree, error_of_all
 from gpucache_pipes.peers.arrival import Arrival
+from gpucache_pipes.peers.connection import Connection
 from gpucache_pipes.peers.exchange import Exchange
 from gpucache_pipes.peers.group import PeerGroup
 from gpucache_pipes.peers.message import Contents
@@ -16,6 +17,7 @@ __all__ = [
     "FAILS",
     "GOES_ON",
     "Arrival",
+    "Connection",
     "Contents",
     "Exchange",
     "Owners",

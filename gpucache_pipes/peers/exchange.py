@@ -42,6 +42,7 @@ class _Prepared(NamedTuple):
     """A message to each rank that is known, and not packed yet."""
 
     served: Served
+    page_bytes: int
     metas: list[bytes]
     sizes: Sizes
 
@@ -68,12 +69,17 @@ class Exchange:
         schedule: who sends what.
         ahead: how many messages may be under way.
         backend: has pages, and the device.
+        stream: where to pack rows.
         serve: step -> what this rank serves in it.
+
+    Attributes:
+        sent: how many steps have had their messages sent.
+        error: what has kept this rank from serving, and concerns no file.
     """
 
     def __init__(
         self, group: PeerGroup, schedule: Schedule, ahead: int, backend: Backend,
-        serve: Callable[[int], Served],
+        stream: ExchangeStream, serve: Callable[[int], Served],
     ) -> None:  # fmt: skip
         self._group = group
         self._schedule = schedule
@@ -81,7 +87,7 @@ class Exchange:
         self._backend = backend
         self._serve = serve
         self._on_host = backend.memory_is_host()
-        self._stream: ExchangeStream = backend.exchange_stream()
+        self._stream = stream
         self._outboxes = [Outbox() for _ in group.ranks]
         self._inboxes = [Inbox() for _ in group.ranks]
         self._next_to_prepare = 0
@@ -94,7 +100,7 @@ class Exchange:
 
     # Sending
 
-    def send(self, step: int, where: str, place: int) -> None:
+    def send(self, step: int, where: str) -> None:
         """Send the messages of a step, if it has any. A collective operation then.
 
         What keeps this rank from serving a file is no error here: its receiver finds out. An error
@@ -106,14 +112,14 @@ class Exchange:
         following = step + self._ahead
         self._prepare_until(following)
         prepared = self._prepared.pop(step)
-        with self._group.waiting(where, place):
+        with self._group.waiting(where):
             incoming = self._sizes_of(step, prepared)
             rows, is_void = self._pack(prepared)
             next_sizes = np.zeros_like(prepared.sizes)
             if following in self._prepared:
                 next_sizes = self._prepared[following].sizes
             tails = [
-                make_tail((*sizes, len(meta), self._backend.page_bytes, is_void), meta)
+                make_tail((*sizes, len(meta), prepared.page_bytes, is_void), meta)
                 for sizes, meta in zip(next_sizes.tolist(), prepared.metas, strict=True)
             ]
             self._flights[step] = self._issue(rows, tails, prepared.sizes, incoming)
@@ -134,26 +140,26 @@ class Exchange:
             contents = served.look()
         except Exception as error:
             self.error = self.error or error
-        pages = contents.pages(self._backend.page_bytes) * self._backend.page_bytes
+        # As of now: a store that is cleared meanwhile forgets it when its last batch is packed.
+        page_bytes = self._backend.page_bytes
+        pages = contents.pages(page_bytes) * page_bytes
         ends = np.cumsum(counts).tolist()
         metas, sizes = [], []
         for outbox, end, count in zip(self._outboxes, ends, counts.tolist(), strict=True):
             part = slice(end - count, end)
             metas.append(outbox.describe(contents.part(part.start, end)) if count else b"")
             sizes.append((int(pages[part].sum()), tail_bytes(metas[-1])))
-        return _Prepared(served, metas, np.array(sizes, np.int64))
+        return _Prepared(served, page_bytes, metas, np.array(sizes, np.int64))
 
     def _sizes_of(self, step: int, prepared: _Prepared) -> Sizes:
-        """The sizes of the messages that come: earlier messages have told them, or they are
-        asked.
-        """
+        """The sizes of what comes: earlier messages have told them, or they are asked for."""
         before = step - self._ahead
         if before >= 0 and self._schedule.crosses[before]:
             self.receive(before)
             return self._announced.pop(step)
         mine = torch.from_numpy(prepared.sizes.copy())
         theirs, two = torch.empty_like(mine), np.full(len(mine), 2)
-        _start(theirs.view(-1), mine.view(-1), two, two, self._group.host()).wait()
+        _start(theirs.view(-1), mine.view(-1), two, two, self._group.connection.host()).wait()
         return theirs.numpy()
 
     def _pack(self, prepared: _Prepared) -> tuple[torch.Tensor, int]:
@@ -167,19 +173,22 @@ class Exchange:
         except Exception as error:
             self.error = self.error or error
         prepared.served.abandon()
-        return torch.zeros(total, dtype=torch.uint8, device=self._backend.device), 1
+        with self._stream.issuing():
+            return torch.zeros(total, dtype=torch.uint8, device=self._backend.device), 1
 
     def _issue(
         self, rows: torch.Tensor, tails: Sequence[NDArray[np.uint8]], outgoing: Sizes,
         incoming: Sizes,
     ) -> _Flight:  # fmt: skip
-        if self._group.sends_device_memory:
+        connection = self._group.connection
+        host = connection.host()
+        if connection.sends_device_memory:
             with self._stream.issuing():
                 landed = rows.new_empty(int(incoming[:, 0].sum()))
-                work = _start(landed, rows, incoming[:, 0], outgoing[:, 0], self._group.data())
+                work = _start(landed, rows, incoming[:, 0], outgoing[:, 0], connection.data())
             sent = torch.from_numpy(np.concatenate(tails))
             told = torch.empty(int(incoming[:, 1].sum()), dtype=torch.uint8, device="cpu")
-            works = [work, _start(told, sent, incoming[:, 1], outgoing[:, 1], self._group.host())]
+            works = [work, _start(told, sent, incoming[:, 1], outgoing[:, 1], host)]
             return _Flight(works, landed, told, incoming, (rows, sent))
         with self._stream.issuing():
             # With a device whose memory cannot be sent, this waits for the copy.
@@ -190,14 +199,14 @@ class Exchange:
             end += count
         sent = torch.cat(pieces)
         landed = torch.empty(int(incoming.sum()), dtype=torch.uint8, device="cpu")
-        work = _start(landed, sent, incoming.sum(1), outgoing.sum(1), self._group.host())
+        work = _start(landed, sent, incoming.sum(1), outgoing.sum(1), host)
         return _Flight([work], landed, landed, incoming, (sent, rows))
 
     # Receiving
 
-    def arrival(self, step: int, where: str, place: int) -> Arrival:
+    def arrival(self, step: int, where: str) -> Arrival:
         """What has arrived for a step, after waiting for it. May be called again."""
-        with self._group.waiting(where, place):
+        with self._group.waiting(where):
             self.receive(step)
         return self._arrivals[step]
 
@@ -213,15 +222,27 @@ class Exchange:
                 del self._flights[earlier]
 
     def _read(self, step: int, flight: _Flight) -> None:
-        separate = flight.tails is not flight.rows
         with self._stream.issuing():
             for work in flight.works:
                 work.wait()  # of device memory: the stream waits, and the host does not
             block = flight.rows
-            if not (separate or self._on_host):
+            if flight.tails is flight.rows and not self._on_host:
                 block = flight.held[1].new_empty(len(flight.rows))
                 block.copy_(flight.rows)
             mark = self._stream.mark()
+        starts, sizes, contents = self._sort(step, flight)
+        self._arrivals[step] = Arrival(block, mark, self._stream, starts, sizes, contents)
+        came = (self._schedule.sources(step) != self._group.index) & (contents.which >= 0)
+        self._group.files_received += int(came.sum())
+        self._group.bytes_received += int(sizes[came].sum())
+
+    def _sort(
+        self, step: int, flight: _Flight
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Contents]:
+        """Where the rows of the batch begin in the block, in its order, how long they are, and what
+        their senders say of them.
+        """
+        separate = flight.tails is not flight.rows
         told = flight.tails.numpy()
         row_sizes, tail_sizes = flight.sizes.T.tolist()
         sources = self._schedule.sources(step)
@@ -241,6 +262,8 @@ class Exchange:
             if count:
                 mine = order[row : row + count]
                 takes = contents.pages(int(head["page"])) * int(head["page"])
+                if takes.sum() != row_sizes[source]:
+                    raise RuntimeError(f"{row_sizes[source]} bytes for rows of {takes.sum()}")
                 starts[mine] = begin + np.cumsum(takes) - takes
                 sizes[mine] = takes
                 if not head["void"]:
@@ -254,13 +277,7 @@ class Exchange:
         following = step + self._ahead
         if following < self._schedule.steps and self._schedule.crosses[following]:
             self._announced[following] = announced
-        self._arrivals[step] = Arrival(
-            block, mark, self._stream, starts, sizes,
-            Contents([*numbers], which, values if any(values) else []),
-        )  # fmt: skip
-        came = sources != self._group.index
-        self._group.files_received += int((came & (which >= 0)).sum())
-        self._group.bytes_received += int(sizes[came & (which >= 0)].sum())
+        return starts, sizes, Contents([*numbers], which, values if any(values) else [])
 
     # The end
 

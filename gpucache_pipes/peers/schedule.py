@@ -1,6 +1,7 @@
 """Who owns which file, and who sends what to whom in each step: arithmetic, alike on all ranks."""
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +20,21 @@ class Owners:
     the sizes are not known before the files are read.
 
     Args:
-        files: how many there are.
+        paths: of the files. Held.
+        others: of other lists. Files that are in these too have the owner that they have there.
 
     Attributes:
         ranks: by position of a file, its owner among the ranks of the group; -1 for nobody.
     """
 
-    def __init__(self, files: int) -> None:
-        self.ranks = np.full(files, _NOBODY, np.int16)
+    def __init__(self, paths: Sequence[str], others: "Sequence[Owners]" = ()) -> None:
+        self.ranks = np.full(len(paths), _NOBODY, np.int16)
+        self._paths = paths
+        known: dict[str, int] = {}
+        for other in others:
+            known.update(zip(other._paths, other.ranks.tolist(), strict=True))
+        if known:
+            self.ranks[:] = [known.get(path, _NOBODY) for path in paths]
 
     def assigned(self, orders: Positions, batch: int) -> NDArray[np.int16]:
         """The owners, with those of files that have none and that these orders need.
@@ -35,7 +43,7 @@ class Owners:
             orders: [ranks, requests], the files in the order in which each rank needs them.
             batch: how many requests are made at once, in a step.
 
-        >>> Owners(4).assigned(np.array([[0, 1], [1, 3]]), batch=1).tolist()  # 1: by rank 1 first
+        >>> Owners("abcd").assigned(np.array([[0, 1], [1, 3]]), batch=1).tolist()
         [0, 1, -1, 1]
         """
         ranks = self.ranks.copy()

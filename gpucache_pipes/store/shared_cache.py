@@ -175,7 +175,7 @@ class SharedCache:
         What is pinned stays where it is, unless the store is closed, or the arena is moved while
         readers are held. Both say so first and then look for uses; here it is the other way round.
         """
-        if len(batch.missing) or batch.errors:
+        if len(batch.missing) or batch.errors or batch.substitutes:
             return None
         self.lock.uses[use] = get_ident()
         if self.refusal.reason is None and self.loads.held_by() is None:

@@ -85,9 +85,9 @@ class GPUFeatureStore(DeviceSharing):
         disk_cache_key: with a load_fn or a source of your own: a string that you change whenever
             it makes other features of the same files.
         process_group: ranks whose caches are one, such as `torch.distributed.group.WORLD`.
-        Pipelines
-            over a sharded PathLister then read each file once in all of them, and send it to who
-            needs it; all ranks must iterate alike. All other methods concern this rank alone.
+            Pipelines over a sharded PathLister then read each file once in all of them, and send
+            it to who needs it; all ranks must iterate alike. All other methods concern this rank
+            alone.
         exchange_timeout: seconds that ranks wait for each other in such a pipeline.
 
     Raises:

@@ -32,6 +32,7 @@ class Alone:
 
     def __init__(self, sends_device_memory: bool) -> None:
         self.sends_device_memory = sends_device_memory
+        self.connection = self
 
     def __len__(self) -> int:
         return 1
@@ -42,7 +43,7 @@ class Alone:
     data = host
 
     @contextlib.contextmanager
-    def waiting(self, where: str, place: int) -> Any:
+    def waiting(self, where: str) -> Any:
         yield
 
 
@@ -103,16 +104,16 @@ def exchange_with_itself(runtime: SimulatedRuntime, seed: int, by_device: bool) 
             files, _ = schedule.served(step)
             return Served(store, store.request([PATHS[n] for n in files]))
 
-        messages = Exchange(Alone(by_device), schedule, 2, backend, serve)  # type: ignore[arg-type]
+        messages = Exchange(Alone(by_device), schedule, 2, backend, store.serving.stream, serve)  # type: ignore[arg-type]
         for step in range(schedule.steps + 2):
-            messages.send(step, "", 0)
+            messages.send(step, "")
             if messages.error is not None:
                 raise messages.error
             if step < 2:
                 continue
             files = schedule.own(step - 2).tolist()
             paths = [PATHS[n] for n in files]
-            arrival = messages.arrival(step - 2, "", 0)
+            arrival = messages.arrival(step - 2, "")
             stream = choose.choice(streams)
             with runtime.on(stream):
                 held.append((arrival.batch(backend, paths, slice(0, 3)), stream, files))

@@ -51,22 +51,22 @@ with GPUFeatureStore(
 ) as store:
     group = PeerGroup(dist.group.WORLD, 30, store.device)
     group.open()
-    assert group.sends_device_memory == (backend != "gloo")
+    assert group.connection.sends_device_memory == (backend != "gloo")
     for seed in range(10):
         choose = random.Random(seed)
         orders = np.array([[choose.randrange(64) for _ in range(16 * 60)]])
         schedule = Schedule(orders, 16, np.zeros(64, np.int16), 0)
         schedule.crosses[:] = True  # as if other ranks owned the files
-        messages = Exchange(group, schedule, 2, store.serving.backend, serve)
+        messages = Exchange(group, schedule, 2, store.serving.backend, store.serving.stream, serve)
         held = []
         for step in range(schedule.steps + 2):
-            messages.send(step, "a step", step)
+            messages.send(step, "a step")
             if messages.error is not None:
                 raise messages.error
             if step < 2:
                 continue
             numbers = schedule.own(step - 2).tolist()
-            arrival = messages.arrival(step - 2, "a step", step)
+            arrival = messages.arrival(step - 2, "a step")
             with own_stream():
                 keep_busy(200_000)
                 paths = [names[n] for n in numbers]

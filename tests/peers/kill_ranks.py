@@ -4,7 +4,7 @@ Each run goes on from the last state that rank 0 has saved, with 2 to 4 ranks. I
 killed within moments. The others must end with an error that names it, within the time that ranks
 wait for each other. Every batch must have the files that a plain PathLister says, and their bytes.
 
-    python tests/peers/kill_ranks.py [--kills 50] [--seed 0]
+    python tests/peers/kill_ranks.py [--kills 30] [--seed 0]
 """
 
 import argparse
@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from ranks import results_of, start_ranks
 
-TIMEOUT = 4.0
+TIMEOUT = 3.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     choose = random.Random(args.seed)
@@ -61,6 +61,7 @@ def main() -> None:
                     seen["errors that name the one"] += names == [str(victim)]
             reached = max(one["epoch"] for one in lived)
             seen["epochs"] = reached
+            print(f"\r{seen['kills']} kills, {reached} epochs", end="", flush=True, file=sys.stderr)
     print(dict(seen), f"{time.monotonic() - start:.0f} s")
 
 

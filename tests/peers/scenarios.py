@@ -434,9 +434,22 @@ def other_settings(rank: int, directory: str) -> dict[str, str]:
     thread = threading.Thread(target=noted, args=("thread", lambda: next(node)))
     thread.start()
     thread.join()
-    lister = PathLister(paths, batch_size=3, shuffle=True, seed=rank)
-    node = GPUPrefetcher(lister, store)
-    noted("another seed", lambda: list(node))
+    others: dict[str, dict[str, Any]] = {
+        "another seed": {"seed": rank}, "another size": {"batch_size": 3 + rank},
+        "drop_last": {"drop_last": rank == 0, "batch_size": 5},
+    }  # fmt: skip
+    for name, given in others.items():
+        lister = PathLister(paths, **{"batch_size": 3, "shuffle": True, **given})
+        noted(name, lambda lister=lister: list(GPUPrefetcher(lister, store)))
+    held = GPUPrefetcher(PathLister(paths, batch_size=3, shuffle=True), store)
+    held.reset()
+    next(held)
+    held.shutdown()
+    noted("shut down", lambda: next(held))
+    if rank == 0:  # alone, and without a batch: this is no collective operation
+        held.reset()
+    held.reset()
+    found["batches"] = str(len([*held]))
     return found
 
 
@@ -525,7 +538,26 @@ def two_groups(rank: int, directory: str) -> dict[str, Any]:
     every: list[Any] = [None] * 4
     dist.all_gather_object(every, dict(files.opened))
     node = Counter(every[rank - rank % 2]) + Counter(every[rank - rank % 2 + 1])
-    return {"most": max(node.values()), "files": len(node), "came": store.stats().files_received}
+    came = store.stats().files_received
+    # Two shards, of which two ranks of model parallelism have each.
+    across = mesh["node"].get_group()
+    halves = {"num_shards": 2, "shard_index": dist.get_rank(across)}
+    store = GPUFeatureStore("cpu", process_group=across)
+    loaders = [
+        Epochs(
+            GPUCollator(
+                GPUPrefetcher(PathLister(paths, batch_size=3, shuffle=True, **halves), each),
+                ragged="pad",
+            )
+        )
+        for each in (store, plain)
+    ]
+    for _ in range(3):
+        assert_alike(*([*loader] for loader in loaders))
+    return {
+        "most": max(node.values()), "files": len(node), "came": came,
+        "came for halves": store.stats().files_received,
+    }  # fmt: skip
 
 
 def train_and_validate(rank: int, directory: str) -> dict[str, Any]:
@@ -559,3 +591,79 @@ def train_and_validate(rank: int, directory: str) -> dict[str, Any]:
     store.check()
     held = store.stats()
     return {"pending": held.pending_batches, "bypassed": held.bypassed_items, "items": held.items}
+
+
+def odd_uses(rank: int, directory: str) -> dict[str, int]:
+    """Uses that are right, and rare: all batches are those of a store of its own."""
+    paths = make_files(directory, 0, 48, "alike")
+    files = CountingFiles()
+    backwards = dist.new_group([1, 0])
+
+    def load(path: str) -> Any:
+        feature = torch.load(path)
+        # What other processes cannot have, in two files of three.
+        return {**feature, "made by": load if int(feature["label"]) % 3 else 7}
+
+    found = {}
+    options: list[dict[str, Any]] = [
+        {"source": files}, {"load_fn": load}, {"process_group": backwards, "max_cache_items": 30}
+    ]  # fmt: skip
+    for number, given in enumerate(options):
+        store = GPUFeatureStore("cpu", **{"process_group": dist.group.WORLD, **given})
+        plain = GPUFeatureStore("cpu", load_fn=given.get("load_fn"))
+        both = [
+            Epochs(GPUPrefetcher(PathLister(paths, batch_size=3, shuffle=True), each))
+            for each in (store, plain)
+        ]
+        for _ in range(3):
+            seen: list[list[Any]] = [[], []]
+            for at, batches in enumerate(zip(*both, strict=True)):
+                for one, batch in zip(seen, batches, strict=True):
+                    one.append(batch)
+                if at == 4:
+                    store.clear()
+            assert_alike(*seen)
+        found[f"came {number}"] = store.stats().files_received
+        if number == 0:
+            files.opened.clear()
+            store = GPUFeatureStore("cpu", process_group=dist.group.WORLD, source=files)
+            for some in (paths, paths[:20], paths[10:40]):
+                lister = PathLister(some, batch_size=3, shuffle=True)
+                labels_of(Epochs(GPUCollator(GPUPrefetcher(lister, store))))
+            found["opened"] = sum(merged(files.opened).values())
+    return found
+
+
+def interrupted(rank: int, directory: str) -> dict[str, Any]:
+    """Ctrl-C on rank 1 as it waits for the others; what each was given, and what its state says."""
+    from gpucache_pipes.peers import agreement, group
+
+    make_files(directory, 0, 48, "alike")
+    loader = loader_of(directory)
+    labels_of(loader)
+    agree_at, asked = agreement.agree_at, 0
+
+    def interrupt(*arguments: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if rank == 1 and asked == 5:
+            raise KeyboardInterrupt
+        return agree_at(*arguments)
+
+    group.agree_at = interrupt
+    given: list[int] = []
+    error = ""
+    node = loader.root
+    node.reset()
+    try:
+        while True:
+            given += labels_of([next(node)])
+    except (RuntimeError, KeyboardInterrupt) as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    lister = PathLister(directory, batch_size=3, shuffle=True)
+    plain = Epochs(GPUCollator(GPUPrefetcher(lister, GPUFeatureStore("cpu"))))
+    plain.load_state_dict(node.state_dict())
+    return {"given": given, "error": error, "rest": labels_of(plain)}
+
+
+BROKEN |= {"interrupted"}

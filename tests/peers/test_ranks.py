@@ -65,7 +65,7 @@ def test_a_rank_that_is_lost_is_named(how: str, tmp_path: Path) -> None:
 def test_groups_of_ranks(tmp_path: Path) -> None:
     for found in run_ranks(4, "two_groups", str(tmp_path / "f")):
         assert found["most"] == 1 and found["files"] == 40  # once in each node
-        assert found["came"] > 20
+        assert found["came"] > 20 and found["came for halves"] > 10
 
 
 def test_several_pipelines_on_one_store(tmp_path: Path) -> None:
@@ -90,7 +90,25 @@ def test_wrong_settings(tmp_path: Path) -> None:
     first, second = run_ranks(2, "other_settings", str(tmp_path / "f"))
     assert "rank 1 has order " in first["another seed"] and "seed=1" in first["another seed"]
     assert "rank 0 has order " in second["another seed"]
+    assert first["another size"] == "rank 1 has batch_size 4, and this rank 3"
+    assert second["drop_last"] == "rank 0 has requests left 10, and this rank 12"
     for told in (first, second):
         assert "is no group" in told["no group"]
         assert "exchange_timeout=0 must be a positive number" in told["timeout"]
         assert "must be called in the thread" in told["thread"]
+        assert "was shut down: reset it first" in told["shut down"]
+        assert told["batches"] == "4"
+
+
+def test_rare_uses(tmp_path: Path) -> None:
+    for found in run_ranks(2, "odd_uses", str(tmp_path / "f")):
+        assert found.pop("opened") == 48  # of three lists that have files in common
+        assert found["came 0"] > 10 and found["came 1"] > 4 and found["came 2"] > 10, found
+
+
+def test_an_interrupt_loses_no_batch(tmp_path: Path) -> None:
+    first, second = results_of(start_ranks(2, "interrupted", str(tmp_path / "f")))
+    assert second["error"].startswith("KeyboardInterrupt")
+    assert re.match("RankError: rank 1 is not at batch . of this pass", first["error"])
+    every = [*first["given"], *first["rest"], *second["given"], *second["rest"]]
+    assert len(second["given"]) == 9 and sorted(every) == list(range(48))
