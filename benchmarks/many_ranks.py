@@ -14,8 +14,8 @@ reader
 overhead  batches that no other rank has a part of (shard="static", all cached), beside the same
 pipeline
           under Lockstep
-nodes     4 ranks on two hosts, which are network namespaces that a link of 1 Gb/s and 0.1 ms
-          connects; 3 ms an open. Linux only, and root. Left out unless --only names it
+nodes     4 ranks on two hosts, which are network namespaces that a link of 1 Gb/s connects; 3 ms
+          an open. Linux only, and root. Left out unless --only names it
 sizes     epochs of which three quarters come from other ranks, by the size of a feature
 """
 
@@ -209,7 +209,7 @@ def measure_nodes(rounds: int) -> Any:
             with two_hosts() as prefix:
                 found = run_slowly(
                     nodes, files, rounds, width=kib * 256, share=share, prefix=prefix,
-                    GLOO_SOCKET_IFNAME="link",
+                    GLOO_SOCKET_IFNAME="shaped",
                 )  # fmt: skip
             middle = {n: statistics.median(t[2:]) for n, t in found["seconds"].items()}
             rows.append({"KiB": kib, "share": share, **found})
@@ -224,16 +224,17 @@ def measure_nodes(rounds: int) -> Any:
 def two_hosts() -> Iterator[Callable[[int], list[str]]]:
     """Two network namespaces that a shaped link connects; which command enters that of a rank."""
     names = [f"gpucache-{os.getpid()}-{n}" for n in range(2)]
-    shape = "root netem delay 0.1ms rate 1gbit limit 100000"
+    shape = "root tbf rate 1gbit burst 128kb latency 50ms"
     commands = [
         *(f"ip netns add {name}" for name in names),
-        f"ip link add link netns {names[0]} type veth peer name link netns {names[1]}",
+        "ip link add name shaped netns {} type veth peer name shaped netns {}".format(*names),
     ]
     for n, name in enumerate(names):
         within = f"ip netns exec {name}"
         commands += [
-            f"{within} ip addr add 10.201.0.{n + 1}/24 dev link", f"{within} ip link set link up",
-            f"{within} ip link set lo up", f"{within} tc qdisc add dev link {shape}",
+            f"{within} ip addr add 10.201.0.{n + 1}/24 dev shaped",
+            f"{within} ip link set shaped up", f"{within} ip link set lo up",
+            f"{within} tc qdisc add dev shaped {shape}",
         ]  # fmt: skip
     try:
         for command in commands:
@@ -245,7 +246,7 @@ def two_hosts() -> Iterator[Callable[[int], list[str]]]:
 
 
 def measure_epoch(rounds: int) -> Any:
-    times = run_slowly(epoch, 4096, rounds)
+    times = run_slowly(epoch, 16384, rounds)
     ratios = [b / a for a, b in zip(times["shared"][1:], times["alone"][1:], strict=True)]
     print(
         f"first epoch {times['shared'][0]:.2f} s, alone {times['alone'][0]:.2f} s; later ones "
@@ -259,9 +260,9 @@ def measure_epoch(rounds: int) -> Any:
 def measure_overhead(rounds: int) -> Any:
     rows = {}
     with temporary_directory() as directory:
-        write_files(directory, 4096, width=1024)
+        write_files(directory, 16384, width=1024)
         for ranks in (2, 4):
-            times = run(overhead, ranks, directory, 4096, 1.0, rounds)
+            times = run(overhead, ranks, directory, 16384, 1.0, rounds)
             ratios = [a / b for a, b in zip(times["shared"], times["lockstep"], strict=True)]
             rows[str(ranks)] = {"seconds": times, "ratios": ratios}
             print(
@@ -291,7 +292,7 @@ def measure_sizes(rounds: int) -> Any:
 MEASURES: dict[str, tuple[Callable[[int], Any], int]] = {
     "hits": (measure_hits, 2),
     "epoch": (measure_epoch, 5),
-    "overhead": (measure_overhead, 15),
+    "overhead": (measure_overhead, 40),
     "sizes": (measure_sizes, 5),
     "nodes": (measure_nodes, 6),
 }

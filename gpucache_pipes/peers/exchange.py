@@ -15,7 +15,7 @@ from gpucache_pipes.peers.message import (
     Contents,
     Inbox,
     Outbox,
-    make_tail,
+    make_tails,
     read_tail,
     tail_bytes,
 )
@@ -118,10 +118,7 @@ class Exchange:
             next_sizes = np.zeros_like(prepared.sizes)
             if following in self._prepared:
                 next_sizes = self._prepared[following].sizes
-            tails = [
-                make_tail((*sizes, len(meta), prepared.page_bytes, is_void), meta)
-                for sizes, meta in zip(next_sizes.tolist(), prepared.metas, strict=True)
-            ]
+            tails = make_tails(next_sizes, prepared.metas, prepared.page_bytes, is_void)
             self._flights[step] = self._issue(rows, tails, prepared.sizes, incoming)
 
     def _prepare_until(self, last: int) -> None:
@@ -146,9 +143,9 @@ class Exchange:
         ends = np.cumsum(counts).tolist()
         metas, sizes = [], []
         for outbox, end, count in zip(self._outboxes, ends, counts.tolist(), strict=True):
-            part = slice(end - count, end)
-            metas.append(outbox.describe(contents.part(part.start, end)) if count else b"")
-            sizes.append((int(pages[part].sum()), tail_bytes(metas[-1])))
+            start = end - count
+            metas.append(outbox.describe(contents.part(start, end)) if count else b"")
+            sizes.append((int(pages[start:end].sum()), tail_bytes(metas[-1])))
         return _Prepared(served, page_bytes, metas, np.array(sizes, np.int64))
 
     def _sizes_of(self, step: int, prepared: _Prepared) -> Sizes:

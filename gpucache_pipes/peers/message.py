@@ -42,8 +42,14 @@ class Contents(NamedTuple):
         """Those of some rows."""
         return Contents(self.layouts, self.which[start:stop], self.values[start:stop])
 
+    def is_plain(self) -> bool:
+        """Whether all rows have one layout, and there is nothing else to say of them."""
+        return len(self.layouts) == 1 and not self.values and not self.which.any()
+
     def pages(self, page_bytes: int) -> NDArray[np.int64]:
         """How many pages each row takes."""
+        if len(self.layouts) == 1 and not self.which.any():
+            return np.full(len(self.which), -(-self.layouts[0].span // max(1, page_bytes)))
         spans = np.array([layout.span for layout in self.layouts] + [0], np.int64)
         return (-(-spans // max(1, page_bytes)))[self.which]
 
@@ -57,6 +63,8 @@ class Outbox:
     def describe(self, rows: Contents) -> bytes:
         """What the receiver does not know of these rows; empty if that is nothing."""
         told = self._told
+        if rows.is_plain() and told.get(rows.layouts[0]) == 0:
+            return b""
         used = np.unique(rows.which[rows.which >= 0]).tolist()
         if len(told) + len(used) > _MOST_LAYOUTS:
             told.clear()
@@ -107,13 +115,27 @@ def tail_bytes(meta: bytes) -> int:
     return -(-(HEAD.itemsize + len(meta)) // ALIGNMENT) * ALIGNMENT
 
 
-def make_tail(head: Sequence[int], meta: bytes) -> NDArray[np.uint8]:
-    """A tail: a head of these values, in the order of HEAD, and a description."""
-    tail = np.zeros(tail_bytes(meta), np.uint8)
-    tail[: HEAD.itemsize] = np.frombuffer(np.array([tuple(head)], HEAD).tobytes(), np.uint8)
-    if meta:
-        tail[HEAD.itemsize : HEAD.itemsize + len(meta)] = np.frombuffer(meta, np.uint8)
-    return tail
+def make_tails(
+    sizes: NDArray[np.int64], metas: Sequence[bytes], page_bytes: int, is_void: int
+) -> list[NDArray[np.uint8]]:
+    """The tails of the messages to all ranks.
+
+    Args:
+        sizes: [ranks, 2], of the messages that follow: see HEAD.
+        metas: the descriptions.
+        page_bytes: see HEAD.
+        is_void: see HEAD.
+    """
+    heads = np.zeros(len(metas), HEAD)
+    heads["rows"], heads["tail"] = sizes.T
+    heads["meta"] = [*map(len, metas)]
+    heads["page"], heads["void"] = page_bytes, is_void
+    tails = [*heads.view(np.uint8).reshape(len(metas), -1)]
+    for rank, meta in enumerate(metas):
+        if meta:
+            padding = bytes(tail_bytes(meta) - HEAD.itemsize - len(meta))
+            tails[rank] = np.frombuffer(tails[rank].tobytes() + meta + padding, np.uint8).copy()
+    return tails
 
 
 def read_tail(tail: NDArray[np.uint8]) -> tuple[Any, bytes]:

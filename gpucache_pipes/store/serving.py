@@ -63,7 +63,11 @@ class Serving:
         good = np.ones(len(batch.numbers), np.bool_)
         good[[*failed]] = False
         places = cache.entries.place[batch.numbers[good]]
-        known, which[good] = np.unique(cache.layouts.of_places(places), return_inverse=True)
+        numbers = cache.layouts.of_places(places)
+        if len(numbers) and (numbers == numbers[0]).all():
+            known, which[good] = numbers[:1], 0
+        else:
+            known, which[good] = np.unique(numbers, return_inverse=True)
         layouts = [cache.layouts.layouts[n] for n in known.tolist()]
         values: list[tuple[Any, ...]] = []
         if any(layout.plain for layout in layouts):
