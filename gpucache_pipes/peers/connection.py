@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gpucache_pipes.device import is_device_error, is_out_of_memory
 from gpucache_pipes.errors import RankError
 
 _GRACE = 5.0
@@ -117,6 +118,8 @@ class Connection:
             raise
         except RuntimeError as error:
             self.fail(f"the exchange has failed at {where}")
+            if is_device_error(error) or is_out_of_memory(error):
+                raise
             raise self._missing(where, start, time.monotonic() - start) from error
         except Exception as error:
             self.fail(f"{type(error).__name__} at {where}")

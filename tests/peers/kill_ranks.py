@@ -59,6 +59,8 @@ def main() -> None:
                     seen["errors"] += 1
                     names = re.findall(r"rank (\d+) is", one["error"])
                     seen["errors that name the one"] += names == [str(victim)]
+                    if names != [str(victim)]:
+                        print(f"rank {victim} of {world} was killed: {one['error']}")
             reached = max(one["epoch"] for one in lived)
             seen["epochs"] = reached
             print(f"\r{seen['kills']} kills, {reached} epochs", end="", flush=True, file=sys.stderr)

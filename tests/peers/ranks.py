@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +17,25 @@ ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
 
 
-def start_ranks(world: int, name: str, *arguments: Any) -> "list[subprocess.Popen[str]]":
+def start_ranks(world: int, name: str, *arguments: Any) -> "subprocess.Popen[str]":
     """Begin `scenarios.<name>(rank, *arguments)` in `world` processes. Arguments are JSON."""
-    meet = tempfile.mktemp(prefix="ranks-")
     environment = dict(ENVIRONMENT)
     if "cuda" in arguments:
         del environment["CUDA_VISIBLE_DEVICES"]
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), meet, name, json.dumps(arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, __file__, str(world), name, json.dumps(arguments)],
+        stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+    )  # fmt: skip
 
 
-def results_of(ranks: "list[subprocess.Popen[str]]", seconds: float = 100) -> list[Any]:
+def results_of(ranks: "subprocess.Popen[str]", seconds: float = 100) -> list[Any]:
     """What the function has returned in each process; a str is what a process that failed wrote."""
-    found: list[Any] = []
     try:
-        for rank in ranks:
-            printed, _ = rank.communicate(timeout=seconds)
-            lines = printed.splitlines()
-            if rank.returncode or not lines:
-                found.append(f"exit {rank.returncode}: {printed}")
-            else:
-                found.append(json.loads(lines[-1]))
+        printed, _ = ranks.communicate(timeout=seconds)
     finally:
-        for rank in ranks:
-            rank.kill()
+        if ranks.poll() is None:
+            os.killpg(ranks.pid, signal.SIGKILL)
+    found: list[Any] = json.loads(printed.splitlines()[-1])
     return found
 
 
@@ -55,8 +47,31 @@ def run_ranks(world: int, name: str, *arguments: Any, seconds: float = 100) -> l
     return found
 
 
-def main() -> None:
-    rank, world, meet, name, arguments = sys.argv[1:]
+def main(world: int, name: str, arguments: list[Any]) -> None:
+    """Fork the ranks, which takes less than that each of them imports torch."""
+    import scenarios
+
+    with tempfile.TemporaryDirectory() as directory:
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if not child:
+                be_rank(rank, world, directory, getattr(scenarios, name), arguments)
+            children.append(child)
+        found = []
+        for rank, child in enumerate(children):
+            _, status = os.waitpid(child, 0)
+            result, printed = (Path(directory, f"{rank}.{kind}") for kind in ("json", "text"))
+            if status or not result.exists():
+                text = f"exit {os.waitstatus_to_exitcode(status)}: {printed.read_text()}"
+                found.append(text)
+            else:
+                found.append(json.loads(result.read_text()))
+    print(json.dumps(found), flush=True)
+
+
+def be_rank(rank: int, world: int, directory: str, function: Any, arguments: list[Any]) -> None:
+    """Run the function in this process, and end it."""
     import faulthandler
     import gc
 
@@ -64,22 +79,28 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    faulthandler.dump_traceback_later(90)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meet}", world_size=int(world), rank=int(rank)
-    )
-    result = getattr(scenarios, name)(int(rank), *json.loads(arguments))
-    gc.collect()
-    print(json.dumps(result), flush=True)
-    if (
-        os.environ.get("RANKS_EXIT") == "hard"
-        or getattr(scenarios, name).__name__ in scenarios.BROKEN
-    ):
-        os._exit(0)  # the connections are broken
-    dist.barrier()
-    dist.destroy_process_group()
+    status = 1
+    text = os.open(f"{directory}/{rank}.text", os.O_CREAT | os.O_WRONLY)
+    os.dup2(text, 1)
+    os.dup2(text, 2)
+    try:
+        faulthandler.dump_traceback_later(90)
+        torch.set_num_threads(1)
+        meet = f"file://{directory}/meet"
+        dist.init_process_group("gloo", init_method=meet, world_size=world, rank=rank)
+        result = function(rank, *arguments)
+        gc.collect()
+        Path(directory, f"{rank}.json").write_text(json.dumps(result))
+        if function.__name__ not in scenarios.BROKEN:  # else the connections are broken
+            dist.barrier()
+            dist.destroy_process_group()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))

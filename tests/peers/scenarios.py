@@ -22,6 +22,7 @@ from gpucache_pipes import (
     PathLister,
 )
 from gpucache_pipes.files import LocalFiles
+from gpucache_pipes.peers import connection
 from gpucache_pipes.testing import assert_same
 
 BROKEN: set[str] = set()
@@ -52,6 +53,7 @@ def make_files(directory: str, seed: int, count: int, kind: str) -> list[str]:
         random_ = random.Random(seed)
         for n, path in enumerate(paths):
             torch.save(feature_of(kind, n, random_), path)
+            os.utime(path, (n, n))  # long ago, so that a disk cache takes it
     dist.barrier()
     return paths
 
@@ -262,7 +264,8 @@ def one_is_lost(rank: int, directory: str, how: str) -> list[str]:
     """In the second epoch rank 1 dies, breaks off alone, or is late; what the others then see."""
 
     make_files(directory, 0, 72, "alike")
-    loader = loader_of(directory, exchange_timeout=2)
+    connection._GRACE = 1.0
+    loader = loader_of(directory, exchange_timeout=1.5)
     for _ in loader:
         pass
     told: list[str] = []
@@ -272,7 +275,7 @@ def one_is_lost(rank: int, directory: str, how: str) -> list[str]:
             if how == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "late":
-                time.sleep(8)
+                time.sleep(3.5)
                 return told
             batches = iter(loader)
         started = time.monotonic()
@@ -606,7 +609,8 @@ def odd_uses(rank: int, directory: str) -> dict[str, int]:
 
     found = {}
     options: list[dict[str, Any]] = [
-        {"source": files}, {"load_fn": load}, {"process_group": backwards, "max_cache_items": 30}
+        {"source": files}, {"load_fn": load}, {"process_group": backwards, "max_cache_items": 30},
+        {"max_cache_items": 5, "disk_cache": f"{directory}-packed"},
     ]  # fmt: skip
     for number, given in enumerate(options):
         store = GPUFeatureStore("cpu", **{"process_group": dist.group.WORLD, **given})
@@ -624,6 +628,8 @@ def odd_uses(rank: int, directory: str) -> dict[str, int]:
                     store.clear()
             assert_alike(*seen)
         found[f"came {number}"] = store.stats().files_received
+        if number == 3:
+            found["from disk"] = store.stats().disk_hits
         if number == 0:
             files.opened.clear()
             store = GPUFeatureStore("cpu", process_group=dist.group.WORLD, source=files)
