@@ -2,21 +2,19 @@
 
 Each rank is a process, and gloo connects them. Contenders take turns in the same processes.
 
-    python benchmarks/many_ranks.py [--only hits|epoch|overhead|sizes|nodes] [--rounds N]
-        [--json FILE]
+    python benchmarks/many_ranks.py [--only PART] [--rounds N] [--json FILE]
 
-hits      second and later epochs under a global shuffle, for 2, 4 and 8 ranks, each of which has
-room
-          for 10%, 25% or 50% of the files; and how often files were read in all ranks together
-epoch     4 ranks with room for 25% each, where each open of a file takes 3 ms (slow_storage.c), 8
-reader
-          threads in each store. Linux only
-overhead  batches that no other rank has a part of (shard="static", all cached), beside the same
-pipeline
-          under Lockstep
-nodes     4 ranks on two hosts, which are network namespaces that a link of 1 Gb/s connects; 3 ms
-          an open. Linux only, and root. Left out unless --only names it
-sizes     epochs of which three quarters come from other ranks, by the size of a feature
+Parts:
+
+- hits: second and later epochs under a global shuffle, for 2, 4 and 8 ranks, each of which has
+  room for 10%, 25% or 50% of the files; and how often files were read by all ranks together.
+- epoch: 4 ranks with room for 25% each, where each open of a file takes 3 ms (slow_storage.c), 8
+  reader threads in each store. Linux only.
+- overhead: batches that no other rank has a part of (shard="static", all cached), beside the same
+  pipeline under Lockstep.
+- sizes: epochs of which three quarters come from other ranks, by the size of a feature.
+- nodes: 4 ranks on two hosts, which are network namespaces that a link of 1 Gb/s connects; 3 ms an
+  open. Linux only, and root. Left out unless --only names it.
 """
 
 import argparse

@@ -36,10 +36,12 @@ class RankError(RuntimeError):
         texts: by rank, what happened there: the type and text of an exception, or where it is.
     """
 
-    def __init__(self, texts: dict[int, str], verb: str = "failed with") -> None:
-        super().__init__(texts, verb)
+    def __init__(self, texts: dict[int, str], verb: str = "failed with", advice: str = "") -> None:
+        super().__init__(texts, verb, advice)
         self.texts = texts
         self._verb = verb
+        self._advice = advice
 
     def __str__(self) -> str:
-        return "; ".join(f"rank {rank} {self._verb} {text}" for rank, text in self.texts.items())
+        each = (f"rank {rank} {self._verb} {text}" for rank, text in self.texts.items())
+        return "; ".join(each) + self._advice

@@ -108,7 +108,12 @@ class GPUCachedPathDataLoader(Generic[Batch]):
             **store_options,
         }
         require_known(store_options, type(self))
-        given = {name: value for name, value in options.items() if value is not None}
+        # A process group of None is an error of torchrun without torch.distributed.
+        given = {
+            name: value
+            for name, value in options.items()
+            if value is not None or name == "process_group"
+        }
         if store is not None and given:
             raise ValueError(f"with store=, set {', '.join(sorted(given))} on that store")
         require_batches_of_paths(loader)

@@ -200,13 +200,15 @@ def advice(report: dict[str, Any]) -> str:
             f"With {format_bytes(memory)}, all {format_bytes(total)} fit: after the first epoch "
             "every read comes from the GPU."
         )
+    each = " of each rank, alone," if report.get("ranks") else ""
     [row] = [row for row in report["rows"] if row["cache_bytes"] == memory]
     ours, lru = row["policies"]["clairvoyant"], row["policies"]["lru"]
+    rate = f"{ours['hit_rate']:.0%}"
+    fits = f"With {format_bytes(memory)}{each or ','} {rate} of reads come from the GPU"
     return (
-        f"With {format_bytes(memory)}, {ours['hit_rate']:.0%} of reads come from the GPU after the "
-        f"first epoch, and an epoch reads {format_bytes(int(ours['read_fraction'] * total))}; LRU "
-        f"would give {lru['hit_rate']:.0%}, and read "
-        f"{format_bytes(int(lru['read_fraction'] * total))}. "
+        f"{fits} after the first epoch, and an epoch reads "
+        f"{format_bytes(int(ours['read_fraction'] * total))}; LRU would give {lru['hit_rate']:.0%}"
+        f", and read {format_bytes(int(lru['read_fraction'] * total))}. "
         f"{format_bytes(total)} would hold all." + _advice_on_tiers(report["tiers"])
     )
 

@@ -265,10 +265,12 @@ class GPUPrefetcher(BaseNode[Any]):
         self._retract()
 
     def __del__(self) -> None:
-        # Requests are given up when they are collected; but the announcement stays in the policy.
+        # Requests end when they are collected; but the announcement stays in the policy.
         # Without a key, __init__ has failed; without a table, the interpreter ends.
         if hasattr(self, "_key") and _latest is not None:
             self._retract()
+            if self._ahead.shared is not None:
+                self._ahead.shared.release()
 
     def _retract(self) -> None:
         """Take back what this pipeline has announced, but not what a later one over its source has.

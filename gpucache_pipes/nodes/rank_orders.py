@@ -64,12 +64,18 @@ def orders_of(lister: Any, ranks: Sequence[int], world: int, rank: int) -> RankO
         rank: this one.
     """
     if not hasattr(lister, "sharded_orders"):
-        return "the source is no PathLister"
+        return (
+            f"the source of the GPUPrefetcher is a {type(lister).__name__}; a PathLister with a "
+            "batch_size, and no node between, is sharded as DistributedSampler shards"
+        )
     if lister.batch_size is None:
-        return "the PathLister has no batch_size"
+        return "the PathLister has no batch_size: give it one, instead of the GPUCollator"
     drawn = lister.sharded_orders()
     if drawn is None:
-        return "the order of a sampler or a stream is known to its own rank only"
+        return (
+            "the order of a sampler or a stream is known to its own rank only; PathLister(..., "
+            "shuffle=True) has that of DistributedSampler"
+        )
     # A shard for each rank, or for each rank of the group, as with model parallelism.
     mine = drawn.shards.count, drawn.shards.index
     if mine == (world, rank):

@@ -72,8 +72,8 @@ class SharedEpoch:
         self._serving: dict[int, PendingBatch] = {}
         self._at = 0
         self._ended = self._released = False
-        # Once all ranks have begun: the place of step 0, who sends what, and the messages.
-        self._place = 0
+        # Once all ranks have begun: the point of step 0, who sends what, and the messages.
+        self._point = 0
         self._schedule: Schedule | None = None
         self._exchange: Exchange | None = None
 
@@ -118,10 +118,13 @@ class SharedEpoch:
         settings = {
             **orders.settings, "messages ahead": self.ahead, "checksum of owners": owners.checksum,
         }  # fmt: skip
-        self._place = group.begin(f"the beginning of epoch {orders.epoch}", settings)
+        where = f"the beginning of epoch {orders.epoch}"
+        self._point = group.begin(where, settings)
         owners.ranks = owners.assigned(orders.rest, orders.batch)
         schedule = Schedule(orders.rest, orders.batch, owners.ranks, group.index)
         backend, stream = store.serving.backend, store.serving.stream
+        with stream.issuing():
+            group.settle(where)
         self._exchange = Exchange(group, schedule, self.ahead, backend, stream, self._serve)
         self._schedule = schedule
         store.announce(self._owner, partial(_upcoming, schedule, orders, owners, group.index))
@@ -148,32 +151,36 @@ class SharedEpoch:
             raise RuntimeError("this pipeline was shut down: reset it first, on all ranks")
         if self._ended:
             raise StopIteration
-        begins = self._exchange is None
-        if begins:
-            self._begin()
-        assert self._schedule is not None and self._exchange is not None
-        if self._at >= self._schedule.steps:
-            return make()  # the end of the epoch, which is the same on all ranks
-        lookahead.draw(1)
-        if begins:
-            for first in range(self.ahead):
-                self._exchange.send(first, self._where(first))
-        before, where, made = lookahead.state, self._where(self._at), False
+        # Whether an exception leaves ranks out of step: what is in front of `make` in the first
+        # step, and what follows it in every step.
+        lost = self._exchange is None
+        before = lookahead.state
         result = error = None
         try:
+            if self._exchange is None:
+                self._begin()
+                lookahead.draw(1)
+                for first in range(self.ahead):
+                    self._send(first, self._where(first))
+            assert self._schedule is not None
+            if self._at >= self._schedule.steps:
+                return make()  # the end of the epoch, which is the same on all ranks
+            lost = False
+            lookahead.draw(1)
+            where = self._where(self._at)
             status, result, error = self._made(make)
-            made = True
-            worst = self._group.agree(status, self._place + self._at, where)
+            lost = True
+            worst = self._group.agree(status, self._point + self._at, where)
             if worst != ENDS:
-                self._exchange.forget(self._at)
                 self._at += 1
-                self._exchange.send(self._at - 1 + self.ahead, where)
+                self._send(self._at - 1 + self.ahead, where)
             if worst == FAILS:
                 error = self._group.error_of_all(error, where)
-        except BaseException:
-            if made or lookahead.state is not before:
+        except BaseException as raised:
+            if lost or lookahead.state is not before:
                 lookahead.state = before
-                self._group.connection.fail(f"this rank was interrupted at {where}")
+                if not isinstance(raised, Exception):
+                    self._group.interrupted(self._where(self._at))
             raise
         if worst == ENDS:
             self._ended = True
@@ -184,6 +191,11 @@ class SharedEpoch:
         finally:
             del error  # it holds this frame
         return result
+
+    def _send(self, step: int, where: str) -> None:
+        assert self._exchange is not None
+        self._exchange.forget(step - self.ahead)
+        self._exchange.send(step, where)
 
     def _made(self, make: Callable[[], Any]) -> tuple[int, Any, Exception | None]:
         """What this rank has to say of a step, its batch, and its error."""
@@ -200,7 +212,7 @@ class SharedEpoch:
             return FAILS, None, error
 
     def _where(self, step: int) -> str:
-        return f"batch {step} of this pass over epoch {self._orders.epoch}"
+        return f"batch {step} of epoch {self._orders.epoch}, counted from where it was begun"
 
     def has_sent(self, step: int) -> bool:
         """Whether the rows of a step are on their way."""
@@ -223,7 +235,7 @@ class SharedEpoch:
         for batch in serving.values():
             batch.abandon()
         if self._exchange is not None:
-            self._group.left += self._exchange.release()
+            self._group.left.extend(self._exchange.release())
 
 
 def _upcoming(schedule: Schedule, orders: RankOrders, owners: Owners, me: int) -> Upcoming:

@@ -19,16 +19,16 @@ def agree(status: int, group: Any) -> int:
     return int(worst)
 
 
-def agree_at(status: int, place: int, group: Any) -> tuple[int, bool]:
-    """The greatest status of all ranks, and whether all are at the same place.
+def agree_at(status: int, point: int, group: Any) -> tuple[int, bool]:
+    """The greatest status of all ranks, and whether all are at the same point.
 
     One number is added up, which takes gloo a third of the time that three do: how many ranks end,
-    how many fail, and a hash of the place, whose sum is that of equal places by a chance of 2**-42.
+    how many fail, and a hash of the point, whose sum is that of equal points by a chance of 2**-42.
     The size of this collective operation is the same everywhere: where ranks are at different
-    places, those of other operations could differ, and gloo then ends the process.
+    points, those of other operations could differ, and gloo then ends the process.
     """
     ranks = dist.get_world_size(group)
-    mine = _hash(place) << 2 * _COUNT_BITS
+    mine = _hash(point) << 2 * _COUNT_BITS
     told = mine | (status == FAILS) << _COUNT_BITS | (status == ENDS)
     # int64: the sum of the hashes may overflow, as it may in the comparison.
     summed = torch.tensor(told - (told >> 63 << 64), dtype=torch.int64, device="cpu")
@@ -46,18 +46,18 @@ MOST_RANKS = _COUNTS
 """Ranks that can be counted."""
 
 
-def _hash(place: int) -> int:
-    """42 bits that places have to themselves, as far as chance allows."""
-    digest = hashlib.blake2b(place.to_bytes(16, "little"), digest_size=8).digest()
+def _hash(point: int) -> int:
+    """A hash of 42 bits."""
+    digest = hashlib.blake2b(point.to_bytes(16, "little"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 22
 
 
-def places_of(place: int, group: Any) -> list[int]:
+def points_of(point: int, group: Any) -> list[int]:
     """Where each rank is, of 63 bits. A collective operation on the host."""
-    mine = torch.tensor([place], dtype=torch.int64, device="cpu")
-    places = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(places, mine, group=group)
-    return [int(one) for one in places]
+    mine = torch.tensor([point], dtype=torch.int64, device="cpu")
+    points = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(points, mine, group=group)
+    return [int(one) for one in points]
 
 
 def error_of_all(error: Exception | None, group: Any) -> Exception:

@@ -50,8 +50,8 @@ class Arrival:
     def batch(self, backend: Backend, paths: Sequence[PathLike], rows: slice) -> FeatureBatch:
         """The batch of some rows, all of which have come, with these paths.
 
-        On a device, a new block by one operation on the current stream. On the host, the block is
-        the batch's own: it has to be copied for no more than collation.
+        On a device, the rows are copied to a new block, by one operation on the current stream. On
+        the host they stay where they have arrived.
         """
         layouts, which, values = self._contents
         which, starts, sizes = which[rows], self._starts[rows], self._sizes[rows]

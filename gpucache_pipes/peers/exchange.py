@@ -9,6 +9,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from gpucache_pipes.device import Backend, ExchangeStream
+from gpucache_pipes.errors import RankError
 from gpucache_pipes.peers.arrival import Arrival
 from gpucache_pipes.peers.group import PeerGroup
 from gpucache_pipes.peers.message import (
@@ -93,7 +94,7 @@ class Exchange:
         self._next_to_prepare = 0
         self._prepared: dict[int, _Prepared] = {}
         self._flights: dict[int, _Flight] = {}
-        self._announced: dict[int, Sizes] = {}
+        self._told_sizes: dict[int, Sizes] = {}
         self._arrivals: dict[int, Arrival] = {}
         self.sent = 0
         self.error: Exception | None = None
@@ -149,11 +150,11 @@ class Exchange:
         return _Prepared(served, page_bytes, metas, np.array(sizes, np.int64))
 
     def _sizes_of(self, step: int, prepared: _Prepared) -> Sizes:
-        """The sizes of what comes: earlier messages have told them, or they are asked for."""
+        """The sizes of the messages of a step from other ranks. Collective, in the first steps."""
         before = step - self._ahead
         if before >= 0 and self._schedule.crosses[before]:
-            self.receive(before)
-            return self._announced.pop(step)
+            self._receive(before)
+            return self._told_sizes.pop(step)
         mine = torch.from_numpy(prepared.sizes.copy())
         theirs, two = torch.empty_like(mine), np.full(len(mine), 2)
         _start(theirs.view(-1), mine.view(-1), two, two, self._group.connection.host()).wait()
@@ -204,14 +205,14 @@ class Exchange:
     def arrival(self, step: int, where: str) -> Arrival:
         """What has arrived for a step, after waiting for it. May be called again."""
         with self._group.waiting(where):
-            self.receive(step)
+            self._receive(step)
         return self._arrivals[step]
 
     def forget(self, step: int) -> None:
         """The rows of a step are not needed any more."""
         self._arrivals.pop(step, None)
 
-    def receive(self, step: int) -> None:
+    def _receive(self, step: int) -> None:
         """Wait for the messages of a step that was sent, and of those before it."""
         for earlier in sorted(self._flights):
             if earlier <= step:
@@ -249,18 +250,20 @@ class Exchange:
         which = np.full(len(sources), -1, np.intp)
         numbers: dict[Any, int] = {}
         values: list[Any] = [()] * len(sources)
-        announced = np.zeros_like(flight.sizes)
+        following_sizes = np.zeros_like(flight.sizes)
         at = begin = row = 0  # in the tails, in the block, among the rows
         for source, count in enumerate(counts):
             at += 0 if separate else row_sizes[source]
             head, meta = read_tail(told[at : at + tail_sizes[source]])
-            announced[source] = head["rows"], head["tail"]
+            following_sizes[source] = head["rows"], head["tail"]
             contents = self._inboxes[source].read(meta, count)
             if count:
                 mine = order[row : row + count]
                 takes = contents.pages(int(head["page"])) * int(head["page"])
                 if takes.sum() != row_sizes[source]:
-                    raise RuntimeError(f"{row_sizes[source]} bytes for rows of {takes.sum()}")
+                    rank = self._group.ranks[source]
+                    text = f"{row_sizes[source]} bytes for rows of {takes.sum()}: this is a bug"
+                    raise RankError({rank: text}, "has sent")
                 starts[mine] = begin + np.cumsum(takes) - takes
                 sizes[mine] = takes
                 if not head["void"]:
@@ -273,7 +276,7 @@ class Exchange:
             row += count
         following = step + self._ahead
         if following < self._schedule.steps and self._schedule.crosses[following]:
-            self._announced[following] = announced
+            self._told_sizes[following] = following_sizes
         return starts, sizes, Contents([*numbers], which, values if any(values) else [])
 
     # The end

@@ -1,6 +1,10 @@
 """PeerGroup: the ranks whose caches are one, and where all of them are."""
 
+import logging
+import os
+import weakref
 import zlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,12 +13,32 @@ import torch
 import torch.distributed as dist
 
 from gpucache_pipes.errors import RankError
-from gpucache_pipes.peers.agreement import MOST_RANKS, agree_at, error_of_all, places_of
+from gpucache_pipes.peers.agreement import MOST_RANKS, agree_at, error_of_all, points_of
 from gpucache_pipes.peers.connection import Connection
 from gpucache_pipes.peers.schedule import Owners
 
+_log = logging.getLogger("gpucache_pipes")
+
+_NOT_INITIALISED = (
+    "process_group= needs torch.distributed: call torch.distributed.init_process_group() before "
+    "the store is made"
+)
+
 _STEPS = 1 << 32
 """More than an epoch has."""
+
+_MOST_LISTS = 8
+"""Lists of files whose owners are remembered, those that were used last."""
+
+
+class NoGroup:
+    """The default of `process_group=`, since None is what group.WORLD is before it is made."""
+
+    def __repr__(self) -> str:
+        return "no group"
+
+
+NO_GROUP = NoGroup()
 
 
 class PeerGroup:
@@ -27,7 +51,7 @@ class PeerGroup:
 
     Attributes:
         ranks: global ranks of the members, ascending.
-        index: the place of this rank among them.
+        index: the position of this rank among them.
         left: messages under way in epochs that were broken off.
         files_received, bytes_received: what has come from the caches of other ranks.
 
@@ -39,10 +63,7 @@ class PeerGroup:
 
     def __init__(self, group: Any, timeout: float, device: torch.device) -> None:
         if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError(
-                "process_group= needs torch.distributed: call init_process_group before the store "
-                "is made"
-            )
+            raise ValueError(_NOT_INITIALISED)
         if not isinstance(timeout, (int, float)) or not 0 < timeout < 1e6:
             raise ValueError(f"exchange_timeout={timeout!r} must be a positive number of seconds")
         if group is dist.GroupMember.NON_GROUP_MEMBER:
@@ -59,12 +80,36 @@ class PeerGroup:
             )
         self.index = self.ranks.index(dist.get_rank())
         self.files_received = self.bytes_received = 0
-        self.left: list[Any] = []
+        self.left: deque[Any] = deque()
+        self._group = weakref.ref(group)
         self._timeout = float(timeout)
         self._device = device
         self._connection: Connection | None = None
         self._number = 0  # of the store, among those over one connection
         self._owners: dict[Any, Owners] = {}
+
+    @classmethod
+    def of(cls, group: Any, timeout: float, device: torch.device) -> "PeerGroup | None":
+        """The ranks of `group`; None for NO_GROUP, and for None where there are no other ranks.
+
+        Raises ValueError for None in a process of torchrun without a torch.distributed: it is what
+        `torch.distributed.group.WORLD` is then.
+        """
+        if group is None:
+            lacks = not (dist.is_available() and dist.is_initialized())
+            if lacks and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ValueError(_NOT_INITIALISED)
+            return None
+        if isinstance(group, NoGroup):
+            return None
+        found = cls(group, timeout, device)
+        if dist.get_world_size() == 1 < int(os.environ.get("WORLD_SIZE", "1")):
+            _log.warning(
+                "torch.distributed has one rank in this process, but WORLD_SIZE is %s: the cache "
+                "is not shared; init_process_group() without arguments has all ranks of torchrun",
+                os.environ["WORLD_SIZE"],
+            )
+        return found
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -75,10 +120,12 @@ class PeerGroup:
         A list that has files of others begins with the owners that these have.
         """
         key = (len(paths), fingerprint)
-        owners = self._owners.get(key)
+        owners = self._owners.pop(key, None)
         if owners is None:
             owners = Owners(paths, [*self._owners.values()])
-            self._owners[key] = owners
+        while len(self._owners) >= _MOST_LISTS:  # the same ones on all ranks
+            del self._owners[next(iter(self._owners))]
+        self._owners[key] = owners
         return owners
 
     def figures(self) -> dict[str, int]:
@@ -88,7 +135,10 @@ class PeerGroup:
     def open(self) -> None:
         """Connect the ranks, the first time. Collective. Raises RankError if they do not come."""
         if self._connection is None:
-            self._connection = Connection.of(self.ranks, self._timeout, self._device)
+            group = self._group()
+            if group is None:
+                raise RuntimeError("process_group= of the store was destroyed: make a new store")
+            self._connection = Connection.of(group, self.ranks, self._timeout, self._device)
             self._number = self._connection.stores
 
     @property
@@ -104,7 +154,7 @@ class PeerGroup:
     # Steps
 
     def begin(self, where: str, settings: Mapping[str, Any]) -> int:
-        """Begin an epoch on all ranks; returns the place of its first step. Collective.
+        """Begin an epoch on all ranks; returns the point of its first step. Collective.
 
         Args:
             where: the same in words.
@@ -114,46 +164,59 @@ class PeerGroup:
             RankError: another rank is somewhere else, or has other settings.
         """
         self.connection.passes += 1
-        place = self.connection.passes * _STEPS
+        point = self.connection.passes * _STEPS
         settings = {**settings, "store number": self._number}
-        left, self.left = self.left, []
-        self.agree(0, place, where, settings)
+        self.agree(0, point, where, settings)
+        return point + 1
+
+    def interrupted(self, where: str) -> None:
+        """Note that this rank has left a step in the midst of it."""
+        if self._connection is not None:
+            self._connection.fail(f"it was interrupted at {where}")
+
+    def settle(self, where: str) -> None:
+        """Wait for messages of epochs that were broken off, which all ranks have sent.
+
+        On the stream of the exchange: their memory goes back to it.
+        """
         with self.waiting(where):
-            for flight in left:  # all ranks have sent these: they end, and then let go of memory
-                for work in flight.works:
+            while self.left:
+                for work in self.left.popleft().works:
                     work.wait()
-        return place + 1
 
     def agree(
-        self, status: int, place: int, where: str, settings: Mapping[str, Any] | None = None
+        self, status: int, point: int, where: str, settings: Mapping[str, Any] | None = None
     ) -> int:
-        """The greatest status of all ranks, which must be at the same place. Collective.
+        """The greatest status of all ranks, which must be at the same point. Collective.
 
         Args:
             status: of this rank.
-            place: where it is; one number for each step of each epoch.
+            point: where it is; one number for each step of each epoch.
             where: the same in words.
             settings: what must be the same on all ranks, too.
 
         Raises:
-            RankError: ranks are at different places, or one does not answer.
+            RankError: ranks are at different points, or one does not answer.
         """
         with self.waiting(where):
             host = self.connection.host()
             seal = 0 if settings is None else zlib.crc32(repr(settings).encode())
-            worst, together = agree_at(status, place + (seal << 64), host)
+            worst, together = agree_at(status, point + (seal << 64), host)
             if together:
                 return worst
-            places = dict(zip(self.ranks, places_of(place, host), strict=True))
-            if settings is not None and set(places.values()) == {place}:
-                raise RankError(self._differences(settings), "has")
+            points = dict(zip(self.ranks, points_of(point, host), strict=True))
+            differences = {}
+            if settings is not None and set(points.values()) == {point}:
+                differences = self._differences(settings)
+        if differences:
+            raise RankError(differences, "has")
         self.connection.fail(f"ranks were at different batches at {where}")
         others = {
-            rank: f"{_in_words(at)}, and this rank at {_in_words(place)}"
-            for rank, at in places.items()
-            if at != place
+            rank: f"{_in_words(at)}, and this rank at {_in_words(point)}"
+            for rank, at in points.items()
+            if at != point
         }
-        raise RankError(others, "is at")
+        raise RankError(others, "is at", ": all ranks must begin epochs and take batches alike")
 
     def _differences(self, settings: Mapping[str, Any]) -> dict[int, str]:
         """The first setting that is another one in other ranks. Collective."""
@@ -175,7 +238,7 @@ class PeerGroup:
             return error_of_all(error, self.connection.host())
 
 
-def _in_words(place: int) -> str:
-    """A place, as a user counts: epochs that were begun, and batches from 0."""
-    epoch, step = divmod(place, _STEPS)
+def _in_words(point: int) -> str:
+    """A point, as a user counts: epochs that were begun, and batches from 0."""
+    epoch, step = divmod(point, _STEPS)
     return f"batch {step - 1} of pass {epoch}" if step else f"the beginning of pass {epoch}"

@@ -94,9 +94,7 @@ def make_parts(
     host_policy = make_policy(policy if isinstance(policy, str) else "clairvoyant")
     policy = make_policy(policy)
     backend = device if isinstance(device, Backend) else open_backend(resolve_device(device))
-    peers = None
-    if process_group is not None:
-        peers = PeerGroup(process_group, exchange_timeout, backend.device)
+    peers = PeerGroup.of(process_group, exchange_timeout, backend.device)
     budget = None
     if max_cache_bytes is not None:
         budget = parse_bytes("max_cache_bytes", max_cache_bytes, backend.total_bytes)

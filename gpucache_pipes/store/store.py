@@ -12,6 +12,7 @@ from gpucache_pipes.batches import RaggedOptions
 from gpucache_pipes.cache import Policy
 from gpucache_pipes.device import Backend
 from gpucache_pipes.files import Key, PathLike, Source
+from gpucache_pipes.peers import NO_GROUP
 from gpucache_pipes.store.device_sharing import DeviceSharing
 from gpucache_pipes.store.disk import DiskOptions
 from gpucache_pipes.store.lock import require_stack
@@ -87,8 +88,9 @@ class GPUFeatureStore(DeviceSharing):
         process_group: ranks whose caches are one, such as `torch.distributed.group.WORLD`.
             Pipelines over a sharded PathLister then read each file once in all of them, and send
             it to who needs it; all ranks must iterate alike. All other methods concern this rank
-            alone.
-        exchange_timeout: seconds that ranks wait for each other in such a pipeline.
+            alone. None is no group.
+        exchange_timeout: seconds that ranks wait for each other in such a pipeline, and so the
+            longest time between two batches.
 
     Raises:
         ValueError: an argument is out of range; the message names it and its value.
@@ -118,7 +120,7 @@ class GPUFeatureStore(DeviceSharing):
         disk_cache_bytes: int | str | None = None,
         disk_cache_check: str = "stat",
         disk_cache_key: str | None = None,
-        process_group: Any = None,
+        process_group: Any = NO_GROUP,
         exchange_timeout: float = 60.0,
     ) -> None:
         parts = make_parts(

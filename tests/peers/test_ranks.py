@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from gpucache_pipes import GPUCachedPathDataLoader, GPUFeatureStore
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -51,13 +54,15 @@ def test_errors_are_heard_by_all_at_the_same_batch(tmp_path: Path) -> None:
 def test_a_rank_that_is_lost_is_named(how: str, tmp_path: Path) -> None:
     found = results_of(start_ranks(3, "one_is_lost", str(tmp_path / "f"), how))
     what = "RankError: rank 1 is "
-    what += r"at the beginning of pass 3, " if how == "breaks" else r"not at batch 2 of this pass "
+    what += r"at the beginning of pass 3, " if how == "breaks" else r"not at batch 2 of epoch 1"
     for rank in (0, 2):
         told = found[rank]
         assert len(told) == 2, told
         assert re.match(what, told[0]), told
         assert "batch 2 of" in told[0]
-        assert "can no longer be shared" in told[1]
+        if how == "breaks":
+            assert "batch 2 of pass 2: all ranks must begin epochs and take batches" in told[0]
+        assert "can no longer share its cache" in told[1]
     if how == "dies":
         assert found[1].startswith("exit -9")
 
@@ -76,11 +81,11 @@ def test_several_pipelines_on_one_store(tmp_path: Path) -> None:
 
 def test_where_caches_are_not_shared(tmp_path: Path) -> None:
     for told in run_ranks(2, "not_shared", str(tmp_path / "f")):
-        assert told == {
+        assert {name: text.split(";")[0].split(":")[0] for name, text in told.items()} == {
             "a stream": "the order of a sampler or a stream is known to its own rank only",
             "a sampler": "the order of a sampler or a stream is known to its own rank only",
             "single paths": "the PathLister has no batch_size",
-            "a list": "the source is no PathLister",
+            "a list": "the source of the GPUPrefetcher is a IterableWrapper",
             "all files": "the PathLister yields shard 0 of 1 in rank",
             "path_fn": "for batches that path_fn changes",
         }
@@ -110,6 +115,23 @@ def test_rare_uses(tmp_path: Path) -> None:
 def test_an_interrupt_loses_no_batch(tmp_path: Path) -> None:
     first, second = results_of(start_ranks(2, "interrupted", str(tmp_path / "f")))
     assert second["error"].startswith("KeyboardInterrupt")
-    assert re.match("RankError: rank 1 is not at batch . of this pass", first["error"])
+    told = "RankError: rank 1 has given up: it was interrupted at batch . of epoch 1"
+    assert re.match(told, first["error"]), first["error"]
     every = [*first["given"], *first["rest"], *second["given"], *second["rest"]]
     assert len(second["given"]) == 9 and sorted(every) == list(range(48))
+
+
+def test_a_group_that_was_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """group.WORLD is None before torch.distributed is initialised."""
+    for make in (
+        lambda: GPUFeatureStore("cpu", process_group=torch.distributed.group.WORLD),
+        lambda: GPUCachedPathDataLoader([["a.pt"]], device="cpu", process_group=None),
+    ):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        with make():  # one process needs no group
+            pass
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="init_process_group\\(\\) before the store is made"):
+            make()
+    with GPUFeatureStore("cpu") as store:
+        assert store.peers is None

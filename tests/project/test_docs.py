@@ -17,6 +17,15 @@ BLOCK = re.compile(r"(?:^<!-- needs: (\w+) -->\n)?^```python\n(.*?)^```", re.MUL
 """A block of code, and the library that it needs, if the package does not."""
 
 
+# As torchrun tells a process that is the only one; MASTER_PORT 0 is a free one.
+ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "0",
+}
+
 NEEDS = {"lightning.md": "lightning"}
 """Pages whose blocks need an extra."""
 
@@ -46,7 +55,7 @@ def test_code_runs_as_printed(page: Path, tmp_path: Path) -> None:
     strict = ["-W", "error", "-W", "ignore:'set_vital' is deprecated"]
     run = subprocess.run(
         [sys.executable, *(strict if page.name != "recipes.md" else []), script],
-        env={**os.environ, "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1", **ALONE},
         cwd=tmp_path,
         capture_output=True,
         text=True,
