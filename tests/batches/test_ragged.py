@@ -83,7 +83,7 @@ def assert_equal(one: torch.Tensor, other: torch.Tensor) -> None:
     assert torch.equal(bits(one), bits(other))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(
     sequences(), st.sampled_from([None, 16, 48, 256]), st.integers(1, 4), st.sampled_from([0, 1])
 )
@@ -116,7 +116,7 @@ def test_padded_equals_pad_sequence(
     assert_equal(batch["y"], torch.ones(len(parts), 3))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(sequences(), st.sampled_from([None, 16, 48, 256]))
 def test_jagged_equals_torch_nested(parts: list[torch.Tensor], page_bytes: int | None) -> None:
     batch = collated([{"x": part} for part in parts], page_bytes, ragged={"x": "jagged"})
@@ -153,7 +153,7 @@ def test_pages_that_were_others_before(data: st.DataObject, mode: str, page_byte
         store.check()
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(sequences(), st.sampled_from([None, 16]))
 def test_lists(parts: list[torch.Tensor], page_bytes: int | None) -> None:
     batch = collated([{"x": part} for part in parts], page_bytes, ragged={"x": "list"})
@@ -162,7 +162,7 @@ def test_lists(parts: list[torch.Tensor], page_bytes: int | None) -> None:
         assert_equal(one, other)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(
     st.data(),
     sequences(),
@@ -297,7 +297,7 @@ def test_one_mode_is_for_every_leaf_that_has_a_dimension(page_bytes: int | None)
     assert isinstance(collated(features[:1], page_bytes, ragged="pad")["x"], Padded)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.integers(0, 3), min_size=2, max_size=8),
     st.integers(1, 4),
@@ -322,7 +322,7 @@ def test_the_type_of_a_batch_is_the_same_in_any_order(
     assert all(kinds == seen[0] for kinds in seen)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.integers(0, 4), min_size=2, max_size=5),
     st.sampled_from(["pad", "jagged", "list"]),

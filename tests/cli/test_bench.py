@@ -750,7 +750,8 @@ def test_the_tables_of_the_pages_match_the_reports(scripts: None) -> None:
         page = path.read_text()
         found += [match[2] for match in tables.MARKS.finditer(page)]
         assert tables.render(page) == page
-    assert set(found) == {*scenarios.SCENARIOS, "aims", "gains", "packed", "remote"} - {"quick"}
+    made = {"aims", "gains", "many_ranks", "packed", "remote", "sharding"}
+    assert set(found) == {*scenarios.SCENARIOS, *made} - {"quick"}
 
 
 def test_two_thousand_files_as_if_they_were_a_million(

@@ -467,7 +467,7 @@ consume(9)
 """
 
     def run(number: int) -> None:
-        for attempt in range(4):
+        for attempt in range(2):
             with subprocess.Popen(
                 [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
             ) as process:
