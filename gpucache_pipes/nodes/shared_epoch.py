@@ -26,6 +26,7 @@ from gpucache_pipes.peers import (
     Schedule,
 )
 from gpucache_pipes.store import GPUFeatureStore, PendingBatch, Upcoming
+from gpucache_pipes.store.serving import Serving
 
 if TYPE_CHECKING:
     from gpucache_pipes.nodes.lookahead import Lookahead
@@ -125,7 +126,9 @@ class SharedEpoch:
         backend, stream = store.serving.backend, store.serving.stream
         with stream.issuing():
             group.settle(where)
-        self._exchange = Exchange(group, schedule, self.ahead, backend, stream, self._serve)
+        # Not a method of this object: a reference cycle would keep the store until it is collected.
+        serve = partial(_serve, store.serving, self._serving, schedule)
+        self._exchange = Exchange(group, schedule, self.ahead, backend, stream, serve)
         self._schedule = schedule
         store.announce(self._owner, partial(_upcoming, schedule, orders, owners, group.index))
 
@@ -223,17 +226,12 @@ class SharedEpoch:
         assert self._exchange is not None
         return self._exchange.arrival(step, self._where(step))
 
-    def _serve(self, step: int) -> "_Served":
-        assert self._schedule is not None
-        served, _ = self._schedule.served(step)
-        return _Served(self.store, self._serving.pop(step, None), len(served))
-
     def release(self) -> None:
         """Give up all requests. Takes no lock."""
         self._released = True
-        serving, self._serving = self._serving, {}
-        for batch in serving.values():
-            batch.abandon()
+        for step in list(self._serving):
+            if (batch := self._serving.pop(step, None)) is not None:
+                batch.abandon()
         if self._exchange is not None:
             self._group.left.extend(self._exchange.release())
 
@@ -253,8 +251,8 @@ def _upcoming(schedule: Schedule, orders: RankOrders, owners: Owners, me: int) -
 class _Served:
     """What this rank serves in a step; nothing if it was not requested."""
 
-    def __init__(self, store: GPUFeatureStore, batch: PendingBatch | None, count: int) -> None:
-        self._serving = store.serving
+    def __init__(self, serving: Serving, batch: PendingBatch | None, count: int) -> None:
+        self._serving = serving
         self._count = count
         self._batch = batch
 
@@ -271,6 +269,14 @@ class _Served:
     def abandon(self) -> None:
         if self._batch is not None:
             self._batch.abandon()
+
+
+def _serve(
+    serving: Serving, requested: dict[int, PendingBatch], schedule: Schedule, step: int
+) -> _Served:
+    """What this rank serves in a step, taken out of what was requested."""
+    files, _ = schedule.served(step)
+    return _Served(serving, requested.pop(step, None), len(files))
 
 
 def share(

@@ -22,11 +22,11 @@ class Arrival:
     """The rows of one batch of this rank.
 
     Args:
-        block: uint8; holds the rows of all senders.
+        block: uint8, [bytes]; holds the rows of all senders.
         mark: when it had arrived, on the stream.
         stream: on which it arrived.
-        starts: where each row begins in the block, in the order of the batch.
-        sizes: how many bytes of the block each row takes.
+        starts: [rows], where each begins in the block, in bytes, in the order of the batch.
+        sizes: [rows], how many bytes of the block each takes.
         contents: of the rows, in the order of the batch.
     """
 

@@ -170,7 +170,7 @@ class Connection:
             if not silent():
                 texts = {r: store.get(_KEY.format(r)).decode() for r in others}
                 return RankError(texts, "has given up:")
-            dead = self._disconnected(silent()) if waited < 0.9 * self._timeout / 2 else []
+            dead = self._disconnected(silent()) if waited < self._timeout / 2 else []
             if dead:
                 text = f"not at {where}: the connection to it has ended"
                 return RankError(dict.fromkeys(dead, text), "is")

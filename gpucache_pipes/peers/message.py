@@ -30,7 +30,7 @@ class Contents(NamedTuple):
 
     Attributes:
         layouts: different layouts.
-        which: for each row, which of them it has; -1 for one that could not be loaded.
+        which: [rows], which of them each row has; -1 for one that could not be loaded.
         values: the plain values of each row; empty if none has any.
     """
 

@@ -72,7 +72,7 @@ class Schedule:
 
     Attributes:
         steps: how many there are.
-        crosses: for each step, whether any rank needs a file that another one owns.
+        crosses: [steps], bool: whether any rank needs a file that another one owns.
     """
 
     def __init__(self, orders: Positions, batch: int, owners: NDArray[np.int16], me: int) -> None:

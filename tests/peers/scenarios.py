@@ -1,11 +1,13 @@
 """What the ranks of the tests do. Each function runs in all of them, and returns JSON."""
 
+import gc
 import json
 import os
 import random
 import signal
 import threading
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -595,6 +597,17 @@ def train_and_validate(rank: int, directory: str) -> dict[str, Any]:
     store.wait_idle()
     store.check()
     held = store.stats()
+    gc.disable()  # what is dropped in the middle of an epoch is freed at once
+    dropped = GPUFeatureStore("cpu", process_group=dist.group.WORLD)
+    node = GPUPrefetcher(PathLister(paths, batch_size=4, shuffle=True), dropped)
+    for _ in range(2):
+        node.reset()
+        for _ in range(3):
+            next(node)
+    alive = weakref.ref(dropped)
+    del dropped, node
+    assert alive() is None
+    gc.enable()
     return {"pending": held.pending_batches, "bypassed": held.bypassed_items, "items": held.items}
 
 
