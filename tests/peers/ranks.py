@@ -18,7 +18,7 @@ ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).paren
 
 
 def start_ranks(world: int, name: str, *arguments: Any) -> "subprocess.Popen[str]":
-    """Begin `scenarios.<name>(rank, *arguments)` in `world` processes. Arguments are JSON."""
+    """Begin `<name>(rank, *arguments)` of a scenario in `world` processes. Arguments are JSON."""
     environment = dict(ENVIRONMENT)
     if "cuda" in arguments:
         del environment["CUDA_VISIBLE_DEVICES"]
@@ -40,7 +40,7 @@ def results_of(ranks: "subprocess.Popen[str]", seconds: float = 100) -> list[Any
 
 
 def run_ranks(world: int, name: str, *arguments: Any, seconds: float = 100) -> list[Any]:
-    """What `scenarios.<name>(rank, *arguments)` returns in each of `world` processes."""
+    """What `<name>(rank, *arguments)` of a scenario returns in each of `world` processes."""
     found = results_of(start_ranks(world, name, *arguments), seconds)
     for result in found:
         assert not isinstance(result, str), result
@@ -49,14 +49,21 @@ def run_ranks(world: int, name: str, *arguments: Any, seconds: float = 100) -> l
 
 def main(world: int, name: str, arguments: list[Any]) -> None:
     """Fork the ranks, which takes less than that each of them imports torch."""
+    import losses
     import scenarios
+    import uses
 
+    [function] = [
+        found
+        for module in (losses, scenarios, uses)
+        if (found := vars(module).get(name)) is not None and found.__module__ == module.__name__
+    ]
     with tempfile.TemporaryDirectory() as directory:
         children = []
         for rank in range(world):
             child = os.fork()
             if not child:
-                be_rank(rank, world, directory, getattr(scenarios, name), arguments)
+                be_rank(rank, world, directory, function, arguments)
             children.append(child)
         found = []
         for rank, child in enumerate(children):
@@ -75,7 +82,7 @@ def be_rank(rank: int, world: int, directory: str, function: Any, arguments: lis
     import faulthandler
     import gc
 
-    import scenarios
+    import losses
     import torch
     import torch.distributed as dist
 
@@ -91,7 +98,7 @@ def be_rank(rank: int, world: int, directory: str, function: Any, arguments: lis
         result = function(rank, *arguments)
         gc.collect()
         Path(directory, f"{rank}.json").write_text(json.dumps(result))
-        if function.__name__ not in scenarios.BROKEN:  # else the connections are broken
+        if function.__name__ not in losses.BROKEN:  # else the connections are broken
             dist.barrier()
             dist.destroy_process_group()
         status = 0
