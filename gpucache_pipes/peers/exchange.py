@@ -1,5 +1,6 @@
 """The messages of one epoch: one to each rank in each step that needs any, some steps ahead."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,8 @@ from gpucache_pipes.peers.message import (
     tail_bytes,
 )
 from gpucache_pipes.peers.schedule import Schedule
+
+_log = logging.getLogger("gpucache_pipes")
 
 Sizes = NDArray[np.int64]
 """[ranks, 2]: bytes of the rows and of the tail of the message for, or from, each rank."""
@@ -168,6 +171,7 @@ class Exchange:
                 rows = prepared.served.pack()
                 if len(rows) == total:
                     return rows, 0
+            _log.warning("%d bytes of rows instead of %d: others read them", len(rows), total)
         except Exception as error:
             self.error = self.error or error
         prepared.served.abandon()
