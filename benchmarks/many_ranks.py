@@ -1,4 +1,4 @@
-"""Ranks that share their caches, beside ranks that do not: hits, files read, and time.
+"""Compare ranks that share their caches with ranks that do not: hits, files read, and time.
 
 Each rank is a process, and gloo connects them. Contenders take turns in the same processes.
 
@@ -10,8 +10,8 @@ Parts:
   room for 10%, 25% or 50% of the files; and how often files were read by all ranks together.
 - epoch: 4 ranks with room for 25% each, where each open of a file takes 3 ms (slow_storage.c), 8
   reader threads in each store. Linux only.
-- overhead: batches that no other rank has a part of (shard="static", all cached), beside the same
-  pipeline under Lockstep.
+- overhead: batches without anything from other ranks (shard="static", all cached), compared with
+  the same pipeline under Lockstep.
 - sizes: epochs of which three quarters come from other ranks, by the size of a feature.
 - nodes: 4 ranks on two hosts, which are network namespaces that a link of 1 Gb/s connects; 3 ms an
   open. Linux only, and root. Left out unless --only names it.

@@ -23,7 +23,14 @@ from gpucache_pipes.files.plain_paths import as_plain_data, from_plain_data
 from gpucache_pipes.files.remote.options import RemoteOptions, require_options
 from gpucache_pipes.files.remote.remote_files import RemoteFiles
 from gpucache_pipes.files.rows import RowFiles
-from gpucache_pipes.files.samples import Parts, Samples, as_samples, files_of, joined
+from gpucache_pipes.files.samples import (
+    Parts,
+    Samples,
+    as_samples,
+    files_of,
+    joined,
+    with_their_samples,
+)
 from gpucache_pipes.files.selection import Key, Selection
 from gpucache_pipes.files.source import (
     LoadedFeature,
@@ -76,4 +83,5 @@ __all__ = [
     "read_many",
     "require_options",
     "value_names",
+    "with_their_samples",
 ]

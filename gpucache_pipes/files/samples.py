@@ -114,6 +114,23 @@ def _is_column(column: Any) -> bool:
     return isinstance(column, Sequence) or getattr(column, "ndim", 0) == 1
 
 
+def with_their_samples(positions: set[int], files: int, parts: Parts) -> set[int]:
+    """These positions, with those of the other files of their samples.
+
+    Args:
+        positions: in a list of files, part after part.
+        files: how many the list has.
+        parts: of the samples; empty if each file is one.
+
+    >>> sorted(with_their_samples({1}, 6, ("video", "audio")))
+    [1, 4]
+    """
+    if not parts:
+        return positions
+    count = files // len(parts)
+    return {at % count + part * count for at in positions for part in range(len(parts))}
+
+
 def joined(parts: Parts, items: Sequence[Any]) -> Any:
     """An item of each part as what a sample is: a dict, or a tuple.
 

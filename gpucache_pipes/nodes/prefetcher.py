@@ -119,8 +119,7 @@ class GPUPrefetcher(BaseNode[Any]):
         ValueError, TypeError: for arguments that are wrong or contradict each other.
         FeatureLoadError: in `next()`, for a file that cannot be loaded.
         RuntimeError: in `next()`, if another pipeline has reset the lister or node that both are
-            over; with on_error, if more than max_failures files or all files of
-            an epoch fail.
+            over; with on_error, if more than max_failures files or all files of an epoch fail.
         TypeError: in `next()`, for an element that is no path and no sequence of paths.
     """
 
@@ -147,7 +146,7 @@ class GPUPrefetcher(BaseNode[Any]):
         # Names this pipeline to the policy; the same for all pipelines over one source.
         self._owner = PipelineIdentity(source)
         self._key = (PipelineIdentity(store), self._owner)
-        # Returns the paths to come, where a lister upstream knows them.
+        # Returns the paths that will be drawn, where a lister upstream knows them.
         self._upcoming = find_upstream(self.source, "upcoming")
         # The states of our listers are new dicts, which change no more.
         self._ahead = Lookahead(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpucache_pipes.batches import RaggedOptions, SampleBatch, collate_parts
-from gpucache_pipes.files import LoadedFeature, Samples, chosen
+from gpucache_pipes.files import LoadedFeature, Samples, chosen, with_their_samples
 from gpucache_pipes.store import PendingBatch
 
 if TYPE_CHECKING:
@@ -88,12 +88,7 @@ class SharedBatch:
         if self._positions is None:
             return self._local.left_out
         left_out = {self._positions[at] for at in self._local.left_out}
-        if self._parts and left_out:
-            count = len(self._paths) // len(self._parts)
-            left_out = {
-                at % count + part * count for at in left_out for part in range(len(self._parts))
-            }
-        return left_out
+        return with_their_samples(left_out, len(self._paths), self._parts)
 
     def result(self, ragged: RaggedOptions | None = None) -> Any:
         """What `GPUFeatureStore.collect` gives of a pending batch; consumes this one."""

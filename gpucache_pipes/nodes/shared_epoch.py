@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -106,7 +106,7 @@ class SharedEpoch:
         return self.read_here(asked)
 
     def read_here(self, asked: Sequence[Any] | Samples) -> PendingBatch:
-        """Request files from the store of this rank, whoever owns them."""
+        """Request files from the store of this rank, also those that another rank owns."""
         return self.store.request(asked, owner=self._owner)
 
     # Steps
@@ -127,7 +127,7 @@ class SharedEpoch:
         with stream.issuing():
             group.settle(where)
         # Not a method of this object: a reference cycle would keep the store until it is collected.
-        serve = partial(_serve, store.serving, self._serving, schedule)
+        serve = partial(_serve, store.serving, self._serving)
         self._exchange = Exchange(group, schedule, self.ahead, backend, stream, serve)
         self._schedule = schedule
         store.announce(self._owner, partial(_upcoming, schedule, orders, owners, group.index))
@@ -137,7 +137,7 @@ class SharedEpoch:
 
         Args:
             lookahead: requests what is needed ahead. Where the ranks lose step, its state remains
-                in front of this batch, which nobody is given.
+                in front of this batch, which no consumer has got.
             make: makes the batch of this rank.
 
         Raises:
@@ -248,35 +248,26 @@ def _upcoming(schedule: Schedule, orders: RankOrders, owners: Owners, me: int) -
     return Upcoming(orders.files, both_epochs, len(rest))
 
 
-class _Served:
-    """What this rank serves in a step; nothing if it was not requested."""
+class _Served(NamedTuple):
+    """What this rank serves in a step."""
 
-    def __init__(self, serving: Serving, batch: PendingBatch | None, count: int) -> None:
-        self._serving = serving
-        self._count = count
-        self._batch = batch
+    serving: Serving
+    batch: PendingBatch
 
     def look(self) -> Contents:
-        if self._batch is None:  # the source has failed: others read for themselves
-            return Contents([], np.full(self._count, -1, np.intp), [])
-        return self._serving.look(self._batch)
+        return self.serving.look(self.batch)
 
     def pack(self) -> torch.Tensor:
-        if self._batch is None:
-            return torch.empty(0, dtype=torch.uint8, device=self._serving.backend.device)
-        return self._serving.pack(self._batch)
+        return self.serving.pack(self.batch)
 
     def abandon(self) -> None:
-        if self._batch is not None:
-            self._batch.abandon()
+        self.batch.abandon()
 
 
-def _serve(
-    serving: Serving, requested: dict[int, PendingBatch], schedule: Schedule, step: int
-) -> _Served:
+def _serve(serving: Serving, requested: dict[int, PendingBatch], step: int) -> _Served | None:
     """What this rank serves in a step, taken out of what was requested."""
-    files, _ = schedule.served(step)
-    return _Served(serving, requested.pop(step, None), len(files))
+    batch = requested.pop(step, None)
+    return None if batch is None else _Served(serving, batch)
 
 
 def share(

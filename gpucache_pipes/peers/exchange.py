@@ -45,7 +45,7 @@ class Served(Protocol):
 class _Prepared(NamedTuple):
     """A message to each rank that is known, and not packed yet."""
 
-    served: Served
+    served: Served | None
     page_bytes: int
     metas: list[bytes]
     sizes: Sizes
@@ -74,7 +74,8 @@ class Exchange:
         ahead: how many messages may be under way.
         backend: has pages, and the device.
         stream: where to pack rows.
-        serve: step -> what this rank serves in it.
+        serve: step -> what this rank serves in it; None if the source of its pipeline has failed
+            before that was requested. Others then read these files themselves.
 
     Attributes:
         sent: how many steps have had their messages sent.
@@ -83,7 +84,7 @@ class Exchange:
 
     def __init__(
         self, group: PeerGroup, schedule: Schedule, ahead: int, backend: Backend,
-        stream: ExchangeStream, serve: Callable[[int], Served],
+        stream: ExchangeStream, serve: Callable[[int], Served | None],
     ) -> None:  # fmt: skip
         self._group = group
         self._schedule = schedule
@@ -138,7 +139,8 @@ class Exchange:
         served = self._serve(step)
         contents = Contents([], np.full(len(files), -1, np.intp), [])
         try:
-            contents = served.look()
+            if served is not None:
+                contents = served.look()
         except Exception as error:
             self.error = self.error or error
         # As of now: a store that is cleared meanwhile forgets it when its last batch is packed.
@@ -168,13 +170,16 @@ class Exchange:
         total = int(prepared.sizes[:, 0].sum())
         try:
             with self._stream.issuing():
+                if prepared.served is None:
+                    return torch.empty(0, dtype=torch.uint8, device=self._backend.device), 0
                 rows = prepared.served.pack()
                 if len(rows) == total:
                     return rows, 0
             _log.warning("%d bytes of rows instead of %d: others read them", len(rows), total)
         except Exception as error:
             self.error = self.error or error
-        prepared.served.abandon()
+        if prepared.served is not None:
+            prepared.served.abandon()
         with self._stream.issuing():
             return torch.zeros(total, dtype=torch.uint8, device=self._backend.device), 1
 
@@ -232,14 +237,15 @@ class Exchange:
                 block = flight.held[1].new_empty(len(flight.rows))
                 block.copy_(flight.rows)
             mark = self._stream.mark()
-        starts, sizes, contents = self._sort(step, flight)
+        sources = self._schedule.sources(step)
+        starts, sizes, contents = self._sort(step, flight, sources)
         self._arrivals[step] = Arrival(block, mark, self._stream, starts, sizes, contents)
-        came = (self._schedule.sources(step) != self._group.index) & (contents.which >= 0)
+        came = (sources != self._group.index) & (contents.which >= 0)
         self._group.files_received += int(came.sum())
         self._group.bytes_received += int(sizes[came].sum())
 
     def _sort(
-        self, step: int, flight: _Flight
+        self, step: int, flight: _Flight, sources: NDArray[np.int16]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], Contents]:
         """Where the rows of the batch begin in the block, in its order, how long they are, and what
         their senders say of them.
@@ -247,7 +253,6 @@ class Exchange:
         separate = flight.tails is not flight.rows
         told = flight.tails.numpy()
         row_sizes, tail_sizes = flight.sizes.T.tolist()
-        sources = self._schedule.sources(step)
         order = np.argsort(sources, kind="stable")
         counts = np.bincount(sources, minlength=len(self._group)).tolist()
         starts, sizes = np.zeros((2, len(sources)), np.int64)
@@ -289,7 +294,8 @@ class Exchange:
         """Give up what is served, and return what is under way. Takes no lock."""
         prepared, self._prepared = self._prepared, {}
         for one in prepared.values():
-            one.served.abandon()
+            if one.served is not None:
+                one.served.abandon()
         flights, self._flights = self._flights, {}
         return [*flights.values()]
 

@@ -24,7 +24,7 @@ class Owners:
         others: of other lists. Files that are in these too have the owner that they have there.
 
     Attributes:
-        ranks: by position of a file, its owner among the ranks of the group; -1 for nobody.
+        ranks: by position of a file, its owner among the ranks of the group; -1 for none.
     """
 
     def __init__(self, paths: Sequence[str], others: "Sequence[Owners]" = ()) -> None:
@@ -58,7 +58,7 @@ class Owners:
     @property
     def checksum(self) -> int:
         """Of all owners: it is the same on all ranks."""
-        return zlib.crc32(self.ranks.tobytes())
+        return zlib.crc32(self.ranks.data)
 
 
 class Schedule:

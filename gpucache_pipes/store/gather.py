@@ -77,8 +77,7 @@ class Gatherer:
         if alike is not None and self._cache.layouts.pages[alike] <= 1:
             return self._gather_columns(taken, alike)
         layouts, counts = self._layouts_of(taken, alike)
-        runs = runs_of(taken.places, counts, taken.numbers, self._cache.entries.scattered)
-        block = self._backend.join(*runs) if len(runs[0]) else self._no_bytes()
+        block = self._pages(taken.places, counts, taken.numbers)
         begins = self._backend.page_bytes * (np.cumsum(counts) - counts)
         starts = [*begins.tolist(), len(block)]
         return PageBatch(
@@ -141,6 +140,19 @@ class Gatherer:
         values = self._cache.entries.values
         return [values.get(number, ()) for number in taken.numbers.tolist()] if values else []
 
+    def pack(self, taken: Taken) -> torch.Tensor:
+        """The pages of all features that have no substitute, end to end, uint8."""
+        table = self._cache.layouts
+        counts = table.pages[table.of_places(taken.places)]
+        return self._pages(taken.places, counts, taken.numbers)
+
+    def _pages(
+        self, places: NDArray[np.int64], counts: NDArray[np.int64], numbers: Numbers
+    ) -> torch.Tensor:
+        """The pages of the features in these places, of which each has so many, end to end."""
+        runs = runs_of(places, counts, numbers, self._cache.entries.scattered)
+        return self._backend.join(*runs) if len(runs[0]) else self._no_bytes()
+
     def _no_bytes(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device=self._backend.device)
 
@@ -189,8 +201,7 @@ class Gatherer:
             values.append(entries.values.get(number, ()))
             one = slice(at, at + 1)
             counts = table.pages[[of_entry[at]]]
-            runs = runs_of(taken.places[one], counts, taken.numbers[one], entries.scattered)
-            pieces.append(backend.join(*runs) if len(runs[0]) else self._no_bytes())
+            pieces.append(self._pages(taken.places[one], counts, taken.numbers[one]))
         starts = list(accumulate((len(piece) for piece in pieces), initial=0))
         return PageBatch(backend.device, taken.paths, layouts, values, torch.cat(pieces), starts)
 

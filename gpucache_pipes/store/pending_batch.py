@@ -11,7 +11,14 @@ from gpucache_pipes.batches import FeatureBatch
 from gpucache_pipes.cache import Numbers
 from gpucache_pipes.device import DeviceMemoryError, is_device_error, is_out_of_memory
 from gpucache_pipes.errors import PolicyError
-from gpucache_pipes.files import LoadedFeature, Parts, PathLike, Paths, load_error
+from gpucache_pipes.files import (
+    LoadedFeature,
+    Parts,
+    PathLike,
+    Paths,
+    load_error,
+    with_their_samples,
+)
 from gpucache_pipes.units import counted
 
 if TYPE_CHECKING:
@@ -105,12 +112,7 @@ class PendingBatch:
     def left_out(self) -> set[int]:
         """The positions that `replace` has left out, with the other files of their samples."""
         left_out = {at for at, feature in self.substitutes.items() if feature is None}
-        if self.parts and left_out:
-            count = len(self.numbers) // len(self.parts)
-            left_out = {
-                at % count + part * count for at in left_out for part in range(len(self.parts))
-            }
-        return left_out
+        return with_their_samples(left_out, len(self.numbers), self.parts)
 
     def __repr__(self) -> str:
         state = "used" if self.used else f"{len(self.missing)} still loading"

@@ -7,9 +7,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from gpucache_pipes.cache import runs_of
 from gpucache_pipes.device import Backend, ExchangeStream
 from gpucache_pipes.files import Layout
 from gpucache_pipes.peers import Contents
@@ -26,7 +24,7 @@ class Serving:
     Args:
         shared: the cache.
         backend: has the pages.
-        gatherer: has `upload`.
+        gatherer: gathers them.
 
     Attributes:
         backend: as given.
@@ -37,6 +35,7 @@ class Serving:
         self._shared = shared
         self.backend = backend
         self.upload = gatherer.upload
+        self._gatherer = gatherer
         self._stream: ExchangeStream | None = None
         self._sendable: WeakKeyDictionary[Layout, bool] = WeakKeyDictionary()
 
@@ -93,15 +92,9 @@ class Serving:
     def pack(self, batch: PendingBatch) -> torch.Tensor:
         """The pages of the files of a batch, end to end, uint8; consumes the batch."""
         held: list[int] = []
-        use, uses, cache = object(), self._shared.lock.uses, self._shared.cache
+        use, uses = object(), self._shared.lock.uses
         try:
-            taken = self._shared.take([batch], held, use)
-            layouts = cache.layouts.of_places(taken.places)
-            counts: NDArray[np.int64] = cache.layouts.pages[layouts]
-            first, lengths = runs_of(taken.places, counts, taken.numbers, cache.entries.scattered)
-            if not len(first):
-                return torch.empty(0, dtype=torch.uint8, device=self.backend.device)
-            return self.backend.join(first, lengths)
+            return self._gatherer.pack(self._shared.take([batch], held, use))
         finally:
             uses.pop(use, None)
             self._shared.finish([batch], held)

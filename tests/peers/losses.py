@@ -188,3 +188,32 @@ def interrupted(rank: int, directory: str) -> dict[str, Any]:
     plain = Epochs(GPUCollator(GPUPrefetcher(lister, GPUFeatureStore("cpu"))))
     plain.load_state_dict(node.state_dict())
     return {"given": given, "error": error, "rest": labels_of(plain)}
+
+
+def request_fails(rank: int, directory: str) -> list[str]:
+    """What each step gives where rank 1 cannot say what it needs in one, nor serve what it owns."""
+    make_files(directory, 0, 48, "alike")
+    asked = 0
+
+    def path_fn(batch: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if rank == 1 and asked == 12:  # the fourth batch of the second epoch
+            raise OSError("no such table")
+        return batch
+
+    store = GPUFeatureStore("cpu", process_group=dist.group.WORLD, reader_threads=1)
+    lister = PathLister(directory, batch_size=3, shuffle=True)
+    node = GPUPrefetcher(lister, store, path_fn=path_fn)
+    told = []
+    for _ in range(3):
+        node.reset()
+        for _ in range(8):
+            try:
+                batch, paths = next(node)
+                numbers = [int(feature["label"]) for feature in batch]
+                told.append("batch" if numbers == [int(Path(p).stem) for p in paths] else "wrong")
+            except Exception as error:
+                told.append(f"{type(error).__name__}: {error}")
+    store.check()
+    return told

@@ -135,3 +135,11 @@ def test_a_group_that_was_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
             make()
     with GPUFeatureStore("cpu") as store:
         assert store.peers is None
+
+
+def test_a_rank_that_cannot_say_what_it_needs_fails_one_step(tmp_path: Path) -> None:
+    first, second = run_ranks(2, "request_fails", str(tmp_path / "f"))
+    assert first[11] == "RankError: rank 1 failed with OSError: no such table"
+    assert second[11] == "OSError: no such table"
+    for told in (first, second):
+        assert told[:11] + told[12:] == ["batch"] * 23
